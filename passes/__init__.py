@@ -1,0 +1,1 @@
+"""Graph in, graph and report out: the passes, one per file."""

@@ -1,0 +1,1 @@
+"""What ships to production: bundles, engines, dispatch and the residual cache."""

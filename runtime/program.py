@@ -1,0 +1,25 @@
+"""A compiled model in memory: what `bundle` writes and reads, and what the runtime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from runtime.spec import Manifest
+
+
+@dataclass(frozen=True)
+class Program:
+    """Manifest, one copy of the weights, the routers' state and the files of plans and glue.
+
+    `weights` maps keys of `Block.weights` and `Glue.weights` to tensors in the layout of
+    `Variant.rows`. `routers` maps ``<block index>.<parameter>`` to tensors; empty when the model
+    has none. `files` maps names inside the bundle to their bytes.
+    """
+
+    manifest: Manifest
+    weights: Mapping[str, Tensor]
+    routers: Mapping[str, Tensor]
+    files: Mapping[str, bytes]
