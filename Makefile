@@ -1,0 +1,54 @@
+# Every target sets up what it needs: the first call makes .venv, later calls see that nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+
+.PHONY: demo test test-slow lint format bench readme data train clean
+.DEFAULT_GOAL := test
+
+# torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,example,test]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.fashion_mnist.demo --output demo
+
+# The tests run even where a check fails, so that one run shows everything; the summary of pytest comes last.
+test: $(STAMP)
+	@status=0; $(MAKE) --no-print-directory lint || status=$$?; $(BIN)/python -m pytest || status=$$?; exit $$status
+
+test-slow: $(STAMP) data
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	@status=0; for check in "ruff format --check" "ruff check" mypy lint-imports; do \
+		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.flux_mid
+	$(BIN)/python -m benchmarks.readme
+
+readme: $(STAMP)
+	$(BIN)/python -m benchmarks.readme
+
+# Only training and the slow tests read the images: the demo's weights and statistics are in the repository.
+data:
+	@if [ -e $(FASHION_MNIST)/train-images-idx3-ubyte.gz ]; then true; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get install -y dataset-fashion-mnist; \
+	else echo "Fashion-MNIST is missing: install the Debian package dataset-fashion-mnist" >&2; exit 1; fi
+
+train: $(STAMP) data
+	$(BIN)/python -m examples.fashion_mnist.train_dense --output runs/dense
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info
