@@ -1,0 +1,129 @@
+"""Eager runs of a model under observation: what its modules were called with and what they returned.
+
+Two kinds of observation: a *survey* notes only shapes and counts, so that it may watch every
+candidate of a large model; a *recording* keeps tensors, by reference. A tensor that is written in
+place after it was seen would make a reference lie, so versions are compared when the run ends and
+such a run is recorded again with copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.graph import Call
+
+Sight = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """One call without its tensors: shapes and dtypes of the tensors that went in and came out."""
+
+    inputs: tuple[Sight, ...]
+    outputs: tuple[Sight, ...]
+    wrote_inputs: bool
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate `model` without gradients inside the ``with`` block; every training flag returns."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def survey(
+    model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module]
+) -> dict[str, list[Glimpse]]:
+    """Run ``model(**kwargs)`` once and note every call of the `watched` modules, in order of return."""
+    seen: dict[str, list[Glimpse]] = {name: [] for name in watched}
+    versions: list[list[int]] = []
+
+    def before(_module: nn.Module, args: object, kwargs: object) -> None:
+        versions.append([_version(tensor) for tensor in _tensors((args, kwargs))])
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: object, kwargs: object, output: object) -> None:
+            inputs = _tensors((args, kwargs))
+            wrote = versions.pop() != [_version(tensor) for tensor in inputs]
+            seen[name].append(Glimpse(_sights(inputs), _sights(_tensors(output)), wrote))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
+        model(**kwargs)
+    return seen
+
+
+def record(
+    model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module]
+) -> tuple[dict[str, Call], object]:
+    """Run ``model(**kwargs)`` once; the call of each watched module in order, and what the model gave.
+
+    Each watched module must be called at most once (`survey` tells).
+    """
+    calls, output, stale = _record(model, kwargs, watched, copy=False)
+    if stale:
+        calls, output, _ = _record(model, kwargs, watched, copy=True)
+    return calls, output
+
+
+def _record(
+    model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module], copy: bool
+) -> tuple[dict[str, Call], object, bool]:
+    calls: dict[str, Call] = {}
+    arguments: list[tuple[tuple[object, ...], pytree.TreeSpec]] = []
+    versions: list[tuple[Tensor, int]] = []
+
+    def keep(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if copy:
+            return leaf.detach().clone()
+        versions.append((leaf, _version(leaf)))
+        return leaf.detach()
+
+    def before(_module: nn.Module, args: object, kwargs: object) -> None:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        arguments.append((tuple(keep(leaf) for leaf in leaves), spec))
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, _kwargs: object, output: object) -> None:
+            leaves, spec = pytree.tree_flatten(output)
+            calls[name] = Call(*arguments.pop(), tuple(keep(leaf) for leaf in leaves), spec)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
+        output = model(**kwargs)
+    stale = any(_version(tensor) != version for tensor, version in versions)
+    return calls, output, stale
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _sights(tensors: Sequence[Tensor]) -> tuple[Sight, ...]:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
