@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edit_compile.elastic import ElasticTransformer, elasticize
+from edit_compile.storage import load_elastic
 from examples.fashion_mnist.data import NO_CLASS
 
+WEIGHTS = Path(__file__).parent / "weights"
 TOKENS, CHANNELS, LABEL_CHANNELS = 49, 16, 16
 CONFIG: dict[str, Any] = {
     "patch_size": 1,
@@ -63,3 +68,29 @@ def inputs(x: Tensor, t: Tensor, labels: Tensor) -> dict[str, Any]:
         "txt_ids": torch.zeros(1, 3, device=x.device),
         "return_dict": False,
     }
+
+
+def load_model(name: str) -> nn.Module:
+    """The trained "dense" or "elastic" model of this folder, or a training checkpoint's averaged weights, in eval mode.
+
+    A checkpoint is a folder with ema.safetensors, of the dense or of the elastic training.
+    """
+    if name == "elastic":
+        return load_elastic(WEIGHTS / "elastic")
+    path = WEIGHTS / "dense.safetensors" if name == "dense" else Path(name) / "ema.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give 'dense', 'elastic' or a folder checkpoints/step-XXXXXXXX")
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    model: nn.Module = dense_model()
+    if any(name.startswith("routers.") for name in tensors):
+        model = elastic_model(model)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def elastic_model(dense: nn.Module) -> ElasticTransformer:
+    """`dense` with fully open routers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, TOKENS, CHANNELS, generator=generator)
+    example = inputs(x, torch.tensor([0.3, 0.7]), torch.tensor([1, NO_CLASS]))
+    return elasticize(dense, example)

@@ -1,0 +1,201 @@
+"""The elastic model: a DiT with a router before every block, trained like any nn.Module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, find_layout
+from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
+from runtime.router import Router, sinusoid
+from runtime.spec import RouterConfig
+
+THRESHOLD = 0.5
+
+
+def elasticize(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    config: RouterConfig | None = None,
+) -> ElasticTransformer:
+    """Put a fully open router before every block of `model`.
+
+    Args:
+        model: any DiT whose blocks are entries of ModuleLists; changed by forward hooks only, which act only inside the
+            elastic model's forward: its state-dict names stay, and calling it directly still runs it dense.
+        inputs: keyword arguments of its forward (or several such, one per shape), to find the blocks with; without
+            them, they are found at the first call.
+        config: form of the routers.
+    """
+    elastic = ElasticTransformer(model, config or RouterConfig())
+    if inputs is not None:
+        elastic.attach(find_layout(model, inputs, elastic.config.time_dim))
+    return elastic
+
+
+class ElasticTransformer(nn.Module):
+    """`model` with routers.
+
+    With gradients enabled or in training mode the decisions are straight-through (equations 7-8, 13); in eval mode
+    under `no_grad` they are those of Algorithm 1 without its bank: per row, skip where p < 0.5, otherwise compute at
+    the chosen width. `routing` holds the decisions of the last forward. One forward at a time.
+    """
+
+    def __init__(self, model: nn.Module, config: RouterConfig) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+        self.routers = nn.ModuleList()
+        self.layout: Layout | None = None
+        self.routing: Routing | None = None
+        self._forward: _Forward | None = None
+
+    def attach(self, layout: Layout) -> None:
+        """Create the routers for `layout` and hook the blocks; once per model."""
+        if self.layout is not None:
+            raise ElasticError("this model has its routers already")
+        reference = next(self.model.parameters())
+        for index, block in enumerate(layout.blocks):
+            self.routers.append(Router(self.config, block.dim, block.time_dim).to(reference.device, reference.dtype))
+            module = self.model.get_submodule(block.name)
+            module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True)
+            for mask in block.masks:
+                module.get_submodule(mask.module).register_forward_pre_hook(_BeforeDown(self, mask))
+            module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True)
+        self.layout = layout
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call as the base model; returns what it returns."""
+        if args:
+            kwargs = dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments) | kwargs
+        if self.layout is None:
+            self.attach(find_layout(self.model, kwargs, self.config.time_dim))
+        assert self.layout is not None
+        self._forward = _Forward(kwargs[self.layout.timestep], hard=not (self.training or torch.is_grad_enabled()))
+        try:
+            output = self.model(**kwargs)
+            self.routing = self._forward.routing(self.config.widths)
+        finally:
+            self._forward = None
+        return output
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's; refuses as long as the routers, made at the first forward, are not there yet."""
+        if self.layout is None:
+            raise ElasticError(
+                "the routers do not exist before the blocks are found: call the model once, "
+                "or give elasticize(model, inputs=...) its inputs, before asking for parameters"
+            )
+        return super().named_parameters(*args, **kwargs)
+
+    def cache_context(self, name: str) -> Any:
+        """The base model's cache context; does nothing where it has none."""
+        context = getattr(self.model, "cache_context", None)
+        return context(name) if context else nullcontext()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write model.safetensors, routers.safetensors, config.json and elastic.json (see `edit_compile.storage`)."""
+        from edit_compile.storage import save_elastic
+
+        save_elastic(self, Path(folder), dtype)
+
+
+class _Forward:
+    """What the hooks of one forward share."""
+
+    def __init__(self, timestep: Tensor, hard: bool) -> None:
+        self.timestep, self.hard = timestep, hard
+        self.gates: list[tuple[Tensor, Tensor]] = []
+        self.choices: list[tuple[Tensor, Tensor]] = []
+
+    def routing(self, widths: tuple[float, ...]) -> Routing:
+        probability, hard = (torch.stack(values, 1) for values in zip(*self.gates, strict=True))
+        soft, choice = (torch.stack(values, 1) for values in zip(*self.choices, strict=True))
+        return Routing(probability, hard, soft, choice, widths)
+
+
+class _BeforeBlock:
+    """Runs the router on the block's inputs."""
+
+    def __init__(self, elastic: ElasticTransformer, index: int, layout: BlockLayout) -> None:
+        self.elastic, self.index, self.layout = elastic, index, layout
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward = self.elastic._forward
+        if forward is None:
+            return
+        leaves = _leaves((args, kwargs), self.layout)
+        states = [leaves[source] for _, source in self.layout.states]
+        time = self._time(forward.timestep, leaves, states[0])
+        gate_logit, width_logits = self.elastic.routers[self.index](states, time)
+        forward.gates.append(gate(gate_logit, THRESHOLD))
+        forward.choices.append(choose_width(width_logits))
+
+    def _time(self, timestep: Tensor, leaves: list[Any], like: Tensor) -> Tensor:
+        if self.layout.time is not None:
+            return leaves[self.layout.time]
+        rows = torch.as_tensor(timestep, device=like.device).reshape(-1).expand(len(like))
+        return sinusoid(rows, self.layout.time_dim).to(like.dtype)
+
+
+class _BeforeDown:
+    """Masks the hidden channels at the input of an MLP's down-projection (equation 13)."""
+
+    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput) -> None:
+        self.elastic, self.mask = elastic, mask
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        forward = self.elastic._forward
+        if forward is None:
+            return None
+        (value,) = args
+        choice = forward.choices[-1][1]
+        if value.shape[0] != choice.shape[0]:
+            raise ElasticError(
+                f"{self.mask.module}: its input {tuple(value.shape)} does not have the {choice.shape[0]} rows of the "
+                "batch as dimension 0, so that it cannot be masked per row"
+            )
+        total = value.shape[self.mask.dim]
+        mask = channel_mask(choice, self.elastic.config.widths, self.mask.start, self.mask.hidden, total)
+        shape = [len(mask)] + [1] * (value.ndim - 1)
+        shape[self.mask.dim] = total
+        return (value * mask.reshape(shape).to(value.dtype),)
+
+
+class _AfterBlock:
+    """Gates what the block added: x' = x + g (B(x) - x) (equation 8)."""
+
+    def __init__(self, elastic: ElasticTransformer, layout: BlockLayout) -> None:
+        self.elastic, self.layout = elastic, layout
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        forward = self.elastic._forward
+        if forward is None:
+            return None
+        leaves = _leaves((args, kwargs), self.layout)
+        outputs, spec = pytree.tree_flatten(output)
+        g = forward.gates[-1][1][:, None, None]
+        for target, source in self.layout.states:
+            before, after = leaves[source], outputs[target]
+            if forward.hard:
+                outputs[target] = torch.where(g > 0.5, after, before)
+            else:
+                outputs[target] = before + g.to(after.dtype) * (after - before)
+        return pytree.tree_unflatten(outputs, spec)
+
+
+def _leaves(call: Any, layout: BlockLayout) -> list[Any]:
+    leaves = pytree.tree_leaves(call)
+    if len(leaves) != layout.leaves:
+        raise ElasticError(
+            f"{layout.name} was called with {len(leaves)} values, but with {layout.leaves} when its blocks were found: "
+            "call the model with the same arguments, or elasticize it with inputs like these"
+        )
+    return leaves
