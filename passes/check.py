@@ -1,0 +1,108 @@
+"""Numeric checks of what the passes made, against the eager model; a graph that fails is never shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from passes.export import weight_values
+from passes.graph import BlockSite, MlpSite, PlanGraph, Run
+from passes.guards import GlueGraph, tensor_arguments
+from passes.pipeline import Group
+from passes.record import undisturbed
+from runtime.guard import answering
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+class CheckError(Exception):
+    """A compiled graph does not compute what the model computes; the message names it and the distance."""
+
+
+def check_widths(group: Group, plan: PlanGraph, site: BlockSite) -> None:
+    """Compare every variant with the eager block whose hidden channels are masked (equation 13)."""
+    call = site.calls[-1]
+    weights = dict(zip(group.graph.weights, weight_values(group.graph, site.module), strict=True))
+    inputs = [_real(call.leaves[leaf]) for leaf in group.graph.leaves]
+    args, kwargs = pytree.tree_unflatten(list(call.leaves), call.spec)
+    for index, width in enumerate(plan.widths):
+        pieces = [piece.cut(weights[piece.source])[: piece.rows[index]] for piece in plan.pieces]
+        with undisturbed(site.module), masked(site.module, group.sites, width):
+            expected = pytree.tree_leaves(site.module(*args, **kwargs))
+            states = plan.variants[index](*pieces, *inputs)
+        for state, (output, _) in zip(states, group.states.pairs, strict=True):
+            _agree(state, expected[output], f"{site.name} at width {width}")
+
+
+def check_open(
+    glue: GlueGraph,
+    run: Run,
+    model: nn.Module,
+    answer: Callable[[int, Sequence[Tensor]], list[Tensor]],
+) -> None:
+    """Compare the guarded glue, every gate open, with the model's own output on the same inputs."""
+    _, tensors = tensor_arguments(run.kwargs)
+    with undisturbed(model), answering(answer):
+        expected = [leaf for leaf in pytree.tree_leaves(_plain(model(**run.kwargs))) if isinstance(leaf, Tensor)]
+        outputs = glue.module(*glue.weights.values(), *tensors)
+    for output, reference in zip(outputs, expected, strict=True):
+        _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
+
+
+class masked:
+    """Inside the ``with`` block, `module`'s MLP sites see only their first hidden channels at `width`."""
+
+    def __init__(self, module: nn.Module, sites: Sequence[MlpSite], width: float) -> None:
+        self.module, self.sites, self.width = module, sites, width
+
+    def __enter__(self) -> None:
+        """Mask the inputs of the down-projections."""
+        self.handles = []
+        for site in self.sites:
+            kept = site_rows(site.hidden, self.width)
+            for slot in site.contractions:
+                owner = self.module.get_submodule(site.weight_names[slot.weight].rpartition(".")[0])
+                dim = -1 if isinstance(owner, nn.Linear) else 1
+                self.handles.append(owner.register_forward_pre_hook(_Mask(dim, slot.start + kept, slot.size - kept)))
+
+    def __exit__(self, *_: object) -> None:
+        """Take the masks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Mask:
+    def __init__(self, dim: int, start: int, length: int) -> None:
+        self.dim, self.start, self.length = dim, start, length
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        value = args[0].clone()
+        value.narrow(self.dim, self.start, self.length).zero_()
+        return (value, *args[1:])
+
+
+def relative_distance(value: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the reference's largest magnitude."""
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return float((value - reference).abs().max() / scale)
+
+
+def _agree(value: Tensor, reference: Tensor, what: str) -> None:
+    distance = relative_distance(value, reference)
+    limit = TOLERANCE.get(reference.dtype, 1e-4)
+    if not distance <= limit:
+        raise CheckError(f"{what} differs from the eager model by {distance:.2e} (allowed: {limit:.0e})")
+
+
+def _plain(output: Any) -> Any:
+    return tuple(output.values()) if isinstance(output, dict) else output
+
+
+def _real(leaf: object) -> Tensor:
+    assert isinstance(leaf, Tensor)
+    return torch.view_as_real(leaf) if leaf.is_complex() else leaf

@@ -1,0 +1,195 @@
+"""Turn each block call of a model into a guard, and export what remains as the glue graph.
+
+    y = block_i(leaves)          ->      states = guard(inputs(leaves), state positions, i)
+                                         y = the block's own output structure, refilled with states
+
+`inputs` picks the tensor leaves that the block's plan takes, in plan order; outputs that are not
+states are constants of the call (None, in every model seen). The guard is opaque to torch.export,
+so the glue holds the model's embeddings, norms and projections and one node per block.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from passes.graph import BlockGraph, BlockSite, Discovery, Report, Run, States
+from runtime.guard import guard
+
+
+class GuardError(Exception):
+    """A glue graph could not be made; the message says what stood in the way."""
+
+
+@dataclass(frozen=True)
+class GlueGraph:
+    """The model around its guards: ``module(*weights, *inputs) -> tuple(outputs)``.
+
+    `weights` are the leading placeholders' tensors by qualified name in the model (constants that
+    belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
+    argument is a container) of the tensor arguments. `batch_dims` tells which
+    inputs keep a free batch dimension; empty when the glue fits one batch size only.
+    """
+
+    module: fx.GraphModule
+    weights: Mapping[str, str]
+    inputs: tuple[str, ...]
+    batch_dims: Mapping[str, int]
+    outputs: int
+
+
+class Guard(nn.Module):
+    """Stands where block `index` stood, and answers its calls through the guard operator."""
+
+    def __init__(self, index: int, site: BlockSite, states: States, graph: BlockGraph) -> None:
+        super().__init__()
+        self.index, self.states, self.graph = index, states, graph
+        self.call = site.calls[0]
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """Takes the block's arguments and returns the block's output structure."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        inputs = [_as_real(leaves[position]) for position in self.graph.leaves]
+        outputs = list(self.call.outputs)
+        for (position, _), state in zip(self.states.pairs, guard(inputs, self.graph.states, self.index), strict=True):
+            outputs[position] = state
+        return pytree.tree_unflatten(outputs, self.call.output_spec)
+
+
+def guarded_copy(discovery: Discovery, states: Sequence[States], graphs: Sequence[BlockGraph]) -> nn.Module:
+    """The model with every discovered block replaced by its guard; shares all parameters, leaves the model alone."""
+    model = discovery.model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    blocks = {id(site.module) for site in discovery.blocks}
+    shared.update({id(module): module for module in model.modules() if id(module) in blocks})
+    twin = copy.deepcopy(model, shared)
+    for index, (site, state, graph) in enumerate(zip(discovery.blocks, states, graphs, strict=True)):
+        twin.set_submodule(site.name, Guard(index, site, state, graph))
+    return twin
+
+
+def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Report]:
+    """Export the glue of a guarded model at the shapes of `run`.
+
+    `other` is a run of the same bucket at another batch size: dimensions that differ between the
+    two are left dynamic where the export can keep them so, and the report says where it could not.
+
+    Raises:
+        GuardError: torch.export cannot follow the model's own forward.
+    """
+    names, values = tensor_arguments(run.kwargs)
+    sizes = dict(zip(*tensor_arguments(other.kwargs), strict=True))
+    free = [
+        {d: Dim.AUTO for d in range(value.dim()) if value.shape[d] != sizes[name].shape[d]} or None
+        for name, value in zip(names, values, strict=True)
+    ]
+    wrapper = _Positional(guarded, run.kwargs)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(wrapper, tuple(values), dynamic_shapes=(tuple(free),), strict=False)
+            program = program.run_decompositions({})
+    except Exception as error:
+        raise GuardError(f"the glue of {type(guarded).__name__} does not export: {_first_line(error)}") from error
+    module, weights = _functional(program, run.bucket)
+    batch_dims = _kept_free(module, names, free, len(weights))
+    done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
+    done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
+    glue = GlueGraph(module, weights, tuple(names), batch_dims, len(_outputs(module)))
+    return glue, Report("guards", (done,))
+
+
+def tensor_arguments(kwargs: Mapping[str, object]) -> tuple[list[str], list[Tensor]]:
+    """Names (``key`` or ``key.0.sub``) and values of the tensors among a forward's keyword arguments."""
+    pairs, _ = pytree.tree_flatten_with_path(dict(kwargs))
+    tensors = [(path, value) for path, value in pairs if isinstance(value, Tensor)]
+    return [_dotted(path) for path, _ in tensors], [value for _, value in tensors]
+
+
+def constant_arguments(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The non-tensor leaves among a forward's keyword arguments, by the same names; `return_dict` left out."""
+    pairs, _ = pytree.tree_flatten_with_path({k: v for k, v in kwargs.items() if k != "return_dict"})
+    return {_dotted(path): value for path, value in pairs if not isinstance(value, Tensor)}
+
+
+class _Positional(nn.Module):
+    """Takes the tensor arguments by position and gives the model's tensors back as a flat tuple."""
+
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, object]) -> None:
+        super().__init__()
+        self.model = model
+        kwargs = dict(kwargs)
+        if "return_dict" in inspect.signature(model.forward).parameters:
+            kwargs["return_dict"] = False
+        self.leaves, self.spec = pytree.tree_flatten(kwargs)
+        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
+        outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
+        return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
+
+
+def _functional(program: torch.export.ExportedProgram, bucket: int) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """The program's graph with its used weights as leading placeholders, and their values by name."""
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs if s.kind is not InputKind.USER_INPUT}
+    weights: dict[str, Tensor] = {}
+    module = program.graph_module
+    for node in module.graph.find_nodes(op="placeholder"):
+        if node.name not in specs:
+            continue
+        target = specs[node.name].target or ""
+        if not node.users:
+            module.graph.erase_node(node)
+        elif specs[node.name].kind is InputKind.CONSTANT_TENSOR:
+            weights[f"glue.{bucket}.{target}"] = program.constants[target]
+        else:
+            held = program.state_dict if target in program.state_dict else program.constants
+            weights[target.removeprefix("model.")] = held[target].detach()
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.graph.lint()
+    module.recompile()
+    return module, weights
+
+
+def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict | None], skip: int) -> dict[str, int]:
+    kept: dict[str, int] = {}
+    nodes = module.graph.find_nodes(op="placeholder")[skip:]
+    for node, name, dims in zip(nodes, names, free, strict=True):
+        for dim in dims or ():
+            if not isinstance(node.meta["val"].shape[dim], torch.SymInt):
+                return {}
+            kept[name] = dim
+    return kept
+
+
+def _outputs(module: fx.GraphModule) -> tuple[fx.Node, ...]:
+    return tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _count_guards(module: fx.GraphModule) -> int:
+    return len(module.graph.find_nodes(op="call_function", target=guard))
+
+
+def _as_real(leaf: object) -> Tensor:
+    assert isinstance(leaf, Tensor)
+    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

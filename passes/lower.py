@@ -1,0 +1,124 @@
+"""From graphs to files: a plan's variants and the glue, without weights, in the engines' formats.
+
+    variant --torch.export--> .pt2 (engine torch)  --torch.onnx--> .onnx (engine onnxruntime)
+
+Weights are inputs in both, so all blocks of a plan share its files and no file holds a copy of
+them. Files are made when they are first asked for: a process that runs one engine lowers for one
+engine, and saving a bundle lowers what is still missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from passes.cost import weight_stand_ins
+from passes.graph import PlanGraph
+from passes.guards import GlueGraph
+from runtime import pt2
+from runtime.spec import Plan
+
+OPSET = 20
+
+
+class LowerError(Exception):
+    """A graph could not be written in an engine's format; the message names graph and format."""
+
+
+class Files(Mapping[str, bytes]):
+    """Names of a bundle's files to their bytes, each made on first use and kept."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], bytes]]) -> None:
+        self._makers = dict(makers)
+        self._made: dict[str, bytes] = {}
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def lower_plan(graph: PlanGraph, plan: Plan, inputs: Sequence[Tensor]) -> dict[str, Callable[[], bytes]]:
+    """Makers of the plan's files; `inputs` are example inputs with a batch of at least two."""
+    makers: dict[str, Callable[[], bytes]] = {}
+    for index, variant in enumerate(plan.variants):
+        stem = f"plans/{plan.id}-w{round(100 * variant.width):03d}"
+        export = _Export(graph, index, plan, inputs)
+        makers[f"{stem}.pt2"] = export.pt2
+        makers[f"{stem}.onnx"] = export.onnx
+    return makers
+
+
+def lower_glue(glue: GlueGraph, inputs: Sequence[Tensor]) -> bytes:
+    """The glue as a .pt2 file that holds no weights."""
+    free = [{glue.batch_dims[name]: Dim.AUTO} if name in glue.batch_dims else None for name in glue.inputs]
+    weights = list(glue.weights.values())
+    return pt2.dump(_reexport(glue.module, [*weights, *inputs], [None] * len(weights) + free))
+
+
+class _Export:
+    """One variant of a plan, exported once for both formats."""
+
+    def __init__(self, graph: PlanGraph, index: int, plan: Plan, inputs: Sequence[Tensor]) -> None:
+        self.graph, self.index, self.plan, self.inputs = graph, index, plan, inputs
+        self.program: ExportedProgram | None = None
+
+    def exported(self) -> ExportedProgram:
+        if self.program is None:
+            weights = weight_stand_ins(self.graph, self.index)
+            free = [
+                {d: Dim.AUTO for d, size in enumerate(spec.shape) if size is None} or None for spec in self.plan.inputs
+            ]
+            module = self.graph.variants[self.index]
+            self.program = _reexport(module, [*weights, *self.inputs], [None] * len(weights) + free)
+        return self.program
+
+    def pt2(self) -> bytes:
+        return pt2.dump(self.exported())
+
+    def onnx(self) -> bytes:
+        names = [*self.plan.weights, *(spec.name for spec in self.plan.inputs)]
+        states = [f"state_{k}" for k in range(len(self.plan.states))]
+        return to_onnx(self.exported(), names, states, f"plan {self.plan.id}")
+
+
+def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], what: str) -> bytes:
+    """An exported program without weights as ONNX, opset 20.
+
+    Raises:
+        LowerError: torch.onnx has no translation for one of its operators.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                verbose=False,
+            )
+    except Exception as error:
+        raise LowerError(f"{what} has no ONNX form: {error}") from error
+    assert model is not None
+    return model.model_proto.SerializeToString()
+
+
+def _reexport(module: fx.GraphModule, args: Sequence[Tensor], free: Sequence[dict | None]) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, tuple(args), dynamic_shapes=(tuple(free),), strict=False)
+        return program.run_decompositions({})

@@ -1,0 +1,107 @@
+"""The passes in order: from a model and example inputs to one graph per kind of block.
+
+    discover -> states -> dedupe -> export -> real -> mlp          (`analyse`)
+    widths -> guards -> lower                                      (passes.assemble)
+
+A block that a pass refuses stays in the glue as it is; its refusal says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from passes.dedupe import group_blocks
+from passes.discover import discover
+from passes.export import ExportError, export_block, validate
+from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Report, States
+from passes.mlp import find_sites
+from passes.real import complex_to_real
+from passes.states import find_states
+
+ORDER = ("discover", "states", "dedupe", "export", "real", "mlp", "widths", "guards", "lower")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks that run the same code: `members` index the discovery's blocks."""
+
+    graph: BlockGraph
+    states: States
+    sites: tuple[MlpSite, ...]
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the passes found in a model; `discovery` holds the accepted blocks only."""
+
+    discovery: Discovery
+    groups: tuple[Group, ...]
+    reports: tuple[Report, ...]
+
+    @property
+    def group_of(self) -> tuple[int, ...]:
+        """Index of each block's group."""
+        owner = {member: index for index, group in enumerate(self.groups) for member in group.members}
+        return tuple(owner[block] for block in range(len(self.discovery.blocks)))
+
+
+def analyse(
+    model: nn.Module, inputs: Mapping[str, object] | Sequence[Mapping[str, object]], timestep: str | None = None
+) -> Analysis:
+    """Find the blocks of `model`, their states, graphs and MLP sites.
+
+    `inputs` are keyword arguments of the model's forward, one mapping per shape bucket; `timestep`
+    names the argument that holds the timestep where its name does not tell.
+    """
+    discovery, found = discover(model, inputs, timestep)
+    reports = [found]
+    grouped: list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]] = []
+    for sites in group_blocks(discovery.blocks):
+        grouped += _export_group(sites, discovery, reports)
+    kept = {site.name for *_, members in grouped for site in members}
+    blocks = tuple(site for site in discovery.blocks if site.name in kept)
+    position = {site.name: index for index, site in enumerate(blocks)}
+    groups = tuple(
+        Group(graph, states, mlps, tuple(sorted(position[site.name] for site in members)))
+        for graph, states, mlps, members in grouped
+    )
+    reports.append(Report("dedupe", (f"{len(blocks)} blocks are {len(groups)} plans",)))
+    return Analysis(replace(discovery, blocks=blocks), groups, tuple(reports))
+
+
+def _export_group(
+    sites: Sequence[BlockSite], discovery: Discovery, reports: list[Report]
+) -> list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]]:
+    """Graphs that together cover `sites`: one, unless a member does not compute what the first does."""
+    first, *others = sites
+    states, told = find_states(first, discovery.blocks)
+    reports.append(told)
+    if not states.pairs:
+        reports.append(Report("states", refused=tuple(Refusal(s.name, f"as {first.name}") for s in others)))
+        return []
+    try:
+        graph, exported = export_block(first, states, discovery.runs)
+    except ExportError as error:
+        reports.append(Report("export", refused=tuple(Refusal(site.name, str(error)) for site in sites)))
+        return []
+    members, strangers = [first], []
+    for site in others:
+        (members if _computes(graph, site) else strangers).append(site)
+    module, real = complex_to_real(graph.module)
+    graph = replace(graph, module=module)
+    mlps, narrowed = find_sites(graph)
+    reports += [exported, real, narrowed]
+    apart = _export_group(strangers, discovery, reports) if strangers else []
+    return [(graph, states, mlps, members), *apart]
+
+
+def _computes(graph: BlockGraph, site: BlockSite) -> bool:
+    try:
+        validate(graph, site)
+    except ExportError:
+        return False
+    return True
