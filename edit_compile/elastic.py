@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, find_layout
 from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
@@ -56,20 +57,46 @@ class ElasticTransformer(nn.Module):
         self.layout: Layout | None = None
         self.routing: Routing | None = None
         self._forward: _Forward | None = None
+        self._handles: list[RemovableHandle] = []
 
     def attach(self, layout: Layout) -> None:
         """Create the routers for `layout` and hook the blocks; once per model."""
         if self.layout is not None:
             raise ElasticError("this model has its routers already")
         reference = next(self.model.parameters())
-        for index, block in enumerate(layout.blocks):
+        for block in layout.blocks:
             self.routers.append(Router(self.config, block.dim, block.time_dim).to(reference.device, reference.dtype))
-            module = self.model.get_submodule(block.name)
-            module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True)
-            for mask in block.masks:
-                module.get_submodule(mask.module).register_forward_pre_hook(_BeforeDown(self, mask))
-            module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True)
         self.layout = layout
+        self._hook()
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Inside the ``with`` block the base model carries no hooks, as the compiler wants to see it."""
+        for handle in self._handles:
+            handle.remove()
+        try:
+            yield
+        finally:
+            self._hook()
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """The routers' parameters, detached, keyed ``<block name>/<parameter name>``."""
+        blocks = self.layout.blocks if self.layout else ()
+        return {
+            f"{block.name}/{name}": value.detach()
+            for block, router in zip(blocks, self.routers, strict=True)
+            for name, value in router.state_dict().items()
+        }
+
+    def _hook(self) -> None:
+        self._handles = []
+        for index, block in enumerate(self.layout.blocks if self.layout else ()):
+            module = self.model.get_submodule(block.name)
+            self._handles.append(module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True))
+            for mask in block.masks:
+                down = module.get_submodule(mask.module)
+                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask)))
+            self._handles.append(module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the base model; returns what it returns."""
