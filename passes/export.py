@@ -1,0 +1,210 @@
+"""A block as a graph of tensors: ``graph(*weights, *inputs) -> tuple(states)``.
+
+The call B(args, kwargs) is flattened by pytree to leaves l_1 .. l_n. Tensor leaves stay inputs; every
+other leaf, equal in all runs, is baked in. Of the outputs only the states remain. A dimension of an
+input is symbolic exactly where it carries the batch or was seen with two sizes; the example has a
+batch of two or more, so that no size-one rule is frozen in, and where the block's code pins a
+dimension that must vary, the export is refused. The graph is made plain (passes.plain) and then run
+against every recorded call and against a single row of the last one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
+from passes.plain import CONSTANT, PlainError, plain
+from passes.record import undisturbed
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+
+
+class ExportError(Exception):
+    """A block that has no faithful graph; the message says why."""
+
+
+def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[BlockGraph, Report]:
+    """The graph of `site`, for any batch and for every size that differed between `runs`.
+
+    ``graph.module.meta["constants"]`` holds the tensors that are neither parameters nor buffers, by
+    the names they have in ``graph.weights`` (they start with ``constant.``).
+
+    Raises ExportError where the block has no states, takes a value that varies and is no tensor,
+    cannot be traced, pins a dimension that varies, writes to its inputs or buffers, or where the
+    graph does not give the recorded outputs (to 1e-5 of their largest element in float32).
+    """
+    if not states.pairs:
+        raise ExportError(f"{site.name}: no states are known")
+    _check_constants(site)
+    tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
+    moving = {at: _moving_dims(site, at) for at in tensors}
+    program = _trace(site, states, _example(site, runs), moving)
+    try:
+        module, weights = plain(program, "block.", leaf_names(site))
+    except PlainError as error:
+        raise ExportError(f"{site.name}: {error}") from error
+    inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
+    positions = tuple(tensors.index(at) for _, at in states.pairs)
+    graph = BlockGraph(module, weights, inputs, tuple(tensors), positions)
+    _check_dims(site, graph, moving)
+    validate(graph, site, states)
+    operators = sum(node.op == "call_function" for node in module.graph.nodes)
+    done = f"{site.name}: {operators} operators, {len(weights)} weights, inputs {', '.join(inputs)}"
+    return graph, Report("export", (done,))
+
+
+def weight_values(graph: BlockGraph, module: nn.Module) -> list[Tensor]:
+    """What `module` passes for ``graph.weights``, detached; it is the exported block or one of its group."""
+    constants = graph.module.meta["constants"]
+    return [
+        constants[name] if name.startswith(CONSTANT) else _attribute(module, name).detach()
+        for name in graph.weights.values()
+    ]
+
+
+def validate(graph: BlockGraph, site: BlockSite, states: States) -> None:
+    """Run `graph` with the weights of `site` on each recorded call, and on one row of the last.
+
+    Raises ExportError on the first mismatch.
+    """
+    weights = weight_values(graph, site.module)
+    with torch.no_grad():
+        for index, call in enumerate(site.calls):
+            _compare(site, f"run {index}", graph.module, [*weights, *_inputs(graph, call)], _states(call, states))
+        row = _first_row(site, site.calls[-1], states)
+        _compare(site, "a single row", graph.module, [*weights, *_inputs(graph, row)], _states(row, states))
+
+
+def leaf_names(site: BlockSite) -> list[str]:
+    """A name for each tensor leaf of the block's call, from its place among the arguments."""
+    call = site.calls[0]
+    parameters = list(inspect.signature(type(site.module).forward).parameters)[1:]
+    tree = pytree.tree_unflatten(call.leaves, call.spec)
+    names = []
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            whole, first, *rest = (_key(key) for key in path)
+            if whole == "0" and int(first) < len(parameters):
+                first = parameters[int(first)]
+            names.append("_".join([first, *rest]))
+    return names
+
+
+def _key(key: object) -> str:
+    return str(next(getattr(key, field) for field in ("idx", "key", "name") if hasattr(key, field)))
+
+
+def _check_constants(site: BlockSite) -> None:
+    """Every leaf that is no tensor must be a plain value, and the same in all runs."""
+    for at, leaf in enumerate(site.calls[0].leaves):
+        if isinstance(leaf, Tensor):
+            continue
+        if not isinstance(leaf, _BAKEABLE):
+            raise ExportError(f"{site.name}: argument leaf {at} is a {type(leaf).__name__}")
+        if any(call.leaves[at] != leaf for call in site.calls):
+            raise ExportError(f"{site.name}: argument leaf {at} ({leaf!r}) is no tensor and differs between runs")
+
+
+def _moving_dims(site: BlockSite, at: int) -> tuple[int, ...]:
+    """Dimensions of leaf `at` that differ between runs (the batch always does)."""
+    shapes = [leaf.shape for leaf in (call.leaves[at] for call in site.calls) if isinstance(leaf, Tensor)]
+    if len({len(shape) for shape in shapes}) != 1:
+        raise ExportError(f"{site.name}: argument leaf {at} has another number of dimensions in another run")
+    return tuple(dim for dim in range(len(shapes[0])) if len({shape[dim] for shape in shapes}) > 1)
+
+
+def _example(site: BlockSite, runs: Sequence[Run]) -> Call:
+    """The largest call with a batch of two or more."""
+    calls = [call for call, run in zip(site.calls, runs, strict=True) if run.batch >= 2]
+    if not calls:
+        raise ExportError(f"{site.name}: no run has a batch of two or more")
+    return max(calls, key=lambda call: sum(leaf.numel() for leaf in call.leaves if isinstance(leaf, Tensor)))
+
+
+class _Flat(nn.Module):
+    """The block as a function of its tensor leaves."""
+
+    def __init__(self, block: nn.Module, call: Call, tensors: Sequence[int], outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.block = block
+        self._call = Call(
+            tuple(None if at in tensors else leaf for at, leaf in enumerate(call.leaves)), call.spec, (), call.spec
+        )
+        self._tensors = tuple(tensors)
+        self._outputs = tuple(outputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[object, ...]:
+        leaves = list(self._call.leaves)
+        for at, value in zip(self._tensors, inputs, strict=True):
+            leaves[at] = value
+        args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
+        results = pytree.tree_leaves(self.block(*args, **kwargs))
+        return tuple(results[at] for at in self._outputs)
+
+
+def _trace(site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]) -> ExportedProgram:
+    flat = _Flat(site.module, call, list(moving), [output for output, _ in states.pairs])
+    example = tuple(leaf.clone() for leaf in (call.leaves[at] for at in moving) if isinstance(leaf, Tensor))
+    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) for dims in moving.values()),)
+    try:
+        with undisturbed(flat):
+            program = torch.export.export(flat, example, dynamic_shapes=dynamic, strict=False)
+            return program.run_decompositions({})
+    except Exception as error:
+        raise ExportError(f"{site.name}: {type(error).__name__}: {error}") from error
+
+
+def _check_dims(site: BlockSite, graph: BlockGraph, moving: Mapping[int, tuple[int, ...]]) -> None:
+    values = {node.name: node.meta["val"] for node in graph.module.graph.nodes if node.op == "placeholder"}
+    for name, at in zip(graph.inputs, graph.leaves, strict=True):
+        for dim in moving[at]:
+            if isinstance(values[name].shape[dim], int):
+                what = "the batch" if site.batch_dims.get(at) == dim else "a size that differs between runs"
+                raise ExportError(f"{site.name}: its code pins dimension {dim} of {name}, {what}")
+
+
+def _inputs(graph: BlockGraph, call: Call) -> list[object]:
+    return [call.leaves[at] for at in graph.leaves]
+
+
+def _states(call: Call, states: States) -> list[object]:
+    return [call.outputs[output] for output, _ in states.pairs]
+
+
+def _first_row(site: BlockSite, call: Call, states: States) -> Call:
+    """The call with the first row of the batch alone; outputs that are no states are dropped."""
+    leaves = tuple(
+        leaf.narrow(site.batch_dims[at], 0, 1) if isinstance(leaf, Tensor) and at in site.batch_dims else leaf
+        for at, leaf in enumerate(call.leaves)
+    )
+    outputs: list[object] = [None] * len(call.outputs)
+    for output, at in states.pairs:
+        value = call.outputs[output]
+        assert isinstance(value, Tensor)
+        outputs[output] = value.narrow(site.batch_dims[at], 0, 1)
+    return Call(leaves, call.spec, tuple(outputs), call.output_spec)
+
+
+def _compare(
+    site: BlockSite, what: str, module: fx.GraphModule, inputs: Sequence[object], expected: Sequence[object]
+) -> None:
+    for index, (given, wanted) in enumerate(zip(module(*inputs), expected, strict=True)):
+        assert isinstance(wanted, Tensor)
+        if given.shape != wanted.shape or given.dtype != wanted.dtype:
+            raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
+        error = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
+        if not error <= _TOLERANCE[wanted.dtype]:
+            raise ExportError(f"{site.name}: state {index} of the graph is off by {error:.1e} on {what}")
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
