@@ -20,7 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from edit_compile.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from edit_compile.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    write_file_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +259,7 @@ class _Run:
         self.config.output.mkdir(parents=True, exist_ok=True)
         found = list_checkpoints(self._folder)
         if not found:
+            self._trim_metrics(0)
             return 0
         checkpoint = load_checkpoint(found[-1])
         self.module.load_state_dict(checkpoint.model)
@@ -273,7 +280,7 @@ class _Run:
         path = self.config.output / "metrics.jsonl"
         if path.is_file() and self.accelerator.is_main_process:
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in lines))
+            write_file_atomically(path, "".join(line + "\n" for line in lines))
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

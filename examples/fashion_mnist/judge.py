@@ -47,7 +47,8 @@ class Judge(nn.Module):
 def load_judge(path: Path) -> Judge:
     """The trained judge in eval mode."""
     judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, strict=False)
+    counters = {name: value for name, value in judge.state_dict().items() if not value.is_floating_point()}
+    judge.load_state_dict(counters | {name: tensor.float() for name, tensor in load_file(path).items()})
     return judge.eval()
 
 

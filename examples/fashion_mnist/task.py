@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edit_compile.elastic import ElasticTransformer
+from edit_compile.losses import Budget, budget_losses
 from examples.fashion_mnist.data import NO_CLASS, Patches
-from examples.fashion_mnist.model import dense_model, inputs
+from examples.fashion_mnist.model import dense_model, elastic_model, inputs
 
 LABEL_DROP = 0.1
 
@@ -40,3 +42,18 @@ class DenseTask:
         x, t, labels, target = noised(batch)
         (velocity,) = model(**inputs(x, t, labels))
         return {"loss": nn.functional.mse_loss(velocity, target)}
+
+
+class ElasticTask(DenseTask):
+    """Goes on from dense weights with routers, under a compute budget."""
+
+    def __init__(self, dense: nn.Module, budget: Budget) -> None:
+        self.dense, self.budget = dense, budget
+
+    def model(self) -> ElasticTransformer:
+        return elastic_model(self.dense)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        flow = super().loss(model, batch)["loss"]
+        elastic = getattr(model, "module", model)
+        return budget_losses(elastic.routing, flow, self.budget)
