@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -41,8 +41,9 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     cannot be traced, pins a dimension that varies, writes to its inputs or buffers, or where the
     graph does not give the recorded outputs (to 1e-5 of their largest element in float32).
     """
-    if not states.pairs:
-        raise ExportError(f"{site.name}: no states are known")
+    outputs = [at for at, leaf in enumerate(site.calls[0].outputs) if isinstance(leaf, Tensor)]
+    if not outputs or [output for output, _ in states.pairs] != outputs:
+        raise ExportError(f"{site.name}: not every tensor it returns is known to continue an input")
     _check_constants(site)
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
     moving = {at: _moving_dims(site, at) for at in tensors}
@@ -55,7 +56,7 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     positions = tuple(tensors.index(at) for _, at in states.pairs)
     graph = BlockGraph(module, weights, inputs, tuple(tensors), positions)
     _check_dims(site, graph, moving)
-    validate(graph, site, states)
+    validate(graph, site)
     operators = sum(node.op == "call_function" for node in module.graph.nodes)
     done = f"{site.name}: {operators} operators, {len(weights)} weights, inputs {', '.join(inputs)}"
     return graph, Report("export", (done,))
@@ -70,17 +71,16 @@ def weight_values(graph: BlockGraph, module: nn.Module) -> list[Tensor]:
     ]
 
 
-def validate(graph: BlockGraph, site: BlockSite, states: States) -> None:
+def validate(graph: BlockGraph, site: BlockSite) -> None:
     """Run `graph` with the weights of `site` on each recorded call, and on one row of the last.
 
-    Raises ExportError on the first mismatch.
+    `site` is the exported block or one of its group. Raises ExportError on the first mismatch.
     """
     weights = weight_values(graph, site.module)
     with torch.no_grad():
         for index, call in enumerate(site.calls):
-            _compare(site, f"run {index}", graph.module, [*weights, *_inputs(graph, call)], _states(call, states))
-        row = _first_row(site, site.calls[-1], states)
-        _compare(site, "a single row", graph.module, [*weights, *_inputs(graph, row)], _states(row, states))
+            _compare(site, f"run {index}", graph, weights, call)
+        _compare(site, "a single row", graph, weights, _first_row(graph, site, site.calls[-1]))
 
 
 def leaf_names(site: BlockSite) -> list[str]:
@@ -171,33 +171,24 @@ def _check_dims(site: BlockSite, graph: BlockGraph, moving: Mapping[int, tuple[i
                 raise ExportError(f"{site.name}: its code pins dimension {dim} of {name}, {what}")
 
 
-def _inputs(graph: BlockGraph, call: Call) -> list[object]:
-    return [call.leaves[at] for at in graph.leaves]
-
-
-def _states(call: Call, states: States) -> list[object]:
-    return [call.outputs[output] for output, _ in states.pairs]
-
-
-def _first_row(site: BlockSite, call: Call, states: States) -> Call:
+def _first_row(graph: BlockGraph, site: BlockSite, call: Call) -> Call:
     """The call with the first row of the batch alone; outputs that are no states are dropped."""
     leaves = tuple(
         leaf.narrow(site.batch_dims[at], 0, 1) if isinstance(leaf, Tensor) and at in site.batch_dims else leaf
         for at, leaf in enumerate(call.leaves)
     )
-    outputs: list[object] = [None] * len(call.outputs)
-    for output, at in states.pairs:
-        value = call.outputs[output]
-        assert isinstance(value, Tensor)
-        outputs[output] = value.narrow(site.batch_dims[at], 0, 1)
-    return Call(leaves, call.spec, tuple(outputs), call.output_spec)
+    dims = [site.batch_dims[graph.leaves[index]] for index in graph.states]
+    outputs = tuple(state.narrow(dim, 0, 1) for state, dim in zip(_states(call), dims, strict=True))
+    return Call(leaves, call.spec, outputs, call.output_spec)
 
 
-def _compare(
-    site: BlockSite, what: str, module: fx.GraphModule, inputs: Sequence[object], expected: Sequence[object]
-) -> None:
-    for index, (given, wanted) in enumerate(zip(module(*inputs), expected, strict=True)):
-        assert isinstance(wanted, Tensor)
+def _states(call: Call) -> list[Tensor]:
+    return [output for output in call.outputs if isinstance(output, Tensor)]
+
+
+def _compare(site: BlockSite, what: str, graph: BlockGraph, weights: Sequence[Tensor], call: Call) -> None:
+    states = graph.module(*weights, *(call.leaves[at] for at in graph.leaves))
+    for index, (given, wanted) in enumerate(zip(states, _states(call), strict=True)):
         if given.shape != wanted.shape or given.dtype != wanted.dtype:
             raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
         error = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
