@@ -1,0 +1,137 @@
+"""The arguments of a model's forward as a flat set of tensors and plain constants.
+
+Nested lists, tuples and dicts are flattened to dotted names (``x.0``) where they hold tensors; other
+non-tensor values become constants: scalars as they are, lists and dicts of scalars as JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.errors import InputError, ShapeError
+from runtime.spec import Glue, GlueInput
+
+Constant = bool | int | float | str | None
+
+IGNORED = frozenset({"return_dict"})
+"""Arguments that only say how the result is wrapped."""
+
+
+def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Positional and keyword arguments by name; InputError for one the model does not take."""
+    if len(args) > len(arguments):
+        raise InputError(f"forward takes {len(arguments)} arguments, got {len(args)} by position")
+    given = dict(zip(arguments, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in arguments:
+            raise InputError(f"forward takes no argument {name!r}; it takes {', '.join(arguments)}")
+        if name in given:
+            raise InputError(f"argument {name!r} is given twice")
+        given[name] = value
+    return given
+
+
+def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Constant]]:
+    """Tensors and constants by dotted name; None, empty lists and empty dicts are left out."""
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Constant] = {}
+    for name, value in arguments.items():
+        if name not in IGNORED:
+            _flatten(name, value, tensors, constants)
+    return tensors, constants
+
+
+def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: dict[str, Constant]) -> None:
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return
+    if isinstance(value, Tensor):
+        tensors[name] = value
+    elif isinstance(value, (bool, int, float, str)):
+        constants[name] = value
+    elif _has_tensor(value):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)  # type: ignore[arg-type]
+        for key, item in items:
+            _flatten(f"{name}.{key}", item, tensors, constants)
+    else:
+        try:
+            constants[name] = json.dumps(value)
+        except TypeError as error:
+            raise InputError(f"argument {name!r} is neither a tensor nor plain data: {error}") from error
+
+
+def _has_tensor(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_tensor(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_tensor(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
+    """The glue compiled for these shapes and constants."""
+    return next((glue for glue in glues if _fits(glue, tensors) and _same_constants(glue, constants)), None)
+
+
+def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> InputError:
+    """Why no glue fits: a missing or surplus input, a constant, or the shapes that were compiled."""
+    if not glues:
+        return ShapeError("nothing has been compiled yet")
+    shaped = [glue for glue in glues if _fits(glue, tensors)]
+    if shaped:
+        traced, given = _plain(shaped[0].constants), dict(constants)
+        names = sorted(n for n in traced.keys() | given.keys() if traced.get(n) != given.get(n))
+        told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {given.get(n)!r}" for n in names)
+        return ShapeError(f"these arguments are fixed when compiling: {told}")
+    wanted = {given.name for glue in glues for given in glue.inputs}
+    for name in sorted(wanted - tensors.keys()):
+        if all(name in {given.name for given in glue.inputs} for glue in glues):
+            return InputError(f"missing input {name!r}")
+    for name in sorted(tensors.keys() - wanted):
+        return InputError(f"input {name!r} was not given when compiling: compile with it, or leave it out")
+    shapes = "\n".join("  " + ", ".join(f"{i.name} {_shape(i.shape)}" for i in glue.inputs) for glue in glues)
+    called = ", ".join(f"{name} {_shape(tuple(tensor.shape))}" for name, tensor in tensors.items())
+    return ShapeError(f"not compiled for {called}\ncompiled shapes (* is any batch size):\n{shapes}")
+
+
+def check_tensors(glue: Glue, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """InputError for a wrong dtype or device, or for a float input that is not finite."""
+    sums = []
+    for given in glue.inputs:
+        tensor = tensors[given.name]
+        if tensor.dtype != getattr(torch, given.dtype):
+            raise InputError(f"input {given.name!r} is {str(tensor.dtype)[6:]}, compiled for {given.dtype}")
+        if tensor.device != device:
+            raise InputError(f"input {given.name!r} is on {tensor.device}, the compiled transformer on {device}")
+        if tensor.is_floating_point():
+            sums.append(tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else None))
+    if sums and not torch.isfinite(sum(sums)):  # type: ignore[arg-type]
+        bad = [i.name for i in glue.inputs if not torch.isfinite(tensors[i.name].sum(dtype=torch.float64))]
+        raise InputError(f"input {', '.join(bad) or 'sums'} holds NaN or infinity")
+
+
+def _fits(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
+    return len(glue.inputs) == len(tensors) and all(
+        given.name in tensors and _matches(given, tensors[given.name]) for given in glue.inputs
+    )
+
+
+def _matches(given: GlueInput, tensor: Tensor) -> bool:
+    return len(given.shape) == tensor.dim() and all(
+        want is None or want == have for want, have in zip(given.shape, tensor.shape, strict=True)
+    )
+
+
+def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
+    return _plain(glue.constants) == dict(constants)
+
+
+def _plain(constants: Mapping[str, Constant]) -> dict[str, Constant]:
+    return {name: value for name, value in constants.items() if value is not None and name not in IGNORED}
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"

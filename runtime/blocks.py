@@ -1,0 +1,84 @@
+"""A program's blocks made ready to run: plans loaded, weights bound, routers folded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from runtime import engines
+from runtime.engines import Bound, Kernel
+from runtime.errors import BundleError
+from runtime.program import Program
+from runtime.routing import Routers
+from runtime.spec import Block, Plan
+
+
+class ReadyBlock:
+    """One block: its plan bound to its weights at every width, and where its rows and states are."""
+
+    def __init__(self, plan: Plan, bound: Sequence[Bound]) -> None:
+        self.plan = plan
+        self.bound = tuple(bound)
+        self.states = plan.states
+        self.time = plan.time
+        self.batch_dims = tuple(given.batch_dim for given in plan.inputs)
+        self.state_dims = tuple(self.batch_dims[index] or 0 for index in plan.states)
+        self._variants: dict[float, int] = {}
+
+    def variant_for(self, width: float) -> int:
+        """The narrowest variant that is at least `width` wide."""
+        found = self._variants.get(width)
+        if found is None:
+            wide = [v for v, variant in enumerate(self.plan.variants) if variant.width >= width - 1e-9]
+            found = min(wide, key=lambda v: self.plan.variants[v].width) if wide else len(self.plan.variants) - 1
+            self._variants[width] = found
+        return found
+
+    def rows(self, inputs: Sequence[Tensor]) -> int:
+        """Rows of the batch in a call with `inputs`."""
+        return inputs[self.states[0]].shape[self.state_dims[0]]
+
+    def take(self, inputs: Sequence[Tensor], index: Tensor, rows: int) -> list[Tensor]:
+        """`inputs` with only the rows `index` (int64); what all rows share is left as it is."""
+        return [
+            tensor if dim is None or tensor.shape[dim] != rows else tensor.index_select(dim, index)
+            for tensor, dim in zip(inputs, self.batch_dims, strict=True)
+        ]
+
+
+class ReadyBlocks:
+    """All blocks of a program on one engine; shared by all calls and threads.
+
+    Weights are held once, by `program`: variants are bound to views of their leading rows.
+    """
+
+    def __init__(self, program: Program, engine: str) -> None:
+        manifest = program.manifest
+        loader = engines.make(engine)
+        plans = {plan.id: plan for plan in manifest.plans}
+        kernels = {
+            plan.id: [loader.load(plan, variant, program.files) for variant in range(len(plan.variants))]
+            for plan in manifest.plans
+        }
+        self.engine = engine
+        self.blocks = [self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks]
+        self.routers = None
+        if manifest.router is not None and program.routers:
+            self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
+
+    @staticmethod
+    def _ready(program: Program, block: Block, plan: Plan, kernels: Sequence[Kernel]) -> ReadyBlock:
+        missing = [key for key in block.weights if key not in program.weights]
+        if missing:
+            raise BundleError(f"weights.safetensors lacks {missing[0]!r} of block {block.name}: compile again")
+        weights = [program.weights[key] for key in block.weights]
+        bound = []
+        for kernel, variant in zip(kernels, plan.variants, strict=True):
+            bound.append(kernel.bind([_head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]))
+        return ReadyBlock(plan, bound)
+
+
+def _head(weight: Tensor, rows: int) -> Tensor:
+    """The leading `rows` of `weight`, without a copy."""
+    return weight if weight.dim() == 0 or weight.shape[0] == rows else weight[:rows]

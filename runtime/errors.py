@@ -1,0 +1,27 @@
+"""Errors that the runtime raises for what a user can put right; each message says how."""
+
+from __future__ import annotations
+
+
+class EditError(Exception):
+    """Base of the errors of a compiled transformer."""
+
+
+class BundleError(EditError):
+    """A bundle cannot be read or written; the message names the file and what to do."""
+
+
+class EngineError(EditError):
+    """An engine cannot run this program here; the message names one that can."""
+
+
+class PolicyError(EditError, ValueError):
+    """A routing policy or schedule makes no sense, or does not fit the call."""
+
+
+class InputError(EditError, ValueError):
+    """An argument of a compiled transformer's forward is missing, unknown or unusable."""
+
+
+class ShapeError(InputError):
+    """The input shapes (or constants) are none of those that were compiled."""

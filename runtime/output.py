@@ -1,0 +1,46 @@
+"""What diffusers pipelines expect around a model: its configuration and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+
+class Config(dict[str, Any]):
+    """A model's configuration, read by key or by attribute; cannot be changed."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model's configuration has no {name!r}") from None
+
+    def _fixed(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("the configuration of a compiled transformer cannot be changed")
+
+    __setattr__ = __setitem__ = __delitem__ = __delattr__ = update = pop = clear = setdefault = _fixed
+
+
+class Output:
+    """Outputs of a forward by attribute (``.sample``), by name and by position."""
+
+    def __init__(self, items: Iterable[tuple[str, Tensor]]) -> None:
+        self._items = dict(items)
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["_items"][name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}") from None
+
+    def __getitem__(self, key: int | str) -> Tensor:
+        return self._items[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """The outputs in order."""
+        return tuple(self._items.values())

@@ -1,0 +1,88 @@
+"""A router evaluated for inference: no tensor of the tokens' size beyond the normalised tokens.
+
+The modulation is folded into W, streams are projected one by one instead of being joined, and both
+heads are one product after the token mean. Equal to `runtime.router.Router.forward` up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from runtime.router import sinusoid
+from runtime.spec import RouterConfig
+
+
+class FoldedRouter:
+    """One block's router over its parameters (names as in `runtime.router.Router`)."""
+
+    def __init__(self, config: RouterConfig, parameters: Mapping[str, Tensor]) -> None:
+        self._eps = config.eps
+        self._activation = getattr(F, config.activation)
+        self._weight = parameters["hidden.weight"]
+        self._bias = parameters["hidden.bias"]
+        self._heads = torch.cat([parameters["gate.weight"], parameters["width.weight"]])
+        self._heads_bias = torch.cat([parameters["gate.bias"], parameters["width.bias"]])
+        chain = ("modulation.0", "modulation.1") if "modulation.0.weight" in parameters else ("modulation",)
+        self._modulation = [
+            (parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+            for name in chain
+            if f"{name}.weight" in parameters
+        ]
+
+    def __call__(self, states: Sequence[Tensor], time: Tensor) -> Tensor:
+        """Logits (B, 1 + |S|) of the gate and the widths.
+
+        `states` are (B, L_i, D), `time` (B, E) or (1, E); the result has the router's dtype.
+        """
+        rows = states[0].shape[0]
+        weights, biases = self._modulated(time)
+        pooled = [
+            self._pool([state[row] for state in states], weights[row % len(weights)], biases[row % len(biases)])
+            for row in range(rows)
+        ]
+        hidden = pooled[0] if rows == 1 else torch.cat(pooled)
+        return F.linear(hidden, self._heads, self._heads_bias)
+
+    def _modulated(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 + gamma) W (B, H_r, D) and delta W + b (B, H_r), of equation 4 put into 5."""
+        if not self._modulation:
+            return self._weight[None], self._bias[None]
+        modulation = time.to(self._weight.dtype)
+        for weight, bias in self._modulation:
+            modulation = F.linear(modulation, weight, bias)
+        gamma, delta = modulation.chunk(2, dim=1)
+        return torch.addcmul(self._weight, self._weight, gamma[:, None]), F.linear(delta, self._weight, self._bias)
+
+    def _pool(self, streams: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        """Token mean of h over all streams (L_i, D) of a row, (1, H_r)."""
+        total: Tensor | None = None
+        for stream in streams:
+            normed = F.layer_norm(stream, stream.shape[-1:], eps=self._eps)
+            part = self._activation(F.linear(normed.to(weight.dtype), weight, bias)).sum(0, keepdim=True)
+            total = part if total is None else total + part
+        assert total is not None
+        return total / sum(len(stream) for stream in streams)
+
+
+class Routers:
+    """All routers of a program, by block; blocks without a time input share one sinusoidal embedding."""
+
+    def __init__(self, config: RouterConfig, blocks: int, parameters: Mapping[str, Tensor]) -> None:
+        self.config = config
+        grouped: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
+        for key, tensor in parameters.items():
+            index, name = key.split(".", 1)
+            grouped[int(index)][name] = tensor
+        self._routers = [FoldedRouter(config, own) for own in grouped]
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        """Sinusoidal embedding (B, time_dim) of `timestep` (B,) or ()."""
+        return sinusoid(timestep.reshape(-1), self.config.time_dim)
+
+    def __call__(self, block: int, states: Sequence[Tensor], time: Tensor) -> Tensor:
+        """Logits (B, 1 + |S|) of `block`'s router."""
+        return self._routers[block](states, time)
