@@ -22,7 +22,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from passes.graph import BlockGraph, BlockSite, Discovery, Report, Run, States
+from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
 from runtime.guard import guard
 
 
@@ -47,16 +47,16 @@ class GlueGraph:
     outputs: int
 
 
-class Guard(nn.Module):
-    """Stands where block `index` stood, and answers its calls through the guard operator."""
+@dataclass(frozen=True)
+class Guard:
+    """Answers the calls of block `index` through the guard operator; takes and gives what the block does."""
 
-    def __init__(self, index: int, site: BlockSite, states: States, graph: BlockGraph) -> None:
-        super().__init__()
-        self.index, self.states, self.graph = index, states, graph
-        self.call = site.calls[0]
+    index: int
+    call: Call
+    states: States
+    graph: BlockGraph
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        """Takes the block's arguments and returns the block's output structure."""
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
         inputs = [_as_real(leaves[position]) for position in self.graph.leaves]
         outputs = list(self.call.outputs)
@@ -66,15 +66,18 @@ class Guard(nn.Module):
 
 
 def guarded_copy(discovery: Discovery, states: Sequence[States], graphs: Sequence[BlockGraph]) -> nn.Module:
-    """The model with every discovered block replaced by its guard; shares all parameters, leaves the model alone."""
+    """The model with the forward of every discovered block replaced by its guard.
+
+    Shares all parameters and buffers and leaves the model itself alone. A guarded block keeps its
+    children, since a model's forward may reach into them.
+    """
     model = discovery.model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    blocks = {id(site.module) for site in discovery.blocks}
-    shared.update({id(module): module for module in model.modules() if id(module) in blocks})
-    twin = copy.deepcopy(model, shared)
+    known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for index, (site, state, graph) in enumerate(zip(discovery.blocks, states, graphs, strict=True)):
-        twin.set_submodule(site.name, Guard(index, site, state, graph))
-    return twin
+        block = copy.copy(site.module)
+        block.forward = Guard(index, site.calls[0], state, graph)
+        known[id(site.module)] = block
+    return copy.deepcopy(model, known)
 
 
 def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Report]:

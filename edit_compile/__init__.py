@@ -1,0 +1,82 @@
+"""Elastic diffusion transformers, compiled: routers on every block, engines at several MLP widths.
+
+    elastic = edit_compile.elasticize(transformer)       # trains like any nn.Module
+    compiled = edit_compile.compile(elastic)             # drop-in for the pipeline's transformer
+
+Names are imported when first used, so that a process that only loads and runs a bundle never imports the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edit_compile.benchmarking import benchmark as benchmark
+    from edit_compile.compiler import CompileError as CompileError
+    from edit_compile.compiler import compile as compile
+    from edit_compile.dry_run import DryRun as DryRun
+    from edit_compile.elastic import ElasticTransformer as ElasticTransformer
+    from edit_compile.elastic import elasticize as elasticize
+    from edit_compile.layout import ElasticError as ElasticError
+    from edit_compile.storage import load_elastic as load_elastic
+    from runtime.errors import BundleError as BundleError
+    from runtime.errors import EditError as EditError
+    from runtime.errors import EngineError as EngineError
+    from runtime.errors import InputError as InputError
+    from runtime.errors import PolicyError as PolicyError
+    from runtime.errors import ShapeError as ShapeError
+    from runtime.loading import load as load
+    from runtime.policy import RoutingPolicy as RoutingPolicy
+    from runtime.policy import ScheduledPolicy as ScheduledPolicy
+    from runtime.spec import RouterConfig as RouterConfig
+    from runtime.transformer import CompiledTransformer as CompiledTransformer
+
+_HOMES = {
+    "edit_compile.benchmarking": ("benchmark",),
+    "edit_compile.compiler": ("CompileError", "compile"),
+    "edit_compile.dry_run": ("DryRun",),
+    "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
+    "edit_compile.layout": ("ElasticError",),
+    "edit_compile.storage": ("load_elastic",),
+    "runtime.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
+    "runtime.loading": ("load",),
+    "runtime.policy": ("RoutingPolicy", "ScheduledPolicy"),
+    "runtime.spec": ("RouterConfig",),
+    "runtime.transformer": ("CompiledTransformer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"edit_compile has no {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]
+
+
+def _check_siblings() -> None:
+    """`passes` and `runtime` are common names: make sure that the ones found are this package's own."""
+    home = Path(__file__).resolve().parent.parent
+    for name in ("passes", "runtime"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+        if found is None and not (home / name).is_dir():
+            continue
+        if found != home / name:
+            raise ImportError(
+                f"edit_compile needs its own package {name!r} in {home}, but Python found {found} first: "
+                "rename or move that folder, or take it off sys.path"
+            )
+
+
+_check_siblings()

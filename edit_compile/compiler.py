@@ -1,0 +1,171 @@
+"""From a model to a compiled transformer: traced at the first call, as torch.compile does, or ahead of time."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edit_compile.dry_run import DryRun
+from edit_compile.elastic import ElasticTransformer
+from edit_compile.layout import find_layout
+from passes.assemble import Source, assemble, plan_groups
+from passes.pipeline import analyse
+from runtime import bundle
+from runtime.policy import Decider, RoutingPolicy
+from runtime.program import Program
+from runtime.transformer import CompiledTransformer
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+log = logging.getLogger(__name__)
+
+
+class CompileError(ValueError):
+    """An argument of `compile` makes no sense, or the model cannot be compiled; the message says what to change."""
+
+
+def compile(
+    model: nn.Module,
+    widths: Sequence[float] = WIDTHS,
+    *,
+    inputs: Inputs | None = None,
+    engine: str = "onnxruntime",
+    policy: Decider | None = None,
+    output: str | Path | None = None,
+    dry_run: bool = False,
+    timestep: str | None = None,
+) -> CompiledTransformer | DryRun:
+    """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
+
+    Args:
+        model: an ElasticTransformer, or any DiT (whose blocks are then always computed in full, with a warning).
+        widths: shares of the MLPs' hidden channels to build, in (0, 1], 1 among them.
+        inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
+            Without them the model is traced at the first call, and again for shapes not seen before.
+        engine: "onnxruntime" or "torch".
+        policy: decides per row what each block does; default: Algorithm 1 with the paper's FLUX setting.
+        output: folder to write the bundle to (needs `inputs`).
+        dry_run: give a report of what would be compiled instead (needs `inputs`).
+        timestep: name of the forward's timestep argument, where it cannot be told.
+
+    Raises:
+        CompileError: see above; also where no block of the model can be guarded.
+    """
+    tracer = Tracer(model, check_widths(widths), timestep)
+    if (dry_run or output is not None) and inputs is None:
+        wanted = "dry_run" if dry_run else "output"
+        raise CompileError(f"{wanted} needs inputs: the keyword arguments of one call of the model's forward")
+    if dry_run:
+        return tracer.dry_run(inputs)  # type: ignore[arg-type]
+    if not tracer.routers:
+        warnings.warn(
+            f"{type(model).__name__} has no routers, so no block will be skipped or narrowed: "
+            "edit_compile.elasticize(model) makes it elastic; a ScheduledPolicy decides without routers",
+            stacklevel=2,
+        )
+    program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
+    compiled = CompiledTransformer(program, engine=engine, policy=policy or RoutingPolicy.preset("flux"), tracer=tracer)
+    if output is not None:
+        bundle.save(compiled.program, output)
+    return compiled
+
+
+def check_widths(widths: Sequence[float]) -> tuple[float, ...]:
+    """`widths` ascending; CompileError where one is outside (0, 1], where 1 is missing or one is there twice."""
+    values = tuple(sorted(float(width) for width in widths))
+    wrong = [width for width in values if not 0.0 < width <= 1.0]
+    if wrong:
+        raise CompileError(f"width {wrong[0]} is outside (0, 1]: a width is a share of the MLP's hidden channels")
+    if len(set(values)) != len(values):
+        raise CompileError(f"widths {values} name a width twice")
+    if not values or values[-1] != 1.0:
+        raise CompileError(f"widths {values} lack 1: blocks must also be able to run in full")
+    return values
+
+
+class Tracer:
+    """Makes a program of a model for all the shapes it has been shown; called with the kwargs of an unseen call."""
+
+    def __init__(self, model: nn.Module, widths: tuple[float, ...], timestep: str | None) -> None:
+        self.elastic = model if isinstance(model, ElasticTransformer) else None
+        self.model = self.elastic.model if self.elastic is not None else model
+        self.widths, self.timestep = widths, timestep
+        self.buckets: list[Mapping[str, Any]] = []
+
+    @property
+    def routers(self) -> bool:
+        """Whether the model is elastic."""
+        return self.elastic is not None
+
+    def __call__(self, kwargs: Mapping[str, Any]) -> Program:
+        """The program that also covers a call with `kwargs`."""
+        return self.trace([*self.buckets, kwargs])
+
+    def trace(self, inputs: Inputs) -> Program:
+        """The program for `inputs`; CompileError where no block can be guarded."""
+        buckets = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        with self._dense():
+            analysis = analyse(self.model, buckets, self.timestep)
+            _log(analysis.reports)
+            if not analysis.groups:
+                raise CompileError(_nothing(self.model, analysis.reports))
+            planned, widths = plan_groups(analysis, self.widths)
+            program, guards = assemble(analysis, planned, self._source(buckets), self.widths)
+        _log((*widths, *guards))
+        self.buckets = buckets
+        return program
+
+    def dry_run(self, inputs: Inputs) -> DryRun:
+        """What `trace` would make of `inputs`, nothing lowered."""
+        with self._dense():
+            analysis = analyse(self.model, inputs, self.timestep)
+            planned, reports = plan_groups(analysis, self.widths)
+        return DryRun.of(analysis, planned, (*analysis.reports, *reports), self.elastic)
+
+    def untraced(self) -> Program:
+        """A program with a manifest but nothing compiled yet."""
+        return Program(self._source(()).manifest(self.widths), {}, {}, {})
+
+    def _dense(self) -> AbstractContextManager[None]:
+        return self.elastic.detached() if self.elastic is not None else nullcontext()
+
+    def _source(self, buckets: Sequence[Mapping[str, Any]]) -> Source:
+        if self.elastic is not None and self.elastic.layout is None and buckets:
+            self.elastic.attach(find_layout(self.model, buckets, self.elastic.config.time_dim))
+        routers = self.elastic.router_tensors() if self.elastic is not None else None
+        return Source(
+            model=type(self.model).__name__,
+            config=_config(self.model),
+            dtype=str(next(p.dtype for p in self.model.parameters() if p.is_floating_point())).removeprefix("torch."),
+            timestep=self.timestep or "timestep",
+            arguments=tuple(inspect.signature(self.model.forward).parameters),
+            router=self.elastic.config if self.elastic is not None else None,
+            routers=routers,
+        )
+
+
+def _config(model: nn.Module) -> dict[str, object]:
+    """The model's diffusers config without its private entries; empty for other models."""
+    return {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+
+
+def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:
+    reasons = [f"{refusal.where}: {refusal.reason}" for report in reports for refusal in report.refused]
+    return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no ModuleList")
+
+
+def _log(reports: Sequence[Any]) -> None:
+    for report in reports:
+        for line in report.done:
+            log.info("%s: %s", report.name, line)
+        for refusal in report.refused:
+            log.info("%s: left %s alone: %s", report.name, refusal.where, refusal.reason)

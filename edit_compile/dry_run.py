@@ -1,0 +1,128 @@
+"""The report of a dry run: what would be compiled, what it would save, and what was refused and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from edit_compile.elastic import ElasticTransformer
+from passes.assemble import Planned
+from passes.cost import count_flops, variant_cost
+from passes.graph import Refusal, Report
+from passes.pipeline import Analysis
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan at one width: work and bytes moved of one row of the batch (first shape bucket)."""
+
+    plan: str
+    kind: str
+    blocks: int
+    states: tuple[str, ...]
+    sites: int
+    width: float
+    hidden: tuple[int, ...]
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `compile(..., dry_run=True)` gives; ``print(report)`` shows it as tables.
+
+    `router_parameters` counts one router's parameters, on average over the blocks (0 without routers).
+    """
+
+    model: str
+    blocks: int
+    plans: tuple[PlanRow, ...]
+    router_parameters: int
+    router_flops: int
+    reports: tuple[Report, ...]
+
+    @property
+    def refused(self) -> tuple[tuple[str, Refusal], ...]:
+        """(pass, refusal) of everything left alone."""
+        return tuple((report.name, refusal) for report in self.reports for refusal in report.refused)
+
+    @staticmethod
+    def of(
+        analysis: Analysis, planned: Sequence[Planned], reports: Sequence[Report], elastic: ElasticTransformer | None
+    ) -> DryRun:
+        """Collect the report of analysed and planned graphs."""
+        rows = [
+            _row(item, index, len(item.group.members)) for item in planned for index in range(len(item.plan.variants))
+        ]
+        routers = list(elastic.routers) if elastic is not None else []
+        parameters = sum(p.numel() for router in routers for p in router.parameters())
+        return DryRun(
+            model=type(analysis.discovery.model).__name__,
+            blocks=len(analysis.discovery.blocks),
+            plans=tuple(rows),
+            router_parameters=parameters // max(len(routers), 1),
+            router_flops=_router_flops(planned, elastic),
+            reports=tuple(reports),
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as captured:
+            console.print(f"{self.model}: {self.blocks} blocks")
+            console.print(self._plan_table())
+            if self.router_parameters:
+                console.print(f"a router: {self.router_parameters:,} parameters, {self.router_flops / 1e6:.3f} MFLOP")
+            if self.refused:
+                console.print(self._refusal_table())
+        return captured.get()
+
+    def _plan_table(self) -> Table:
+        table = Table("plan", "block", "blocks", "states", "MLP sites", "width", "hidden", "MFLOP/row", "MB/row")
+        for row in self.plans:
+            table.add_row(
+                row.plan,
+                row.kind,
+                str(row.blocks),
+                ", ".join(row.states),
+                str(row.sites),
+                f"{row.width:g}",
+                ", ".join(map(str, row.hidden)),
+                f"{row.flops / 1e6:.2f}",
+                f"{row.bytes / 1e6:.2f}",
+            )
+        return table
+
+    def _refusal_table(self) -> Table:
+        table = Table("pass", "left alone", "because")
+        for name, refusal in self.refused:
+            table.add_row(name, refusal.where, refusal.reason)
+        return table
+
+
+def _row(item: Planned, index: int, blocks: int) -> PlanRow:
+    plan, variant = item.plan, item.plan.variants[index]
+    flops, moved = variant_cost(item.graph, index, plan, item.examples[0])
+    return PlanRow(
+        plan=plan.id,
+        kind=plan.kind,
+        blocks=blocks,
+        states=tuple(plan.inputs[k].name for k in plan.states),
+        sites=len(item.group.sites),
+        width=variant.width,
+        hidden=tuple(kept_channels(site.hidden, variant.width) for site in item.group.sites),
+        flops=flops,
+        bytes=moved,
+    )
+
+
+def _router_flops(planned: Sequence[Planned], elastic: ElasticTransformer | None) -> int:
+    """Work of the first block's router on one row."""
+    if elastic is None or not len(elastic.routers):
+        return 0
+    router, item = elastic.routers[0], next(item for item in planned if 0 in item.group.members)
+    states = [item.examples[0][k] for k in item.plan.states]
+    time = states[0].new_empty(len(states[0]), router.time_dim)
+    return count_flops(router, states, time) // len(states[0])
