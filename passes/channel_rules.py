@@ -370,7 +370,7 @@ _KINDS: dict[Rule, str] = {
     _select: "select unbind",
     _cat: "cat",
     _permute: "permute transpose t numpy_T",
-    _reshape: "view reshape _unsafe_view squeeze unsqueeze flatten unflatten",
+    _reshape: "view reshape _unsafe_view squeeze unsqueeze flatten",
     _expand: "expand",
     _norm: "layer_norm rms_norm",
     _reduce: "mean sum amax amin var std softmax _softmax log_softmax linalg_vector_norm cumsum",

@@ -138,6 +138,7 @@ class WeightPiece:
 
     The stored tensor is ``source`` narrowed along `dim` to ``start .. start+size``, then moved so
     that `dim` comes first when `transposed`; contiguous. `rows[v]` leading rows serve variant v.
+    A scalar is stored as one row.
     """
 
     name: str
@@ -150,6 +151,7 @@ class WeightPiece:
 
     def cut(self, weight: Tensor) -> Tensor:
         """The stored tensor for the block's `weight`; shares memory where it is the whole of it."""
+        weight = weight if weight.dim() else weight.reshape(1)
         piece = weight.narrow(self.dim, self.start, self.size)
         return (piece.transpose(0, self.dim) if self.transposed else piece).contiguous()
 
