@@ -39,18 +39,14 @@ def write_file_atomically(path: Path, text: str) -> None:
     """Write `text` to a temporary neighbour of `path` and rename it, so a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
-def save_tensors_atomically(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def save_tensors_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` as safetensors to a temporary neighbour of `path` and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata
-    )
-    os.replace(temporary, path)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    temporary.replace(path)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -66,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     if final.exists():
         shutil.rmtree(final)
-    os.replace(temporary, final)
+    temporary.replace(final)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -76,9 +72,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path for path in folder.iterdir() if _NAME.match(path.name) and (path / "state.json").is_file()
-    )
+    return sorted(path for path in folder.iterdir() if _NAME.match(path.name) and (path / "state.json").is_file())
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -89,16 +83,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        parts = {
-            part: load_file(path / f"{part}.safetensors", str(device))
-            for part in ("model", "ema", "optimizer")
-        }
+        parts = {part: load_file(path / f"{part}.safetensors", str(device)) for part in ("model", "ema", "optimizer")}
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error}); delete this folder to go on from the one before it"
         ) from error
     if state.get("schema") != 1:
-        raise CheckpointError(
-            f"checkpoint {path} has schema {state.get('schema')!r}, this version reads schema 1"
-        )
+        raise CheckpointError(f"checkpoint {path} has schema {state.get('schema')!r}, this version reads schema 1")
     return Checkpoint(step=int(state["step"]), config=state["config"], **parts)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from passes.graph import BlockSite, MlpSite, States
+
 log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class MaskedInput:
     """Hidden channels of one MLP at the input of its down-projection.
 
     `module` is the down-projection's name inside the block; channels start .. start + hidden of its input, along
-    dimension `dim` (counted from the end for a linear, -1; 1 for a convolution), are the MLP's hidden channels in order.
+    dimension `dim` (-1 for a linear, 1 for a convolution), are the MLP's hidden channels in order.
     """
 
     module: str
@@ -74,45 +76,47 @@ class Layout:
 def find_layout(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], time_dim: int) -> Layout:
     """Run the passes on `model` called with `inputs`, and keep what routers need.
 
+    `time_dim` is the width of the sinusoidal embedding for blocks without a time embedding of their own.
+
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    from passes.dedupe import group_blocks
-    from passes.discover import discover
-    from passes.export import export_block
-    from passes.mlp import find_sites
-    from passes.states import find_states
+    from passes.pipeline import analyse  # here, because a saved layout is read without the passes
 
-    discovery, report = discover(model, inputs)
-    if not discovery.blocks:
-        reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in report.refused) or "no candidates"
+    analysis = analyse(model, inputs)
+    refusals = [refusal for report in analysis.reports for refusal in report.refused]
+    for refusal in refusals:
+        log.info("%s: %s", refusal.where, refusal.reason)
+    if not analysis.groups:
+        reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refusals) or "no candidates"
         raise ElasticError(f"no elastic block found in {type(model).__name__} ({reasons})")
-    layouts: dict[str, BlockLayout] = {}
-    for group in group_blocks(discovery.blocks):
-        first = group[0]
-        states, _ = find_states(first)
-        graph, _ = export_block(first, states, discovery.runs)
-        sites, site_report = find_sites(graph)
-        for refusal in site_report.refused:
-            log.info("%s: MLP site refused at %s: %s", first.name, refusal.where, refusal.reason)
-        masks = tuple(mask for site in sites for mask in _masks(first.module, graph.weights, site))
-        for block in group:
-            layouts[block.name] = _block_layout(block, states.pairs, masks, time_dim)
-    return Layout(discovery.timestep, tuple(layouts[block.name] for block in discovery.blocks))
+    blocks = []
+    for block, owner in zip(analysis.discovery.blocks, analysis.group_of, strict=True):
+        group = analysis.groups[owner]
+        masks = tuple(mask for site in group.sites for mask in _masks(block.module, group.graph.weights, site))
+        blocks.append(_block_layout(block, group.states, masks, time_dim))
+    return Layout(analysis.discovery.timestep, tuple(blocks))
 
 
-def _block_layout(block: Any, pairs: Any, masks: tuple[MaskedInput, ...], time_dim: int) -> BlockLayout:
-    leaves = block.calls[0].leaves
-    streams = [leaves[source] for _, source in pairs]
-    widths = {stream.shape[-1] for stream in streams}
-    if len(widths) != 1 or any(stream.ndim != 3 for stream in streams):
-        shapes = [tuple(stream.shape) for stream in streams]
-        raise ElasticError(f"{block.name}: streams {shapes} are not (B, L, D) of one D, so that no router can read them")
-    time = leaves[block.time].shape[-1] if block.time is not None else time_dim
-    return BlockLayout(block.name, len(leaves), tuple(pairs), widths.pop(), block.time, int(time), masks)
+def _block_layout(site: BlockSite, states: States, masks: tuple[MaskedInput, ...], time_dim: int) -> BlockLayout:
+    leaves = site.calls[0].leaves
+    streams = [_shape(leaves[source]) for _, source in states.pairs]
+    widths = {shape[-1] for shape in streams}
+    if len(widths) != 1 or any(len(shape) != 3 for shape in streams):
+        raise ElasticError(
+            f"{site.name}: streams {streams} are not (B, L, D) of one D, so that no router can read them"
+        )
+    if site.time is not None:
+        time_dim = _shape(leaves[site.time])[-1]
+    return BlockLayout(site.name, len(leaves), states.pairs, widths.pop(), site.time, time_dim, masks)
 
 
-def _masks(block: nn.Module, weights: Mapping[str, str], site: Any) -> list[MaskedInput]:
+def _shape(leaf: object) -> tuple[int, ...]:
+    assert isinstance(leaf, Tensor)
+    return tuple(leaf.shape)
+
+
+def _masks(block: nn.Module, weights: Mapping[str, str], site: MlpSite) -> list[MaskedInput]:
     found = []
     for slot in site.contractions:
         name = site.weight_names.get(slot.weight) or weights[slot.weight]

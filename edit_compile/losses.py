@@ -55,7 +55,7 @@ def gate_loss(routing: Routing, budget: Budget) -> Tensor:
 
 
 def width_loss(routing: Routing, budget: Budget) -> Tensor:
-    """(mean of sum_j q_j S_j over the rows and blocks that run - rho_w)^2 (equations 14-15), scalar; 0 where none runs."""
+    """(mean of sum_j q_j S_j over the rows and blocks that run - rho_w)^2 (equations 14-15); 0 where none runs."""
     active = routing.gate.detach()
     width = expected_width(routing.choice if budget.hard else routing.width_probability, routing.widths)
     mean = (active * width).sum() / active.sum().clamp(min=1)
@@ -66,7 +66,7 @@ def budget_losses(routing: Routing, flow: Tensor, budget: Budget) -> dict[str, T
     """L = L_flow + lambda (L_gate + L_width), its parts, and logs: what `Task.loss` returns.
 
     Scalars "gate_rate" and "mean_width" (of the blocks that run); vectors (n,) "block_gate_rate", "block_width" and
-    "block_gate_deviation": the standard deviation of the decision over the rows, 0 where a block is always or never run.
+    "block_gate_deviation": the standard deviation of the decision over the rows, 0 where it is always the same.
     """
     by_gate, by_width = gate_loss(routing, budget), width_loss(routing, budget)
     gates, widths = routing.gate.detach(), routing.width.detach()

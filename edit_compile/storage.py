@@ -1,9 +1,9 @@
 """An elastic model on disk: safetensors and JSON, no pickle.
 
-    model.safetensors      the base model, under its own names
-    config.json            its diffusers config, where it has one
-    routers.safetensors    "<block index>.<parameter name>"
-    elastic.json           schema, RouterConfig, Layout
+model.safetensors      the base model, under its own names
+config.json            its diffusers config, where it has one
+routers.safetensors    "<block index>.<parameter name>"
+elastic.json           schema, RouterConfig, Layout
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors_atomically(folder / "model.safetensors", _cast(elastic.model.state_dict(), dtype))
     save_tensors_atomically(folder / "routers.safetensors", _cast(elastic.routers.state_dict(), dtype))
-    if hasattr(elastic.model, "to_json_string"):
-        write_file_atomically(folder / "config.json", elastic.model.to_json_string())
+    as_json: Any = getattr(elastic.model, "to_json_string", None)
+    if as_json is not None:
+        write_file_atomically(folder / "config.json", as_json())
     description = {"schema": SCHEMA, "router": asdict(elastic.config), "layout": asdict(elastic.layout)}
     write_file_atomically(folder / "elastic.json", json.dumps(description, indent=1) + "\n")
 
@@ -85,5 +86,5 @@ def _model_from_config(path: Path) -> nn.Module:
     name = config.get("_class_name", "")
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise ElasticError(f"{path} names the class {name!r}, not a diffusers model: pass load_elastic(folder, model=...)")
+        raise ElasticError(f"{path}: the class {name!r} is no diffusers model: pass load_elastic(folder, model=...)")
     return found.from_config(config)

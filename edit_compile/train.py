@@ -102,9 +102,7 @@ class StepSampler(Sampler[list[int]]):
     `world * batch_size` positions, and rank r the r-th slice of them.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
         if length < 1:
             raise ValueError("the dataset is empty: training needs at least one sample")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -217,14 +215,10 @@ class _Run:
         )
         # Its own generator: the loader would otherwise draw a worker seed from the global one.
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, self.step))
-        return iter(
-            DataLoader(dataset, batch_sampler=sampler, num_workers=self.config.workers, generator=generator)
-        )
+        return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=self.config.workers, generator=generator))
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        reduced = {
-            n: self.accelerator.reduce(v, "mean") if isinstance(v, Tensor) else v for n, v in metrics.items()
-        }
+        reduced = {n: self.accelerator.reduce(v, "mean") if isinstance(v, Tensor) else v for n, v in metrics.items()}
         if not self.accelerator.is_main_process:
             return
         record = {"step": self.step} | {
@@ -246,9 +240,7 @@ class _Run:
             return
         names = [name for group in self.optimizer.param_groups for name in group["names"]]
         states = self.optimizer.state_dict()["state"]
-        optimizer = {
-            f"{names[i]}/{key}": torch.as_tensor(v) for i, state in states.items() for key, v in state.items()
-        }
+        optimizer = {f"{names[i]}/{key}": torch.as_tensor(v) for i, state in states.items() for key, v in state.items()}
         config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self.config).items()}
         model = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
         save_checkpoint(

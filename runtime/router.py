@@ -1,4 +1,4 @@
-"""The router: reads a block's token streams and the time embedding, gives one gate logit and |S| width logits per row."""
+"""The router: from a block's token streams and time embedding to one gate logit and |S| width logits per row."""
 
 from __future__ import annotations
 

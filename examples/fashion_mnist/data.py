@@ -43,9 +43,7 @@ def load_split(split: str, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
 
 def to_patches(images: Tensor) -> Tensor:
     """Pixels (B, 28, 28) in any dtype to 49 tokens of 4 x 4 pixels, (B, 49, 16)."""
-    return (
-        images.unflatten(1, (7, 4)).unflatten(3, (7, 4)).permute(0, 1, 3, 2, 4).reshape(len(images), 49, 16)
-    )
+    return images.unflatten(1, (7, 4)).unflatten(3, (7, 4)).permute(0, 1, 3, 2, 4).reshape(len(images), 49, 16)
 
 
 def from_patches(tokens: Tensor) -> Tensor:
@@ -78,7 +76,5 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     header = np.frombuffer(data, ">i4", 1 + dimensions)
     shape = tuple(int(size) for size in header[1:])
     if header[0] != 0x800 + dimensions or len(data) != header.nbytes + int(np.prod(shape)):
-        raise ValueError(
-            f"{path} is not an idx file of {dimensions} dimensions of bytes: install {PACKAGE} again"
-        )
+        raise ValueError(f"{path} is not an idx file of {dimensions} dimensions of bytes: install {PACKAGE} again")
     return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(shape).copy()

@@ -94,7 +94,8 @@ def quality(model: Any, judge: Judge, images: int, guidance: float, batch: int =
     seconds = time.perf_counter() - started
     predicted, features = judged(judge, torch.cat(chunks))
     accuracy = (predicted == labels).float().mean().item()
-    return Quality(images, round(accuracy, 4), round(frechet_distance(features, test_features(judge)), 3), round(seconds, 1))
+    distance = frechet_distance(features, test_features(judge))
+    return Quality(images, round(accuracy, 4), round(distance, 3), round(seconds, 1))
 
 
 def test_features(judge: Judge) -> Tensor:

@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 
 
 def dense_model() -> FluxTransformer2DModel:
-    """A new model of about 3.5 M parameters; modulations and the last linear start at zero (every block an identity)."""
+    """A new model of 3.4 M parameters; modulations and the last linear start at zero (every block an identity)."""
     model = FluxTransformer2DModel(**CONFIG)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):

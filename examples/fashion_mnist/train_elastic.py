@@ -1,0 +1,47 @@
+"""Train the elastic model from the dense one: python -m examples.fashion_mnist.train_elastic --output runs/elastic."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from edit_compile.losses import PRESETS, Budget
+from edit_compile.train import TrainConfig, train
+from examples.fashion_mnist.model import load_model
+from examples.fashion_mnist.task import ElasticTask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/elastic"))
+    parser.add_argument("--dense", default="dense", help="'dense', or a checkpoint of the dense training")
+    parser.add_argument("--budget", choices=sorted(PRESETS), default="flux")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--decay-steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--router-lr", type=float, default=2.0, help="factor on the routers' learning rate")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = TrainConfig(
+        output=arguments.output,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        warmup_steps=50,
+        decay_steps=arguments.decay_steps,
+        compile=arguments.compile,
+        lr_multipliers=(("routers.", arguments.router_lr),),
+    )
+    print(train(ElasticTask(load_model(arguments.dense), Budget.preset(arguments.budget)), config))
+
+
+if __name__ == "__main__":
+    main()
