@@ -63,12 +63,16 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
 
 
 def weight_values(graph: BlockGraph, module: nn.Module) -> list[Tensor]:
-    """What `module` passes for ``graph.weights``, detached; it is the exported block or one of its group."""
+    """What `module` passes for ``graph.weights``, detached; it is the exported block or one of its group.
+
+    A complex tensor is given as pairs where the graph takes pairs (see passes.real).
+    """
     constants = graph.module.meta["constants"]
-    return [
+    values = [
         constants[name] if name.startswith(CONSTANT) else _attribute(module, name).detach()
         for name in graph.weights.values()
     ]
+    return _as_taken(graph, list(graph.weights), values)
 
 
 def validate(graph: BlockGraph, site: BlockSite) -> None:
@@ -187,13 +191,23 @@ def _states(call: Call) -> list[Tensor]:
 
 
 def _compare(site: BlockSite, what: str, graph: BlockGraph, weights: Sequence[Tensor], call: Call) -> None:
-    states = graph.module(*weights, *(call.leaves[at] for at in graph.leaves))
+    inputs = [leaf for leaf in (call.leaves[at] for at in graph.leaves) if isinstance(leaf, Tensor)]
+    states = graph.module(*weights, *_as_taken(graph, graph.inputs, inputs))
     for index, (given, wanted) in enumerate(zip(states, _states(call), strict=True)):
         if given.shape != wanted.shape or given.dtype != wanted.dtype:
             raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
         error = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
         if not error <= _TOLERANCE[wanted.dtype]:
             raise ExportError(f"{site.name}: state {index} of the graph is off by {error:.1e} on {what}")
+
+
+def _as_taken(graph: BlockGraph, names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
+    """`values` with complex ones as pairs where the placeholder of that name is real."""
+    nodes = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
+    return [
+        torch.view_as_real(value) if value.is_complex() and not nodes[name].meta["val"].is_complex() else value
+        for name, value in zip(names, values, strict=True)
+    ]
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:

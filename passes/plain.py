@@ -1,13 +1,15 @@
 """An exported program as a plain graph: functional operators, and placeholders with readable names.
 
 Removed: runtime assertions (what they assert was seen to hold in every recorded run) and what only
-they used. Rewritten: ``view(x, s) = reshape(x, s)``, which asks nothing of strides. Refused: a program
-that writes to an input or a buffer, and one that calls a graph within the graph.
+they used; slices of everything. Rewritten: ``view(x, s) = reshape(x, s)``, which asks nothing of
+strides. Refused: a program that writes to an input or a buffer, and one that calls a graph within the
+graph.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -53,6 +55,9 @@ def identifier(text: str) -> str:
 def _clean(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and str(node.target).startswith(_ASSERTIONS):
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.slice.Tensor and tuple(node.args[2:]) == (0, sys.maxsize):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = torch.ops.aten.reshape.default
