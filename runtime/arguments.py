@@ -1,12 +1,10 @@
 """The arguments of a model's forward as a flat set of tensors and plain constants.
 
-Nested lists, tuples and dicts are flattened to dotted names (``x.0``) where they hold tensors; other
-non-tensor values become constants: scalars as they are, lists and dicts of scalars as JSON text.
+Lists, tuples and dicts are flattened to dotted names (``x.0``); leaves are tensors or scalars.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,7 +34,10 @@ def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str,
 
 
 def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Constant]]:
-    """Tensors and constants by dotted name; None, empty lists and empty dicts are left out."""
+    """Tensors and constants by dotted name; None, empty lists and empty dicts are left out.
+
+    InputError for a leaf that is neither a tensor nor a scalar.
+    """
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Constant] = {}
     for name, value in arguments.items():
@@ -46,29 +47,17 @@ def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: dict[str, Constant]) -> None:
-    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+    if value is None:
         return
     if isinstance(value, Tensor):
         tensors[name] = value
     elif isinstance(value, (bool, int, float, str)):
         constants[name] = value
-    elif _has_tensor(value):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)  # type: ignore[arg-type]
-        for key, item in items:
+    elif isinstance(value, (list, tuple, Mapping)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _flatten(f"{name}.{key}", item, tensors, constants)
     else:
-        try:
-            constants[name] = json.dumps(value)
-        except TypeError as error:
-            raise InputError(f"argument {name!r} is neither a tensor nor plain data: {error}") from error
-
-
-def _has_tensor(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(_has_tensor(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_has_tensor(item) for item in value)
-    return isinstance(value, Tensor)
+        raise InputError(f"argument {name!r} is a {type(value).__name__}: neither a tensor nor plain data")
 
 
 def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:

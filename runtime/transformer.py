@@ -197,18 +197,17 @@ class CompiledTransformer(nn.Module):
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
     ) -> tuple[_Loaded, Glue]:
         """The glue for these arguments, traced first if need be."""
-        loaded = self._loaded
-        glue = None if loaded is None else arguments.find_glue(loaded.program.manifest.glues, tensors, constants)
-        if loaded is None or glue is None:
-            if self._tracer is None:
-                assert loaded is not None
-                raise arguments.explain(loaded.program.manifest.glues, tensors, constants)
+        found = _search(self._loaded, tensors, constants)
+        if found is None and self._tracer is not None:
             with self._lock:
-                loaded = self._loaded = _Loaded(self._tracer(given), self.engine)
-            glue = arguments.find_glue(loaded.program.manifest.glues, tensors, constants)
-            if glue is None:
-                raise arguments.explain(loaded.program.manifest.glues, tensors, constants)
-        return loaded, glue
+                found = _search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
+                if found is None:
+                    self._loaded = _Loaded(self._tracer(given), self.engine)
+                    found = _search(self._loaded, tensors, constants)
+        if found is None:
+            glues = () if self._loaded is None else self._loaded.program.manifest.glues
+            raise arguments.explain(glues, tensors, constants)
+        return found
 
     def _count(self, done: Counters, glue: Glue, rows: int) -> None:
         own = rows * glue.flops
@@ -248,7 +247,7 @@ class _Loaded:
         found = self._glues.get(glue.id)
         if found is None:
             assert glue.file is not None
-            graph = pt2.load(self.program.files[glue.file])
+            graph = pt2.load(self.program.files[glue.file], glue.file, self.device)
             weights = [self.program.weights[key] for key in glue.weights]
             found = self._glues[glue.id] = lambda *inputs: graph(*weights, *inputs)
         return found
@@ -265,6 +264,15 @@ class _Loaded:
                 raise InputError(f"missing input {name!r}")
             return (float(value),), lambda: torch.tensor([float(value)], device=self.device)
         return tuple(tensor.reshape(-1).tolist()), lambda: tensor
+
+
+def _search(
+    loaded: _Loaded | None, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
+) -> tuple[_Loaded, Glue] | None:
+    if loaded is None:
+        return None
+    glue = arguments.find_glue(loaded.program.manifest.glues, tensors, constants)
+    return None if glue is None else (loaded, glue)
 
 
 def _refuse_adapters(given: Mapping[str, object]) -> None:

@@ -67,6 +67,7 @@ class _Kernel:
         self.session = session
         self.weights = plan.weights
         self.inputs = tuple(given.name for given in plan.inputs)
+        self.taken = frozenset(given.name for given in session.get_inputs())
         self.states = plan.states
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
@@ -98,7 +99,8 @@ class _Bound:
         except IndexError:
             binding = self._binding()
         for name, tensor in zip(kernel.inputs, given, strict=True):
-            _bind(binding.bind_input, name, tensor)
+            if name in kernel.taken:  # an input that the plan does not use may be gone from its file
+                _bind(binding.bind_input, name, tensor)
         for index, tensor in enumerate(states):
             _bind(binding.bind_output, f"state_{index}", tensor)
         kernel.session.run_with_iobinding(binding)
@@ -108,7 +110,8 @@ class _Bound:
     def _binding(self) -> Any:
         binding = self._kernel.session.io_binding()
         for name, weight in zip(self._kernel.weights, self._weights, strict=True):
-            _bind(binding.bind_input, name, weight)
+            if name in self._kernel.taken:
+                _bind(binding.bind_input, name, weight)
         return binding
 
 

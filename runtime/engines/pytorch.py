@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from runtime import pt2
-from runtime.engines import Bound, Kernel, plan_bytes
+from runtime.engines import Bound, Kernel, plan_bytes, plan_file
 from runtime.spec import Plan
 
 
@@ -17,14 +18,19 @@ class TorchEngine:
     name = "torch"
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
-        """Read the variant's graph."""
-        return _Kernel(pt2.load(plan_bytes(plan, variant, "pt2", files, self.name)))
+        """Read the variant's graph; BundleError if it is not one."""
+        data = plan_bytes(plan, variant, "pt2", files, self.name)
+        return _Kernel(data, plan_file(plan, variant, "pt2"))
 
 
 class _Kernel:
-    def __init__(self, graph: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._graph = graph
+    def __init__(self, data: bytes, name: str) -> None:
+        self._data, self._name = data, name
+        self._graphs: dict[torch.device | None, Callable[..., tuple[Tensor, ...]]] = {}
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
-        graph, fixed = self._graph, tuple(weights)
+        device = weights[0].device if weights else None
+        if device not in self._graphs:
+            self._graphs[device] = pt2.load(self._data, self._name, device)
+        graph, fixed = self._graphs[device], tuple(weights)
         return lambda inputs: list(graph(*fixed, *inputs))
