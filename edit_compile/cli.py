@@ -1,0 +1,232 @@
+"""`edit-compile train | compile | build | inspect | verify | bench | plot`: the words of the API on the command line.
+
+Heavy imports wait inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Elastic diffusion transformers, compiled.", rich_markup_mode=None
+)
+console = Console()
+errors = Console(stderr=True)
+
+Bundle = Annotated[Path, typer.Argument(help="folder of a compiled bundle")]
+Model = Annotated[str, typer.Argument(help="elastic folder, saved diffusers model, or path/to/file.py:ClassName")]
+ModelOption = Annotated[str, typer.Option("--model", help="the model it was compiled from, as for `compile`")]
+Inputs = Annotated[Path | None, typer.Option(help="safetensors file with the forward's keyword arguments")]
+Engine = Annotated[str, typer.Option(help="onnxruntime or torch")]
+Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--schedule", help='decisions at random instead of routed: "gate,width", for example .5,.6'),
+]
+
+
+def fail(message: str) -> NoReturn:
+    """Say what the user can put right in one line, and end with status 2."""
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors a user can cause into one line; EDIT_COMPILE_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from edit_compile.loading import UserError
+        from runtime.errors import EditError
+
+        try:
+            command(*args, **kwargs)
+        except (UserError, EditError, ValueError, OSError) as error:
+            if os.environ.get("EDIT_COMPILE_DEBUG"):
+                raise
+            fail(" ".join(str(error).split()))
+
+    return wrapped
+
+
+@app.command()
+@plain_errors
+def train(
+    task: Annotated[str, typer.Argument(help="path/to/file.py:TaskClass")],
+    settings: Annotated[list[str] | None, typer.Argument(help="fields of TrainConfig as name=value")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")] = Path("runs/train"),
+) -> None:
+    """Train a task's model, dense or elastic."""
+    from edit_compile.loading import load_object, parse_overrides
+    from edit_compile.train import TrainConfig
+    from edit_compile.train import train as run
+
+    made = load_object(task)
+    config = parse_overrides(TrainConfig, settings or [], output=output)
+    console.print(run(made(), config))
+
+
+@app.command(name="compile")
+@plain_errors
+def compile_model(
+    model: Model,
+    inputs: Annotated[list[Path], typer.Option(help="safetensors file with keyword arguments; once per shape")],
+    output: Annotated[Path | None, typer.Option(help="folder to write the bundle to")] = None,
+    widths: Annotated[str, typer.Option(help="shares of the MLPs' hidden channels")] = ".25,.5,.75,1",
+    engine: Engine = "onnxruntime",
+    preset: Preset = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as saved")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be compiled, write nothing")] = False,
+) -> None:
+    """Compile a model into a bundle."""
+    from edit_compile.compiler import compile as run
+    from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
+    from runtime.policy import RoutingPolicy
+
+    if output is None and not dry_run:
+        raise UserError("give --output FOLDER to write the bundle to, or --dry-run")
+    made = run(
+        load_model(model, parse_dtype(dtype)),
+        parse_numbers(widths),
+        inputs=[load_inputs(path) for path in inputs],
+        engine=engine,
+        policy=RoutingPolicy.preset(preset) if preset else None,
+        output=None if dry_run else output,
+        dry_run=dry_run,
+    )
+    console.print(made if dry_run else f"wrote {output}")
+
+
+@app.command()
+@plain_errors
+def build(bundle: Bundle, engine: Engine = "onnxruntime") -> None:
+    """Build every plan of a bundle at every width on this machine, and show what each costs."""
+    from edit_compile.building import build as run
+    from edit_compile.building import table_of
+
+    console.print(table_of(run(bundle, engine), engine))
+
+
+@app.command()
+@plain_errors
+def inspect(bundle: Bundle) -> None:
+    """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions and policy."""
+    from edit_compile.inspection import describe
+    from runtime.bundle import load
+
+    console.print(describe(load(bundle).manifest, bundle))
+
+
+@app.command()
+@plain_errors
+def verify(
+    bundle: Bundle,
+    model: ModelOption,
+    inputs: Inputs = None,
+    engine: Engine = "onnxruntime",
+    tolerance: Annotated[float, typer.Option(help="largest difference allowed, relative to the largest output")] = 1e-3,
+) -> None:
+    """Compare a bundle's numbers with its model's; status 1 where they differ."""
+    from edit_compile.verify import table_of
+    from edit_compile.verify import verify as run
+    from runtime.loading import load
+
+    compiled = load(bundle, engine=engine)
+    checks = run(compiled, _model_like(compiled, model), _inputs_for(compiled, inputs), tolerance)
+    console.print(table_of(checks))
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+@plain_errors
+def bench(
+    bundle: Bundle,
+    model: ModelOption,
+    inputs: Inputs = None,
+    engine: Engine = "onnxruntime",
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    schedule: Budget = None,
+    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
+) -> None:
+    """Time a bundle against its model, interleaved."""
+    from edit_compile.benchmarking import benchmark
+    from runtime.loading import load
+
+    compiled = load(bundle, engine=engine)
+    _apply_schedule(compiled, schedule, steps)
+    found = benchmark(_dense(_model_like(compiled, model)), compiled, _inputs_for(compiled, inputs), steps, repeats)
+    console.print(found)
+    if json:
+        json.write_text(found.to_json() + "\n")
+    if picture:
+        found.plot(picture)
+
+
+@app.command()
+@plain_errors
+def plot(
+    source: Annotated[Path, typer.Argument(help="a bundle, or a trace written by compiled.trace.to_json()")],
+    output: Annotated[Path, typer.Option(help="image to write")] = Path("router.png"),
+    inputs: Inputs = None,
+    engine: Engine = "onnxruntime",
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+) -> None:
+    """Draw what the routers decided, over blocks and steps."""
+    from edit_compile.plot import read_trace, router_heat_map, save
+    from edit_compile.verify import trace_of
+    from runtime.loading import load
+
+    if source.is_dir():
+        compiled = load(source, engine=engine)
+        record = trace_of(compiled, _inputs_for(compiled, inputs), steps)
+    else:
+        record = read_trace(source.read_text())
+    console.print(f"wrote {save(router_heat_map(record), output)}")
+
+
+def _inputs_for(compiled: Any, path: Path | None) -> dict[str, Any]:
+    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for."""
+    from edit_compile.loading import load_inputs
+    from edit_compile.verify import random_inputs
+
+    return load_inputs(path) if path else random_inputs(compiled.program.manifest)
+
+
+def _model_like(compiled: Any, where: str) -> Any:
+    from edit_compile.loading import load_model, parse_dtype
+
+    return load_model(where, parse_dtype(compiled.program.manifest.dtype))
+
+
+def _dense(model: Any) -> Any:
+    from edit_compile.elastic import ElasticTransformer
+
+    return model.model if isinstance(model, ElasticTransformer) else model
+
+
+def _apply_schedule(compiled: Any, budget: str | None, steps: int) -> None:
+    from edit_compile.loading import UserError, parse_numbers
+    from runtime.policy import ScheduledPolicy
+
+    if budget is None:
+        return
+    try:
+        gate, width = parse_numbers(budget)
+    except ValueError:
+        raise UserError(f"--schedule takes two shares, gate and width, not {budget!r}") from None
+    manifest = compiled.program.manifest
+    compiled.policy = ScheduledPolicy.at_budget(steps, len(manifest.blocks), gate, width, widths=manifest.widths)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,156 @@
+"""What the command line is given as text: models, classes in Python files, inputs, settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something asked for on the command line is not there or makes no sense; the message is one sentence."""
+
+
+def load_model(where: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """An elastic folder, a saved diffusers transformer or pipeline, or ``path/to/file.py:name`` (a class or function).
+
+    In eval mode, and as `dtype` where given. Raises UserError where it is none of them.
+    """
+    model = _load_model(where)
+    return model.to(dtype) if dtype else model
+
+
+def _load_model(where: str) -> nn.Module:
+    if ".py:" in where:
+        return _called(where)
+    folder = Path(where)
+    if (folder / "elastic.json").is_file():
+        from edit_compile.storage import load_elastic
+
+        return load_elastic(folder)
+    for candidate in (folder, folder / "transformer"):
+        if (candidate / "config.json").is_file():
+            return _diffusers_model(candidate)
+    raise UserError(
+        f"{where} is neither an elastic model, nor a saved diffusers transformer or pipeline, nor path/to/file.py:name"
+    )
+
+
+def load_object(where: str) -> Any:
+    """The attribute named by ``path/to/file.py:name``; the file's folder is importable from it."""
+    file, _, name = where.rpartition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"{file or where} is not a file; give path/to/file.py:name")
+    module = _imported(path)
+    if not hasattr(module, name):
+        raise UserError(f"{file} defines no {name}")
+    return getattr(module, name)
+
+
+def load_inputs(path: Path) -> dict[str, Any]:
+    """Keyword arguments of a forward: the file's tensors, and its metadata's values as JSON (see `save_inputs`)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        constants = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata holds something that is not JSON ({error})") from error
+    return {**tensors, **constants}
+
+
+def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
+    """Write keyword arguments as one safetensors file: tensors as such, everything else as JSON in its metadata."""
+    tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
+    constants = {name: json.dumps(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
+    save_file(tensors, path, constants)
+
+
+def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:
+    """The dataclass `kind` from "name=value" texts (JSON where it is JSON, else text) and the fields `given`."""
+    fields: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    for override in overrides:
+        name, sign, value = override.partition("=")
+        if not sign:
+            raise UserError(f"{override!r} is not of the form name=value")
+        fields[name] = _json_or_text(value)
+    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise UserError(f"no setting is called {unknown[0]}; there are {', '.join(known)}")
+    try:
+        return msgspec.convert(fields, kind, dec_hook=lambda wanted, value: wanted(value))
+    except msgspec.ValidationError as error:
+        raise UserError(f"the settings do not fit: {error}") from error
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of numbers separated by commas") from None
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A floating-point dtype of torch by name; None for None."""
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"{name!r} is no floating-point type; try float32 or bfloat16")
+    return dtype
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _called(where: str) -> nn.Module:
+    model = load_object(where)()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{where} gave a {type(model).__name__}, not a torch module")
+    return model.eval()
+
+
+def _imported(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_given_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path[:0] = [folder for folder in (str(path.parent), str(Path.cwd())) if folder not in sys.path]
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UserError(f"{path} cannot be imported: {error}") from error
+    return module
+
+
+def _diffusers_model(folder: Path) -> nn.Module:
+    import diffusers
+
+    name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise UserError(f"{folder / 'config.json'} names the class {name!r}, which is not a diffusers model")
+    model: nn.Module = found.from_pretrained(folder, use_safetensors=True)
+    return model.eval()

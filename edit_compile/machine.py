@@ -1,0 +1,65 @@
+"""What a figure was taken on: a latency without its machine means nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("edit-compile", "torch", "numpy", "onnxruntime", "onnxruntime-gpu", "diffusers", "transformers", "onnx")
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, cores, memory, GPU where there is one, threads in use, and the versions of what ran."""
+    described = {
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory": _memory(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described | library_versions()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that matter to a figure."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summary(machine: dict[str, str]) -> str:
+    """One line: the GPU or the processor with its cores, and torch's version."""
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{where}, torch {machine['torch']}"
+
+
+def _cpu_model() -> str:
+    """The model's name, with the matrix and vector units that decide how fast bf16 is."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.M)
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and unit in flags[1].split()]
+    name = model[1] if model else platform.machine()
+    return f"{name} ({units[0]})" if units else name
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edit_compile.plot import decision_levels, read_trace, router_heat_map, save
+from runtime.policy import REUSE, SKIP
+from runtime.trace import COMPUTED, MISSING, REUSED, SKIPPED, RequestTrace, Trace
+
+DECISIONS = [[[SKIP, 1.0], [0.25, 0.5]], [[REUSE, 0.25], [1.0, SKIP]]]
+
+
+def trace() -> Trace:
+    """Two steps of two blocks, two rows each."""
+    held = Trace()
+    record = held.begin("r")
+    context = record.context("cond")
+    for step, blocks in enumerate(DECISIONS):
+        for block, rows in enumerate(blocks):
+            record.add(context, step, block, [0.2, 0.8], rows)
+    return held
+
+
+def test_levels_tell_skipped_reused_and_each_width_apart() -> None:
+    done = np.array([[SKIPPED, REUSED, MISSING], [COMPUTED, COMPUTED, COMPUTED]])
+    width = np.array([[0.0, 0.0, np.nan], [0.25, 1.0, 0.5]], dtype=np.float32)
+    levels = decision_levels(done, width, [0.25, 0.5, 1.0])
+    np.testing.assert_array_equal(levels, [[0, 1, np.nan], [2, 4, 3]])
+
+
+def test_heat_map_shows_blocks_over_steps(tmp_path: Path) -> None:
+    figure = router_heat_map(trace()[-1])
+    gates, decisions = figure.axes[:2]
+    assert gates.images[0].get_array().shape == (2, 2)
+    np.testing.assert_array_equal(decisions.images[0].get_array().filled(-1), [[0, 1], [2, 4]])
+    labels = [text.get_text() for text in figure.axes[3].get_yticklabels()]
+    assert labels == ["skipped", "reused", "width 0.25", "width 0.5", "width 1"]
+    path = save(figure, tmp_path / "new" / "map.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_trace_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        router_heat_map(RequestTrace("r"))
+
+
+def test_a_written_trace_reads_back_the_same() -> None:
+    held = trace()
+    read = read_trace(held.to_json())
+    assert read.contexts == ["cond"]
+    for name, column in held[-1].arrays().items():
+        np.testing.assert_array_equal(read.arrays()[name], column)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no json", '[{"request": "r"}]'])
+def test_what_is_not_a_trace_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a trace"):
+        read_trace(text)
