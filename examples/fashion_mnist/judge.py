@@ -59,16 +59,28 @@ def judged(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor,
     return judge.head(features).argmax(1), features
 
 
+Gaussian = tuple[np.ndarray, np.ndarray]
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of two sets of features (N, F), (M, F), each taken as a Gaussian.
 
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); comparable only at equal N (it is biased upwards for small N).
+    Comparable only at equal N: it is biased upwards for small N.
     """
-    x, y = a.double().numpy(), b.double().numpy()
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = scipy.linalg.sqrtm(cov_x @ cov_y)
-    difference = x.mean(0) - y.mean(0)
-    return float(difference @ difference + np.trace(cov_x + cov_y - 2 * np.real(root)))
+    return frechet_of_gaussians(gaussian(a), gaussian(b))
+
+
+def gaussian(features: Tensor) -> Gaussian:
+    """Mean (F,) and covariance (F, F) of features (N, F), float64."""
+    values = features.double().numpy()
+    return values.mean(0), np.cov(values, rowvar=False)
+
+
+def frechet_of_gaussians(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    difference, root = mean_a - mean_b, scipy.linalg.sqrtm(cov_a @ cov_b)
+    return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(root)))
 
 
 def train_judge(epochs: int, seed: int = 0, batch_size: int = 128) -> tuple[Judge, float]:
