@@ -15,19 +15,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from passes.channels import FOREIGN, Channels, Contraction, Dim, Dims, Ledger, same_size, shape_of
+from passes.channels import FOREIGN, Channels, Contraction, Dim, Dims, Ledger
 from passes.graph import BlockGraph
+from passes.operators import ACTIVATIONS, IGNORED, arguments, is_elementwise, op_name, same_dims, same_size, shape_of
 
 Value = Dims | tuple[Dims, ...]
 Known = dict[fx.Node, Any]
 Rule = Callable[[Ledger, fx.Node, Mapping[str, Any], Known], Value]
-
-_ACTIVATIONS = """gelu silu relu relu6 sigmoid tanh leaky_relu elu celu selu hardswish hardsigmoid hardtanh mish
-    softplus erf log_sigmoid threshold"""
-_ELEMENTWISE = "dropout detach alias _to_copy to contiguous type_as lift_fresh_copy"
-ACTIVATIONS = frozenset(_ACTIVATIONS.split())
-ELEMENTWISE = ACTIVATIONS | frozenset(_ELEMENTWISE.split())
-IGNORED = frozenset({"_assert_tensor_metadata", "_assert_scalar"})
 
 
 def trace_channels(block: BlockGraph) -> Channels:
@@ -49,61 +43,16 @@ def trace_channels(block: BlockGraph) -> Channels:
     return ledger.close({node: dims for node, dims in known.items() if dims and isinstance(dims[0], Dim)})
 
 
-def op_name(node: fx.Node) -> str:
-    """Name of an ATen operator without overload; "" for anything else."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return ""
-    return target._schema.name.removeprefix("aten::")
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an ATen call by name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    given.update(zip((argument.name for argument in schema), node.args, strict=False))
-    given.update(node.kwargs)
-    return given
-
-
-def same_dims(
-    source: Sequence[int | torch.SymInt], target: Sequence[int | torch.SymInt]
-) -> tuple[dict[int, int], range, range]:
-    """Which dimensions a reshape keeps, {target: source}, and the source and target ranges that it mixes.
-
-    Equal sizes are matched from the left and from the right; what is left between is mixed.
-    """
-    left = 0
-    while left < min(len(source), len(target)) and same_size(source[left], target[left]):
-        left += 1
-    right = 0
-    while right < min(len(source), len(target)) - left and same_size(source[-1 - right], target[-1 - right]):
-        right += 1
-    kept = {index: index for index in range(left)}
-    kept.update({len(target) - 1 - index: len(source) - 1 - index for index in range(right)})
-    mixed_from, mixed_to = range(left, len(source) - right), range(left, len(target) - right)
-    from_real = [index for index in mixed_from if not same_size(source[index], 1)]
-    to_real = [index for index in mixed_to if not same_size(target[index], 1)]
-    if len(from_real) == len(to_real) == 1:
-        kept[to_real[0]] = from_real[0]
-    return kept, mixed_from, mixed_to
-
-
 def _apply(ledger: Ledger, node: fx.Node, known: Known) -> Value:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         whole = known.get(node.args[0], ())
         return whole[node.args[1]] if whole and not isinstance(whole[0], Dim) else ()
-    name = op_name(node)
-    if name in IGNORED:
+    if op_name(node) in IGNORED:
         return ()
-    if name and not node.target._schema.is_mutable:  # type: ignore[union-attr]
-        rule = RULES.get(name)
-        if rule is None and (name in ELEMENTWISE or torch.Tag.pointwise in node.target.tags):  # type: ignore[union-attr]
-            rule = _elementwise
-        if rule is not None:
-            return rule(ledger, node, arguments(node), known)
-    return _unknown(ledger, node, known)
+    rule = _elementwise if is_elementwise(node) else RULES.get(op_name(node))
+    if rule is None or node.target._schema.is_mutable:  # type: ignore[union-attr]
+        return _unknown(ledger, node, known)
+    return rule(ledger, node, arguments(node), known)
 
 
 def _input_dims(node: fx.Node, state: bool) -> Dims:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import fx
 
 Elements = npt.NDArray[np.int64]
@@ -177,17 +176,3 @@ def _components(count: int, ties: list[tuple[Elements, Elements]]) -> Elements:
         np.minimum.at(root, high, low)
         while not np.array_equal(root, root[root]):
             root = root[root]
-
-
-def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    """Shape of a tensor node's fake value."""
-    return tuple(node.meta["val"].shape)
-
-
-def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Whether two sizes are provably equal, without adding a guard."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one == other
-    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
-        return bool(one.node.expr == other.node.expr)
-    return False

@@ -162,6 +162,7 @@ class PlanGraph:
 
     ``variants[v](*pieces, *inputs) -> tuple(states)`` with placeholders named like `pieces` then
     `inputs`; piece j is passed as its first ``pieces[j].rows[v]`` rows. `widths[v]` ascends to 1.
+    Placeholders alone carry ``meta["val"]``.
     """
 
     block: BlockGraph

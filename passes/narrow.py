@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from passes.channel_rules import IGNORED, arguments, op_name
 from passes.channels import FOREIGN, Channels, Elements
 from passes.graph import BlockGraph, WeightPiece
+from passes.operators import IGNORED, arguments, is_elementwise, op_name
 
 Bounds = Sequence[tuple[int, int]]
 Parts = tuple[tuple[tuple[int, int], fx.Node], ...]
+Pieces = Sequence[tuple[WeightPiece, fx.Node]]
 
 _aten = torch.ops.aten
 _SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand"})
@@ -50,7 +50,7 @@ def narrow(
     graph.eliminate_dead_code()
     graph.lint()
     module = fx.GraphModule(block.module, graph)
-    _propagate(module, block, pieces, variant)
+    _describe(module, block, pieces, variant)
     return module
 
 
@@ -91,7 +91,10 @@ class _Narrowing:
             return self._sized(node)
         if name.startswith("conv"):
             return self._conv(node)
-        return self._copy(node)
+        spread = is_elementwise(node) and len(node.all_input_nodes) == 1
+        return (
+            self._spread(node) if spread and self._value(node.all_input_nodes[0]) in self.joined else self._copy(node)
+        )
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)
@@ -125,13 +128,56 @@ class _Narrowing:
         pieces = self.pieces.get(str(given["weight"].target), [])
         if len(pieces) < 2:
             return self._copy(node)
-        x, bias = self._value(given["input"]), given["bias"]
+        if not pieces[0][0].transposed:
+            return self._produce(node, pieces)
+        return self._contract(given, pieces)
+
+    def _conv(self, node: fx.Node) -> fx.Node:
+        given = arguments(node)
+        pieces = self.pieces.get(str(given["weight"].target), [])
+        whole = len(pieces) < 2 or pieces[0][0].transposed
+        if given["groups"] == 1:
+            return self._copy(node) if whole else self._produce(node, pieces)
+        elements = self._elements(node, 1)
+        if elements is None:
+            return self._copy(node)
+        x = self._value(given["input"])
         bounds = self._piece_bounds(pieces)
-        if pieces[0][0].transposed:
-            return self._contract(x, pieces, bounds, None if bias is None else self._value(bias))
-        biases = [None] * len(pieces) if bias is None else self._take(self._bias(bias), 0, bounds)
-        parts = [self._call(_aten.linear.default, x, p, b) for (_, p), b in zip(pieces, biases, strict=True)]
-        return self._join(parts, bounds, len(node.meta["val"].shape) - 1)
+        if whole or self.joined.get(x, (0, ()))[0] != 1:
+            return self._grouped(self._copy(node), self._count(elements))
+        parts = self._produce_parts(node, pieces, self._take(x, 1, bounds))
+        counted = [self._grouped(part, stop - start) for part, (start, stop) in zip(parts, bounds, strict=True)]
+        return self._join(counted, bounds, 1)
+
+    def _produce(self, node: fx.Node, pieces: Pieces) -> fx.Node:
+        """One linear map or convolution per piece of its outputs."""
+        x = self._value(arguments(node)["input"])
+        axis = 1 if op_name(node) != "linear" else len(node.meta["val"].shape) - 1
+        return self._join(self._produce_parts(node, pieces, [x] * len(pieces)), self._piece_bounds(pieces), axis)
+
+    def _produce_parts(self, node: fx.Node, pieces: Pieces, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        given = arguments(node)
+        biases: Sequence[fx.Node | None] = [None] * len(pieces)
+        if given["bias"] is not None:
+            biases = self._take(self._bias(given["bias"]), 0, self._piece_bounds(pieces))
+        parts = []
+        for x, (_, weight), bias in zip(inputs, pieces, biases, strict=True):
+            new = {given["input"]: x, given["weight"]: weight, given["bias"]: bias}
+            parts.append(self.graph.node_copy(node, lambda old, new=new: new[old]))  # type: ignore[misc]
+        return parts
+
+    def _grouped(self, conv: fx.Node, groups: int) -> fx.Node:
+        names = [argument.name for argument in conv.target._schema.arguments]  # type: ignore[union-attr]
+        conv.args = conv.args[: names.index("groups")]
+        conv.kwargs = {**conv.kwargs, "groups": groups}
+        return conv
+
+    def _spread(self, node: fx.Node) -> fx.Node:
+        """An elementwise function of joined parts, part by part."""
+        source = node.all_input_nodes[0]
+        axis, parts = self.joined[self._value(source)]
+        values = [self.graph.node_copy(node, lambda _, part=part: part) for _, part in parts]  # type: ignore[misc]
+        return self._join(values, [bound for bound, _ in parts], axis)
 
     def _bias(self, bias: fx.Node) -> fx.Node:
         whole = self._value(bias)
@@ -141,18 +187,20 @@ class _Narrowing:
             self.joined[whole] = (0, tuple(zip(self._piece_bounds(pieces), nodes, strict=True)))
         return whole
 
-    def _contract(
-        self, x: fx.Node, pieces: Sequence[tuple[WeightPiece, fx.Node]], bounds: Bounds, bias: fx.Node | None
-    ) -> fx.Node:
+    def _contract(self, given: Mapping[str, Any], pieces: Pieces) -> fx.Node:
+        """A linear map whose input channels lie in several pieces: the sum over them."""
+        axis = len(given["input"].meta["val"].shape) - 1
+        parts = self._take(self._value(given["input"]), axis, self._piece_bounds(pieces))
+        bias = None if given["bias"] is None else self._value(given["bias"])
         total: fx.Node | None = None
-        for part, (piece, stored) in zip(self._take(x, -1, bounds), pieces, strict=True):
+        for part, (piece, stored) in zip(parts, pieces, strict=True):
             weight = self._call(_aten.transpose.int, stored, 0, piece.dim)
             term = self._call(_aten.linear.default, part, weight, bias if total is None else None)
             total = term if total is None else self._call(_aten.add.Tensor, total, term)
         assert total is not None
         return total
 
-    def _piece_bounds(self, pieces: Sequence[tuple[WeightPiece, fx.Node]]) -> Bounds:
+    def _piece_bounds(self, pieces: Pieces) -> Bounds:
         elements = self.channels.of(pieces[0][0].source, pieces[0][0].dim)
         counts = [self._count(elements[piece.start : piece.start + piece.size]) for piece, _ in pieces]
         return list(pairwise(accumulate(counts, initial=0)))
@@ -165,7 +213,7 @@ class _Narrowing:
     def _take(self, x: fx.Node, axis: int, bounds: Bounds) -> list[fx.Node]:
         """Ranges of one dimension of x: parts that were joined where they fit, else slices."""
         at, parts = self.joined.get(x, (axis, ()))
-        known = dict(parts) if axis in (at, -1) else {}
+        known = dict(parts) if axis == at else {}
         return [known.get(bound) or self._slice(x, axis, known, bound) for bound in bounds]
 
     def _slice(
@@ -226,20 +274,13 @@ class _Narrowing:
         copied.update_arg(1, [self._value(size) if isinstance(size, fx.Node) else size for size in sizes])
         return copied
 
-    def _conv(self, node: fx.Node) -> fx.Node:
-        copied, elements = self._copy(node), self._elements(node, 1)
-        given = arguments(node)
-        if given["groups"] != 1 and elements is not None:
-            position = next(i for i, a in enumerate(node.target._schema.arguments) if a.name == "groups")  # type: ignore[union-attr]
-            copied.args = copied.args[:position]
-            copied.kwargs = {**copied.kwargs, "groups": self._count(elements)}
-        return copied
 
-
-def _propagate(module: fx.GraphModule, block: BlockGraph, pieces: Sequence[WeightPiece], variant: int) -> None:
-    """Set every node's meta["val"] anew, from the block's fake weights and inputs."""
+def _describe(module: fx.GraphModule, block: BlockGraph, pieces: Sequence[WeightPiece], variant: int) -> None:
+    """Give every placeholder its meta["val"]; those of the other nodes are no longer true and go."""
     old = {str(node.target): node.meta["val"] for node in block.module.graph.nodes if node.op == "placeholder"}
-    mode = old[block.inputs[0]].fake_mode
-    with mode:
-        values = [piece.cut(old[piece.source])[: piece.rows[variant]] for piece in pieces]
-    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*values, *(old[name] for name in block.inputs))
+    values = dict(old)
+    for piece in pieces:
+        with old[piece.source].fake_mode:
+            values[piece.name] = piece.cut(old[piece.source])[: piece.rows[variant]]
+    for node in module.graph.nodes:
+        node.meta = {"val": values[str(node.target)]} if node.op == "placeholder" else {}
