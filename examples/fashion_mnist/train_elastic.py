@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=sorted(PRESETS), default="flux")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--decay-steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--router-lr", type=float, default=2.0, help="factor on the routers' learning rate")
     parser.add_argument("--threads", type=int, default=0)
@@ -35,7 +35,7 @@ def main() -> None:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
-        warmup_steps=50,
+        warmup_steps=200,
         decay_steps=arguments.decay_steps,
         compile=arguments.compile,
         lr_multipliers=(("routers.", arguments.router_lr),),
