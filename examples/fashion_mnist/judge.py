@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -77,10 +76,15 @@ def gaussian(features: Tensor) -> Gaussian:
 
 
 def frechet_of_gaussians(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    The root's trace is taken from the eigenvalues of C_a C_b, which are real and not negative: features that never
+    fire make it singular, and a matrix root of a singular matrix is not to be trusted.
+    """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    difference, root = mean_a - mean_b, scipy.linalg.sqrtm(cov_a @ cov_b)
-    return float(difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(root)))
+    difference = mean_a - mean_b
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    return float(difference @ difference + np.trace(cov_a + cov_b) - 2 * root)
 
 
 def train_judge(epochs: int, seed: int = 0, batch_size: int = 128) -> tuple[Judge, float]:

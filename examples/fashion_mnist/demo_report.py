@@ -1,0 +1,72 @@
+"""The demo's results as a table for the terminal and as one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from edit_compile.machine import summary
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+HEADINGS = ("", "ms per step", "times faster", "FLOPs left", "accuracy", "Frechet distance")
+
+
+def cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of the table as text; the last one is what real images reach."""
+    rows = [
+        (
+            row["name"],
+            f"{row['ms']['median']:.1f}",
+            f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to {row['ratio']['high']:.2f})",
+            f"{row['flops_left']:.0%}",
+            f"{row['accuracy']:.1%}",
+            f"{row['distance']:.2f}",
+        )
+        for row in results["rows"]
+    ]
+    real = results["real"]
+    floor = "" if real["distance"] is None else f"{real['distance']:.2f}"
+    return [*rows, ("real images", "", "", "", f"{real['accuracy']:.1%}", floor)]
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    """The results for the terminal."""
+    table = Table(*HEADINGS, title=f"Fashion-MNIST, {caption(results)}", caption=summary(results["machine"]))
+    for row in cells(results):
+        table.add_row(*row)
+    return table
+
+
+def caption(results: dict[str, Any]) -> str:
+    """How the figures were taken, in one line."""
+    return (
+        f"{results['images']} images per row, {results['steps']} steps, both guidance branches; "
+        f"a step is timed with ten images, engine {results['engine']}"
+    )
+
+
+def write_report(results: dict[str, Any], folder: Path) -> Path:
+    """Write report.html into `folder`, with the pictures found there inside it."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        caption=caption(results),
+        machine=results["machine"],
+        headings=HEADINGS,
+        rows=cells(results),
+        difference=f"{results['largest_difference']:.1g}",
+        grids=[(row["name"], embedded(folder / row["grid"])) for row in results["rows"]],
+        latency=embedded(folder / "latency.png"),
+        router=embedded(folder / "router.png"),
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def embedded(image: Path) -> str:
+    """A PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
