@@ -67,7 +67,8 @@ _MEMORY_FORMATS = {
     4: torch.preserve_format,
 }
 _STRIDED = 7
-_PLAIN = ("as_int", "as_bool", "as_string", "as_ints", "as_bools", "as_strings")
+_KEYWORD = 2
+_SCALARS: dict[str, type] = {"int": int, "bool": bool, "string": str}
 
 
 def read_graph(program: Mapping[str, Any], name: str, device: torch.device | None) -> fx.GraphModule:
@@ -89,9 +90,9 @@ class _Reader:
         self._nodes: dict[str, fx.Node] = {}
 
     def read(self, graph: Mapping[str, Any]) -> fx.GraphModule:
-        for given in graph["inputs"]:
-            named = given["as_tensor"]["name"]
-            self._nodes[named] = self._graph.placeholder(named)
+        for index, given in enumerate(graph["inputs"]):
+            # names of the file's own would end up in the source that fx generates
+            self._nodes[given["as_tensor"]["name"]] = self._graph.placeholder(f"input_{index}")
         for node in graph["nodes"]:
             self._read_node(node)
         self._graph.output(tuple(self._argument(output) for output in graph["outputs"]))
@@ -102,8 +103,8 @@ class _Reader:
         args, kwargs = [], {}
         for given in node["inputs"]:
             value = self._argument(given["arg"])
-            if given.get("kind") == 2:
-                kwargs[given["name"]] = value
+            if given.get("kind") == _KEYWORD:
+                kwargs[self._keyword(given["name"])] = value
             else:
                 args.append(value)
         made = self._graph.call_function(self._operator(node["target"]), tuple(args), kwargs)
@@ -125,10 +126,10 @@ class _Reader:
         ((kind, value),) = argument.items()
         if kind == "as_none":
             return None
-        if kind in _PLAIN:
-            return value
-        if kind == "as_float":
-            return float(value)
+        if kind == "as_float" or kind[3:] in _SCALARS:
+            return self._scalar(kind[3:], value)
+        if kind[3:-1] in _SCALARS:
+            return [self._scalar(kind[3:-1], one) for one in value]
         if kind == "as_floats":
             return [float(one) for one in value]
         if kind == "as_complex":
@@ -160,7 +161,19 @@ class _Reader:
 
     def _symbolic(self, value: Mapping[str, Any]) -> Any:
         ((kind, inner),) = value.items()
-        return self._nodes[inner] if kind == "as_name" else inner
+        return self._nodes[inner] if kind == "as_name" else self._scalar(kind[3:], inner)
+
+    def _scalar(self, kind: str, value: object) -> object:
+        if kind == "float":
+            return float(value)  # type: ignore[arg-type]
+        if type(value) is not _SCALARS[kind]:
+            raise BundleError(f"{self._name} gives {value!r} as {kind}: refused")
+        return value
+
+    def _keyword(self, name: str) -> str:
+        if not name.isidentifier():
+            raise BundleError(f"{self._name} names an argument {name!r}: refused")
+        return name
 
     def _operator(self, target: str) -> Callable[..., Any]:
         if target in _ARITHMETIC:
