@@ -98,8 +98,11 @@ def check_tensors(glue: Glue, tensors: Mapping[str, Tensor], device: torch.devic
         if tensor.is_floating_point():
             sums.append(tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else None))
     if sums and not torch.isfinite(sum(sums)):  # type: ignore[arg-type]
-        bad = [i.name for i in glue.inputs if not torch.isfinite(tensors[i.name].sum(dtype=torch.float64))]
-        raise InputError(f"input {', '.join(bad) or 'sums'} holds NaN or infinity")
+        # a sum may overflow on its own, so look again, closely
+        floats = [i.name for i in glue.inputs if tensors[i.name].is_floating_point()]
+        bad = [name for name in floats if not torch.isfinite(tensors[name]).all()]
+        if bad:
+            raise InputError(f"input {', '.join(bad)} holds NaN or infinity")
 
 
 def _fits(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:

@@ -25,3 +25,7 @@ class InputError(EditError, ValueError):
 
 class ShapeError(InputError):
     """The input shapes (or constants) are none of those that were compiled."""
+
+
+class BusyError(EditError):
+    """The same request is running in another thread."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from runtime.bank import Residuals
-from runtime.errors import EditError
+from runtime.errors import BusyError
 from runtime.trace import RequestTrace, Trace
 
 Signature = tuple[object, ...]
@@ -135,19 +135,21 @@ class Requests:
 
     @contextmanager
     def entered(self, times: tuple[float, ...], signature: Signature) -> Iterator[tuple[Request, Branch]]:
-        """The current request and branch; if the ``with`` block raises, the request is dropped."""
+        """The current request and branch, nobody else's meanwhile; BusyError if another thread has it."""
         request = self._current()
         if not request.busy.acquire(blocking=False):
-            raise EditError(f"request {request.name!r} is running in another thread: give each its own name")
+            raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
         try:
             yield request, request.enter(times, _context.get(), signature)
-        except BaseException:
-            if request.trace is not None:
-                self.trace.discard(request.trace)
-            self.drop()
-            raise
         finally:
             request.busy.release()
+
+    def abandon(self) -> None:
+        """Forget the current request and what was traced of it."""
+        request = self._current()
+        if request.trace is not None:
+            self.trace.discard(request.trace)
+        self.drop()
 
     def drop(self) -> None:
         """Forget the current request."""

@@ -15,7 +15,7 @@ from runtime import arguments, bundle, pt2
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
 from runtime.dispatch import Costs, Dispatch
-from runtime.errors import EditError, InputError
+from runtime.errors import BusyError, EditError, InputError
 from runtime.guard import answering
 from runtime.output import Config, Output
 from runtime.policy import Decider, RoutingPolicy
@@ -150,8 +150,10 @@ class CompiledTransformer(nn.Module):
         """
         try:
             return self._forward(args, kwargs)
+        except BusyError:
+            raise  # the request is another call's, which goes on
         except BaseException:
-            self._requests.drop()
+            self._requests.abandon()
             raise
 
     def _forward(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
@@ -213,6 +215,31 @@ class CompiledTransformer(nn.Module):
         own = rows * glue.flops
         with self._lock:
             self._counters = self._counters + done + Counters(flops=own, dense_flops=own)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledTransformer:
+        """What ``.to``, ``.cuda`` and ``.half`` come down to; EditError for a move that cannot be made."""
+        if self._loaded is None:
+            return self
+        before = torch.empty(0, dtype=self.dtype, device=self.device)
+        after = fn(before)
+        if after.dtype != before.dtype:
+            raise EditError(f"compiled for {before.dtype}: to run in {after.dtype}, convert the model, then compile it")
+        if after.device != before.device:
+            self._move(fn, after.device)
+        return self
+
+    def _move(self, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        assert self._loaded is not None
+        if self.engine != "torch":
+            raise EditError(
+                f"engine {self.engine!r} runs where it was loaded: to run on {device}, compile or load there"
+            )
+        program = self._loaded.program
+        weights = {key: fn(tensor) for key, tensor in program.weights.items()}
+        routers = {key: fn(tensor) for key, tensor in program.routers.items()}
+        with self._lock:
+            self._loaded = _Loaded(replace(program, weights=weights, routers=routers), self.engine)
+        self._requests.clear()
 
     def _eager_value(self, name: str) -> Any:
         if self._eager[0] is None:

@@ -1,0 +1,280 @@
+"""Whose residuals are used: requests, cache contexts, branches, threads, exceptions."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import state
+from runtime.bank import Residuals
+from runtime.errors import EditError, InputError
+from runtime.policy import REUSE, ScheduledPolicy
+from runtime.trace import COMPUTED, REUSED
+from runtime.transformer import CompiledTransformer
+from tests import programs
+from tests.test_transformer import in_threads
+
+BLOCKS = 2
+ALWAYS_REUSE = ScheduledPolicy(np.full((100, BLOCKS), REUSE))
+
+
+def compiled(engine: str = "torch") -> CompiledTransformer:
+    return CompiledTransformer(programs.make(("double", "single")), engine, ALWAYS_REUSE)
+
+
+def call(model: CompiledTransformer, timestep: float, seed: int = 0, rows: int = 1) -> Tensor:
+    return model(**programs.inputs(rows, seed, timestep)).sample
+
+
+def done(model: CompiledTransformer, request: int = -1) -> list[int]:
+    """What was done with block 0, row 0, call by call."""
+    columns = model.trace[request].arrays()
+    first = (columns["block"] == 0) & (columns["row"] == 0)
+    return columns["done"][first].tolist()
+
+
+def test_a_bank_is_empty_when_the_timestep_rises() -> None:
+    model = compiled()
+    for timestep in (1.0, 0.5, 0.1):
+        call(model, timestep)
+    assert done(model) == [COMPUTED, REUSED, REUSED]
+    call(model, 1.0)
+    assert done(model) == [COMPUTED]
+    assert len(model.trace) == 2
+
+
+def test_one_rows_rising_timestep_starts_a_request() -> None:
+    model = compiled()
+    given = programs.inputs(2)
+    for times in ([1.0, 0.8], [0.5, 0.4], [0.3, 1.0]):
+        model(**{**given, "timestep": torch.tensor(times)})
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED], [COMPUTED]]
+
+
+def test_a_bank_is_empty_when_the_batch_changes() -> None:
+    model = compiled()
+    call(model, 1.0, rows=1)
+    call(model, 0.5, rows=2)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+
+
+def test_reset_ends_the_request() -> None:
+    model = compiled()
+    call(model, 1.0)
+    model._reset_stateful_cache(recurse=True)
+    call(model, 0.5)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+
+
+def alternating(model: CompiledTransformer, contexts: bool) -> list[Tensor]:
+    """Samples of both branches over three steps."""
+    outputs = []
+    for timestep in (1.0, 0.5, 0.1):
+        for seed, name in ((1, "cond"), (2, "uncond")):
+            if contexts:
+                with model.cache_context(name):
+                    outputs.append(call(model, timestep, seed))
+            else:
+                outputs.append(call(model, timestep, seed))
+    return outputs
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+def test_guidance_branches_do_not_share_residuals(contexts: bool) -> None:
+    together = alternating(compiled(), contexts)
+    for seed, own in ((1, together[::2]), (2, together[1::2])):
+        alone = compiled()
+        for got, timestep in zip(own, (1.0, 0.5, 0.1), strict=True):
+            torch.testing.assert_close(got, call(alone, timestep, seed))
+
+
+def test_a_branch_left_out_does_not_shift_the_other() -> None:
+    model, alone = compiled(), compiled()
+    for timestep, guided in ((1.0, True), (0.8, False), (0.5, True), (0.2, False)):
+        torch.testing.assert_close(call(model, timestep, seed=1), call(alone, timestep, seed=1))
+        if guided:
+            call(model, timestep, seed=2)
+    assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED, REUSED]
+
+
+def test_a_context_that_joins_late_is_at_the_same_step() -> None:
+    model = compiled()
+    for timestep in (1.0, 0.8, 0.6):
+        with model.cache_context("cond"):
+            call(model, timestep)
+    with model.cache_context("uncond"):
+        call(model, 0.6)
+    columns = model.trace[0].arrays()
+    late = columns["context"] == model.trace[0].contexts.index("uncond")
+    assert set(columns["step"][late]) == {2}
+    assert set(columns["done"][late]) == {COMPUTED}
+
+
+def test_repeating_one_timestep_without_end_does_not_grow() -> None:
+    model = compiled()
+    for _ in range(3 * state.BRANCHES):
+        call(model, 0.5)
+    gc.collect()
+    assert sum(isinstance(thing, Residuals) and bool(thing._deltas) for thing in gc.get_objects()) <= BLOCKS * 4 + 8
+    assert {int(s) for record in model.trace for s in record.arrays()["step"]} == {0}
+
+
+def test_a_context_is_left_on_errors_too() -> None:
+    model = compiled()
+    with pytest.raises(KeyError), model.cache_context("cond"):
+        raise KeyError
+    call(model, 1.0)
+    assert model.trace[0].contexts == ["branch 0"]
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_alternating_requests_are_as_if_alone(engine: str) -> None:
+    model = compiled(engine)
+    for step, timestep in enumerate((1.0, 0.7, 0.4)):
+        for name, shift in (("a", 0.0), ("b", 0.3)):  # seen together, the timesteps rise at every call
+            with model.request(name):
+                got = call(model, timestep + shift, seed=step)
+            alone = compiled("torch")
+            for before in range(step + 1):
+                expected = call(alone, (1.0, 0.7, 0.4)[before] + shift, seed=before)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert [record.request for record in model.trace] == ["a", "b"]
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED]] * 2
+
+
+def test_named_requests_beyond_those_kept_are_forgotten() -> None:
+    model = compiled()
+    model._requests.keep = 2
+    for name in ("a", "b", "c", "a"):
+        with model.request(name):
+            call(model, 1.0 if name != "a" else 0.5)
+    with model.request("c"):
+        call(model, 0.5)
+    assert [record.request for record in model.trace] == ["a", "b", "c", "a"]
+    assert done(model, 2) == [COMPUTED, REUSED]  # c was kept
+    assert done(model, 3) == [COMPUTED]  # the first a was not
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_threads_are_as_if_alone(engine: str) -> None:
+    model = compiled(engine)
+    times = [1 - n / 12 for n in range(12)]
+
+    def trajectory(target: CompiledTransformer, seed: int) -> list[Tensor]:
+        return [call(target, timestep, 100 * seed + n) for n, timestep in enumerate(times)]
+
+    together = in_threads([lambda seed=seed: trajectory(model, seed) for seed in range(4)])
+    for seed, samples in enumerate(together):
+        for got, expected in zip(samples, trajectory(compiled(engine), seed), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert all(done(model, n) == [COMPUTED] + [REUSED] * 11 for n in range(4))
+
+
+def test_a_threads_state_goes_with_the_thread() -> None:
+    model = compiled()
+    found: list[weakref.ref] = []
+
+    def work() -> None:
+        call(model, 1.0)
+        found.append(weakref.ref(model._requests._current()))
+
+    in_threads([work])
+    gc.collect()
+    assert found[0]() is None
+
+
+def test_one_request_in_two_threads_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    inside, go = threading.Event(), threading.Event()
+    ready = model._loaded.blocks.blocks[0]
+    original = ready.bound
+
+    def slow(inputs):
+        inside.set()
+        assert go.wait(20)
+        return original[3](inputs)
+
+    ready.bound = (*original[:3], slow)
+
+    def first() -> None:
+        with model.request("same"):
+            call(model, 1.0)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(20)
+    with pytest.raises(EditError, match="another thread"), model.request("same"):
+        call(model, 1.0)
+    go.set()
+    thread.join()
+    ready.bound = original
+    with model.request("same"):
+        call(model, 0.5)
+    assert done(model) == [COMPUTED, REUSED]  # the refused call did no harm to the running one
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    model = compiled()
+    call(model, 1.0)
+    ready = model._loaded.blocks.blocks[1]
+    original = ready.bound
+
+    def broken(inputs):
+        raise RuntimeError("out of memory")
+
+    ready.bound = (broken,) * 4
+    model._requests._current()._branches["branch 0"].clear()
+    before = model.counters
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(model, 0.8)
+    assert len(model.trace) == 0
+    assert model.counters == before
+    ready.bound = original
+    expected = call(compiled(), 0.5)
+    torch.testing.assert_close(call(model, 0.5), expected)
+    assert done(model) == [COMPUTED]
+
+
+def test_a_refused_call_ends_the_request() -> None:
+    model = compiled()
+    call(model, 1.0)
+    with pytest.raises(InputError):
+        model(**{**programs.inputs(1), "hidden_states": torch.full((1, programs.IMAGE, programs.C), float("nan"))})
+    call(model, 0.5)
+    assert done(model) == [COMPUTED]
+
+
+def test_an_exception_in_one_request_leaves_the_others() -> None:
+    model = compiled()
+    with model.request("a"):
+        call(model, 1.0)
+    with pytest.raises(InputError), model.request("b"):
+        model(**programs.inputs(1), no_such=1)
+    with model.request("a"):
+        call(model, 0.5)
+    assert done(model, 0) == [COMPUTED, REUSED]
+
+
+def test_the_trace_is_bounded_and_exports(tmp_path) -> None:
+    import json
+
+    model = compiled()
+    for _ in range(20):
+        call(model, 1.0, rows=2)
+        model._reset_stateful_cache()
+    assert len(model.trace) == 16
+    grid = model.trace[-1].grid()
+    assert grid["done"].shape == (1, BLOCKS, 2)
+    assert (grid["width"] == 1.0).all()
+    exported = json.loads(model.trace.to_json())
+    assert len(exported) == 16
+    assert exported[0]["done"] == [COMPUTED] * 4
+    assert {"request", "contexts", "context", "step", "block", "row", "p", "width", "done"} == exported[0].keys()
+    model.trace.clear()
+    assert len(model.trace) == 0
