@@ -1,8 +1,9 @@
 """Find the transformer blocks of a model by running it.
 
-A *block* is an entry of a ``nn.ModuleList``, called exactly once per forward, that has parameters
-and returns a float tensor of tokens (three or more dimensions) of the shape and dtype of one of its
-inputs. Lists inside a block are its own affair; lists inside an entry that is no block are looked at.
+A *block* is an entry of a ``nn.ModuleList``, called exactly once per forward, that has parameters,
+is more than a single layer, and returns a float tensor of tokens (three or more dimensions) of the
+shape and dtype of one of its inputs. Lists inside a block are its own affair; lists inside an entry
+that is no block are looked at.
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
@@ -131,6 +132,8 @@ def _objection(module: nn.Module, seen: Sequence[Glimpse]) -> str | None:
         return "writes into its inputs"
     if next(module.parameters(), None) is None:
         return "has no parameters"
+    if type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None:
+        return "is a single layer"
     for name, inner in module.named_modules():
         reason = _tampered(inner)
         if reason:
@@ -190,9 +193,16 @@ def _difference(first: _Observation, second: _Observation) -> str | None:
             return f"{name} was not called"
         if not _leads(call.outputs, second.calls[name].outputs):
             return f"rows of one sample changed at {name} when other samples joined the batch"
+    if first.calls and not any(_grew(call.outputs, second.calls[name].outputs) for name, call in first.calls.items()):
+        return "no block saw a larger batch"
     if not _leads(pytree.tree_leaves(first.output), pytree.tree_leaves(second.output)):
         return "rows of one sample changed at the model's output when other samples joined the batch"
     return None
+
+
+def _grew(given: Sequence[object], doubled: Sequence[object]) -> bool:
+    pairs = zip(given, doubled, strict=False)
+    return any(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape for a, b in pairs)
 
 
 def _leads(given: Sequence[object], doubled: Sequence[object]) -> bool:
@@ -247,7 +257,15 @@ def _site(
     batch_dims = _batch_dims(whole, runs)
     if isinstance(batch_dims, str):
         return Refusal(name, batch_dims)
+    if not _batched_tokens(whole[0], batch_dims):
+        return Refusal(name, "returns no tokens that carry the batch")
     return BlockSite(name, module, whole, batch_dims, next((at for at in times if batch_dims.get(at) == 0), None))
+
+
+def _batched_tokens(call: Call, batch_dims: Mapping[int, int]) -> bool:
+    """Whether some output has the shape of an input of tokens that carries the batch."""
+    shapes = [leaf.shape for leaf in (call.leaves[at] for at in batch_dims) if isinstance(leaf, Tensor)]
+    return any(isinstance(leaf, Tensor) and leaf.ndim >= 3 and leaf.shape in shapes for leaf in call.outputs)
 
 
 def _batch_dims(calls: Sequence[Call], runs: Sequence[Run]) -> dict[int, int] | str:

@@ -37,13 +37,16 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     ``graph.module.meta["constants"]`` holds the tensors that are neither parameters nor buffers, by
     the names they have in ``graph.weights`` (they start with ``constant.``).
 
-    Raises ExportError where the block has no states, takes a value that varies and is no tensor,
-    cannot be traced, pins a dimension that varies, writes to its inputs or buffers, or where the
-    graph does not give the recorded outputs (to 1e-5 of their largest element in float32).
+    Raises ExportError where a tensor that the block returns is no state, where it takes a value that
+    varies and is no tensor, cannot be traced, pins a dimension that varies, writes to its inputs or
+    buffers, or where the graph does not give the recorded outputs (to 1e-5 of their largest element in
+    float32).
     """
     outputs = [at for at, leaf in enumerate(site.calls[0].outputs) if isinstance(leaf, Tensor)]
     if not outputs or [output for output, _ in states.pairs] != outputs:
         raise ExportError(f"{site.name}: not every tensor it returns is known to continue an input")
+    if any(at not in site.batch_dims for _, at in states.pairs):
+        raise ExportError(f"{site.name}: a state does not carry the batch")
     _check_constants(site)
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
     moving = {at: _moving_dims(site, at) for at in tensors}
@@ -192,13 +195,16 @@ def _states(call: Call) -> list[Tensor]:
 
 def _compare(site: BlockSite, what: str, graph: BlockGraph, weights: Sequence[Tensor], call: Call) -> None:
     inputs = [leaf for leaf in (call.leaves[at] for at in graph.leaves) if isinstance(leaf, Tensor)]
-    states = graph.module(*weights, *_as_taken(graph, graph.inputs, inputs))
+    try:
+        states = graph.module(*weights, *_as_taken(graph, graph.inputs, inputs))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ExportError(f"{site.name}: the graph fails on {what}: {error}") from error
     for index, (given, wanted) in enumerate(zip(states, _states(call), strict=True)):
         if given.shape != wanted.shape or given.dtype != wanted.dtype:
             raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
-        error = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
-        if not error <= _TOLERANCE[wanted.dtype]:
-            raise ExportError(f"{site.name}: state {index} of the graph is off by {error:.1e} on {what}")
+        distance = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
+        if not distance <= _TOLERANCE[wanted.dtype]:
+            raise ExportError(f"{site.name}: state {index} of the graph is off by {distance:.1e} on {what}")
 
 
 def _as_taken(graph: BlockGraph, names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:

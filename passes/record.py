@@ -65,7 +65,7 @@ def survey(
         for name, module in watched.items():
             hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
-        model(**kwargs)
+        model(**_own(kwargs))
     return seen
 
 
@@ -112,9 +112,14 @@ def _record(
         for name, module in watched.items():
             hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
-        output = model(**kwargs)
+        output = model(**_own(kwargs))
     stale = any(_version(tensor) != version for tensor, version in versions)
     return calls, output, stale
+
+
+def _own(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """`kwargs` with copies of its tensors, so that a model that writes into them spoils no other run."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(kwargs))
 
 
 def _tensors(tree: object) -> list[Tensor]:
