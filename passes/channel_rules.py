@@ -76,8 +76,9 @@ def _poison_all(ledger: Ledger, node: fx.Node, known: Known, reason: str) -> Non
         ledger.poison(dim.elements, reason)
 
 
-def _foreign(dim: Dim, source: str) -> Dim:
-    return replace(dim, elements=None, source=source)
+def _foreign(dim: Dim, name: str) -> Dim:
+    """The dimension with its channels lost at operator `name`, or before where they were foreign already."""
+    return replace(dim, elements=None, source=dim.source if dim.elements is None and dim.source else name)
 
 
 def _unknown(ledger: Ledger, node: fx.Node, known: Known) -> Value:
@@ -129,7 +130,7 @@ def _broadcast(
 
 
 def _tied(ledger: Ledger, one: Dim, other: Dim, reason: str) -> Dim:
-    source = one.source or other.source
+    source = (one.source if one.elements is None else other.source) or other.source or one.source
     elements = ledger.tie(one.elements, other.elements, reason + (source or "channels that no weight makes"))
     return Dim(elements, one.tokens or other.tokens, source)
 
@@ -249,7 +250,7 @@ def _reshape(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Kno
             ledger.poison(x[index].elements, f"is mixed with other dimensions by {node.name}")
     tokens = any(x[index].tokens for index in mixed)
     sizes = shape_of(node)
-    source = next((dim.source for dim in reversed(x) if dim.source), "")
+    source = next((_foreign(x[index], op_name(node)).source for index in reversed(mixed)), "")
     return tuple(
         x[kept[index]] if index in kept else Dim(None, tokens and not same_size(size, 1), source)
         for index, size in enumerate(sizes)
@@ -273,7 +274,7 @@ def _norm(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Known)
     affine = [known[given[key]] for key in ("weight", "bias") if given.get(key) is not None]
     for dim in (*x[-count:], *(dim for dims in affine for dim in dims)):
         ledger.poison(dim.elements, f"is normalised over ({node.name})")
-    return (*x[:-count], *(_foreign(dim, dim.source or op_name(node)) for dim in x[-count:]))
+    return (*x[:-count], *(_foreign(dim, op_name(node)) for dim in x[-count:]))
 
 
 def _reduce(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Known) -> Value:

@@ -1,4 +1,4 @@
-"""What is known of ATen operators by name: their arguments, which act element by element, how reshapes move dimensions."""
+"""What is known of ATen operators by name: their arguments, which act by element, how reshapes move dimensions."""
 
 from __future__ import annotations
 
