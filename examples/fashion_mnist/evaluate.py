@@ -1,7 +1,7 @@
 """Measure the trained models with the judge: python -m examples.fashion_mnist.evaluate --models dense elastic.
 
 Writes weights/quality.json: accuracy of the asked class and Frechet distance of features to the test set, and for the
-elastic model how its gates and widths were decided.
+elastic model how its gates and widths were decided. Models that are not named keep what the file says of them.
 """
 
 from __future__ import annotations
@@ -111,6 +111,12 @@ def floor_distance(judge: Judge, images: int) -> float:
     return frechet_distance(judged(judge, chosen.float() / 127.5 - 1)[1], test_features(judge))
 
 
+def update(path: Path, entries: dict[str, Any]) -> None:
+    """Put `entries` into the JSON object in `path`, which may not exist yet; the others stay."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    write_file_atomically(path, json.dumps(before | entries, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["dense", "elastic"], help="dense, elastic, or checkpoints")
@@ -120,11 +126,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WEIGHTS / "quality.json")
     arguments = parser.parse_args()
     judge = load_judge(arguments.judge)
-    results: dict[str, Any] = {
-        "steps": STEPS,
-        "torch": torch.__version__,
-        "real_images": {"images": arguments.images, "distance": round(floor_distance(judge, arguments.images), 3)},
-    }
+    floor = {"images": arguments.images, "distance": round(floor_distance(judge, arguments.images), 3)}
+    update(arguments.output, {"steps": STEPS, "torch": torch.__version__, "real_images": floor})
     for name in arguments.models:
         for guidance in arguments.guidance:
             model = load_model(name)
@@ -133,11 +136,10 @@ def main() -> None:
             if isinstance(called, Recorder):
                 entry["decisions"] = asdict(called.decisions(branches=1 if guidance == 1 else 2))
             key = name if len(arguments.guidance) == 1 else f"{name} guidance {guidance:g}"
-            results[key] = entry
             print(key, json.dumps({k: v for k, v in entry.items() if k != "decisions"}), flush=True)
             if "decisions" in entry:
                 print(json.dumps(entry["decisions"]), flush=True)
-            write_file_atomically(arguments.output, json.dumps(results, indent=1) + "\n")
+            update(arguments.output, {key: entry})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 
 STEPS = 28
-GUIDANCE = 2.0
+GUIDANCE = 2.5
 
 
 @torch.no_grad()
