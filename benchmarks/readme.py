@@ -1,0 +1,71 @@
+"""Rewrite the figures of README.md from benchmarks/results/*.json: python -m benchmarks.readme."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edit_compile.machine import summary
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+HEADINGS = (
+    "run",
+    "eager, ms per step",
+    "compiled",
+    "times faster",
+    "FLOPs would allow",
+    "weights, four widths / dense",
+)
+NOT_MEASURED = "Not measured yet: `make bench` fills this in."
+
+
+def figures(results: Mapping[str, Any]) -> str:
+    """One result file as a Markdown table with the machine named below it."""
+    shape = results["shape"]
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+    lines += ["| " + " | ".join(_cells(shape["name"], run)) + " |" for run in results["runs"]]
+    taken = (
+        f"{summary(results['machine'])}; {shape['steps']} steps, batch 1, {shape['side'] ** 2} image and "
+        f"{shape['text']} text tokens; decisions drawn at random at FLUX's budget, routers run. "
+        f"Medians; in brackets the middle half of {shape['repeats']} requests. Weights are for all four widths."
+    )
+    return "\n".join([*lines, "", taken])
+
+
+def with_figures(text: str, tables: list[str]) -> str:
+    """`text` with everything between the two marks replaced by `tables`; ValueError where a mark is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the text lacks {BEGIN} or {END}")
+    return "\n".join([f"{before}{BEGIN}", "\n\n".join(tables) or NOT_MEASURED, f"{END}{after}"])
+
+
+def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
+    found = run["comparison"]
+    ratio = found["ratio"]
+    return (
+        f"{name}, {run['dtype']}, {run['engine']}",
+        f"{found['eager_ms']['median']:.0f}",
+        f"{found['compiled_ms']['median']:.0f}",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        f"{found['flop_limit']:.2f}",
+        f"{found['memory']:.2f}",
+    )
+
+
+def main() -> None:
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.endswith("_small")]
+    tables = [figures(json.loads(path.read_text())) for path in paths]
+    README.write_text(with_figures(README.read_text(), tables))
+    sys.stdout.write(f"{README}: figures of {', '.join(path.stem for path in paths) or 'no results'}\n")
+
+
+if __name__ == "__main__":
+    main()

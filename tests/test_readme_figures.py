@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.readme import BEGIN, END, NOT_MEASURED, README, figures, with_figures
+
+SPREAD = {"median": 2.0, "low": 1.9, "high": 2.1, "count": 5}
+RESULTS = {
+    "shape": {"name": "flux-mid", "steps": 28, "side": 32, "text": 128, "repeats": 5},
+    "machine": {"cpu": "a processor", "cores": "2", "torch": "2.13.0"},
+    "runs": [
+        {
+            "dtype": "float32",
+            "engine": "torch",
+            "comparison": {
+                "eager_ms": SPREAD | {"median": 900.0},
+                "compiled_ms": SPREAD | {"median": 450.4},
+                "ratio": SPREAD,
+                "flop_limit": 2.51,
+                "memory": 1.04,
+            },
+        }
+    ],
+}
+
+
+def test_a_result_becomes_a_table_that_names_its_machine() -> None:
+    text = figures(RESULTS)
+    assert "| flux-mid, float32, torch | 900 | 450 | 2.00 (1.90 to 2.10) | 2.51 | 1.04 |" in text
+    assert "a processor, 2 cores, torch 2.13.0; 28 steps, batch 1, 1024 image and 128 text tokens" in text
+
+
+def test_only_what_is_between_the_marks_is_replaced() -> None:
+    text = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
+    once = with_figures(text, ["new"])
+    assert once == f"above\n{BEGIN}\nnew\n{END}\nbelow\n"
+    assert with_figures(once, ["new"]) == once
+    assert NOT_MEASURED in with_figures(text, [])
+
+
+def test_a_missing_mark_is_an_error() -> None:
+    with pytest.raises(ValueError, match="lacks"):
+        with_figures("nothing", [])
+
+
+def test_the_readme_has_the_marks() -> None:
+    assert with_figures(README.read_text(), ["x"]).count("x\n") >= 1
