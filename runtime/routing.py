@@ -38,13 +38,8 @@ class FoldedRouter:
 
         `states` are (B, L_i, D), `time` (B, E) or (1, E); the result has the router's dtype.
         """
-        rows = states[0].shape[0]
-        weights, biases = self._modulated(time)
-        pooled = [
-            self._pool([state[row] for state in states], weights[row % len(weights)], biases[row % len(biases)])
-            for row in range(rows)
-        ]
-        hidden = pooled[0] if rows == 1 else torch.cat(pooled)
+        weight, bias = self._modulated(time)
+        hidden = self._pool(states, weight, bias)
         return F.linear(hidden, self._heads, self._heads_bias)
 
     def _modulated(self, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +53,21 @@ class FoldedRouter:
         return torch.addcmul(self._weight, self._weight, gamma[:, None]), F.linear(delta, self._weight, self._bias)
 
     def _pool(self, streams: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        """Token mean of h over all streams (L_i, D) of a row, (1, H_r)."""
+        """Token mean of h (B, H_r) over all streams (B, L_i, D)."""
         total: Tensor | None = None
         for stream in streams:
-            normed = F.layer_norm(stream, stream.shape[-1:], eps=self._eps)
-            part = self._activation(F.linear(normed.to(weight.dtype), weight, bias)).sum(0, keepdim=True)
+            normed = F.layer_norm(stream, stream.shape[-1:], eps=self._eps).to(weight.dtype)
+            part = self._activation(_project(normed, weight, bias)).sum(1)
             total = part if total is None else total + part
         assert total is not None
-        return total / sum(len(stream) for stream in streams)
+        return total / sum(stream.shape[1] for stream in streams)
+
+
+def _project(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b for tokens (B, L, D), with W (B or 1, H_r, D) and b (B or 1, H_r) of each row's own."""
+    if weight.shape[0] == 1:
+        return F.linear(tokens, weight[0], bias[0])
+    return torch.baddbmm(bias[:, None], tokens, weight.transpose(1, 2))
 
 
 class Routers:
