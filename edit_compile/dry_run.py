@@ -13,6 +13,7 @@ from passes.assemble import Planned
 from passes.cost import count_flops, variant_cost
 from passes.graph import Refusal, Report
 from passes.pipeline import Analysis
+from passes.widths import site_rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _row(item: Planned, index: int, blocks: int) -> PlanRow:
         states=tuple(plan.inputs[k].name for k in plan.states),
         sites=len(item.group.sites),
         width=variant.width,
-        hidden=tuple(kept_channels(site.hidden, variant.width) for site in item.group.sites),
+        hidden=tuple(site_rows(site.hidden, variant.width) for site in item.group.sites),
         flops=flops,
         bytes=moved,
     )

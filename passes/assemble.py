@@ -9,7 +9,7 @@ Numbers are checked before a program leaves here:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 
@@ -23,7 +23,6 @@ from passes.export import weight_values
 from passes.graph import Discovery, PlanGraph, Report, Run
 from passes.guards import (
     GlueGraph,
-    constant_arguments,
     guard_glue,
     guarded_copy,
     tensor_arguments,
@@ -31,6 +30,7 @@ from passes.guards import (
 from passes.lower import Files, lower_glue, lower_plan
 from passes.pipeline import Analysis, Group
 from passes.widths import at_widths
+from runtime.arguments import flatten
 from runtime.program import Program
 from runtime.spec import SCHEMA, Block, Cost, Glue, GlueInput, Manifest, Plan, PlanInput, Policy, RouterConfig, Variant
 
@@ -48,7 +48,7 @@ class Source:
     arguments: tuple[str, ...]
     router: RouterConfig | None = None
     routers: Mapping[str, Tensor] | None = None
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
 
     def manifest(self, widths: Sequence[float]) -> Manifest:
         """A manifest that holds no plans, blocks or glue yet."""
@@ -195,9 +195,7 @@ def _bucket_runs(discovery: Discovery) -> list[tuple[Run, Run]]:
     return list(zip(discovery.runs[:half], discovery.runs[half:], strict=True))
 
 
-def _glue(
-    graph: GlueGraph, name: str, run: Run, planned: Sequence[Planned]
-) -> Glue:
+def _glue(graph: GlueGraph, name: str, run: Run, planned: Sequence[Planned]) -> Glue:
     names, values = tensor_arguments(run.kwargs)
     inputs = []
     for argument, value in zip(names, values, strict=True):
@@ -213,7 +211,7 @@ def _glue(
         id=name,
         file=f"glue/{name}.pt2",
         inputs=tuple(inputs),
-        constants=constant_arguments(run.kwargs),  # type: ignore[arg-type]
+        constants=flatten(run.kwargs)[1],
         weights=tuple(graph.weights),
         outputs=("sample",) if graph.outputs == 1 else tuple(f"output_{k}" for k in range(graph.outputs)),
         flops=glue_flops(graph, run),

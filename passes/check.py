@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from passes.export import weight_values
@@ -15,6 +14,7 @@ from passes.graph import BlockSite, MlpSite, PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
 from passes.pipeline import Group
 from passes.record import undisturbed
+from passes.widths import site_rows
 from runtime.guard import answering
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
+from runtime.arguments import flatten
 from runtime.guard import guard
 
 
@@ -57,6 +58,7 @@ class Guard:
     graph: BlockGraph
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Called with the block's arguments; gives the block's output structure."""
         leaves = pytree.tree_leaves((args, kwargs))
         inputs = [_as_real(leaves[position]) for position in self.graph.leaves]
         outputs = list(self.call.outputs)
@@ -112,15 +114,8 @@ def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Rep
 
 def tensor_arguments(kwargs: Mapping[str, object]) -> tuple[list[str], list[Tensor]]:
     """Names (``key`` or ``key.0.sub``) and values of the tensors among a forward's keyword arguments."""
-    pairs, _ = pytree.tree_flatten_with_path(dict(kwargs))
-    tensors = [(path, value) for path, value in pairs if isinstance(value, Tensor)]
-    return [_dotted(path) for path, _ in tensors], [value for _, value in tensors]
-
-
-def constant_arguments(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The non-tensor leaves among a forward's keyword arguments, by the same names; `return_dict` left out."""
-    pairs, _ = pytree.tree_flatten_with_path({k: v for k, v in kwargs.items() if k != "return_dict"})
-    return {_dotted(path): value for path, value in pairs if not isinstance(value, Tensor)}
+    tensors, _ = flatten(kwargs)
+    return list(tensors), list(tensors.values())
 
 
 class _Positional(nn.Module):
@@ -188,10 +183,6 @@ def _count_guards(module: fx.GraphModule) -> int:
 def _as_real(leaf: object) -> Tensor:
     assert isinstance(leaf, Tensor)
     return torch.view_as_real(leaf) if leaf.is_complex() else leaf
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def _first_line(error: Exception) -> str:

@@ -120,5 +120,4 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 def _reexport(module: fx.GraphModule, args: Sequence[Tensor], free: Sequence[dict | None]) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, tuple(args), dynamic_shapes=(tuple(free),), strict=False)
-        return program.run_decompositions({})
+        return torch.export.export(module, tuple(args), dynamic_shapes=tuple(free), strict=False)
