@@ -3,9 +3,9 @@
 The call B(args, kwargs) is flattened by pytree to leaves l_1 .. l_n. Tensor leaves stay inputs; every
 other leaf, equal in all runs, is baked in. Of the outputs only the states remain. A dimension of an
 input is symbolic exactly where it carries the batch or was seen with two sizes; the example has a
-batch of two or more, so that no size-one rule is frozen in, and where the block's code pins a
-dimension that must vary, the export is refused. The graph is made plain (passes.plain) and then run
-against every recorded call and against a single row of the last one.
+batch of two or more, so that no size-one rule is frozen in. The graph is made plain (passes.plain) and
+then run against every recorded call and against a single row of the last one: where the block's code
+pins a dimension that varies, that is where it shows, and the export is refused.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
     positions = tuple(tensors.index(at) for _, at in states.pairs)
     graph = BlockGraph(module, weights, inputs, tuple(tensors), positions)
-    _check_dims(site, graph, moving)
     validate(graph, site)
     operators = sum(node.op == "call_function" for node in module.graph.nodes)
     done = f"{site.name}: {operators} operators, {len(weights)} weights, inputs {', '.join(inputs)}"
@@ -167,15 +166,6 @@ def _trace(site: BlockSite, states: States, call: Call, moving: Mapping[int, tup
             return program.run_decompositions({})
     except Exception as error:
         raise ExportError(f"{site.name}: {type(error).__name__}: {error}") from error
-
-
-def _check_dims(site: BlockSite, graph: BlockGraph, moving: Mapping[int, tuple[int, ...]]) -> None:
-    values = {node.name: node.meta["val"] for node in graph.module.graph.nodes if node.op == "placeholder"}
-    for name, at in zip(graph.inputs, graph.leaves, strict=True):
-        for dim in moving[at]:
-            if isinstance(values[name].shape[dim], int):
-                what = "the batch" if site.batch_dims.get(at) == dim else "a size that differs between runs"
-                raise ExportError(f"{site.name}: its code pins dimension {dim} of {name}, {what}")
 
 
 def _first_row(graph: BlockGraph, site: BlockSite, call: Call) -> Call:
