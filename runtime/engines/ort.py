@@ -1,13 +1,15 @@
 """The ONNX Runtime engine: plans with their weights as inputs, run on torch's own memory.
 
-All sessions of the process share one thread pool and one CPU arena: sessions with pools of their
-own fight over the cores, and sessions with arenas of their own each keep their largest scratch.
+All sessions of the process share one thread pool (of as many threads as torch has when the first
+is opened) and one CPU arena: sessions with pools of their own fight over the cores, and sessions
+with arenas of their own each keep their largest scratch.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -127,8 +129,9 @@ def _shared_library() -> Any:
             _check_installed()
             import onnxruntime
 
-            threads = torch.get_num_threads()
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            # fails where the application has already made the pool: then it is used as it is
+            with suppress(Exception):
+                onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
             arena = onnxruntime.OrtMemoryInfo(
                 "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
             )
