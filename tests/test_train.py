@@ -197,7 +197,8 @@ def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
         subprocess.run(arguments, check=True, env=environment, cwd=root, timeout=240)
     two, one = (load_checkpoint(tmp_path / batch / "checkpoints" / "step-00000010") for batch in ("3", "6"))
     for name in one.model:
-        torch.testing.assert_close(one.model[name], two.model[name], rtol=1e-5, atol=1e-6)
+        # Adam divides by the gradient's size, so the order of summation shows; each weight moved by about 1e-2.
+        torch.testing.assert_close(one.model[name], two.model[name], rtol=0, atol=1e-4)
     for ours, theirs in zip(records(tmp_path / "6"), records(tmp_path / "3"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 

@@ -15,14 +15,16 @@ from examples.fashion_mnist.model import dense_model, elastic_model, inputs
 LABEL_DROP = 0.1
 
 
-def noised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noised(batch: Mapping[str, Tensor], uniform: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw noise and times: x_t = (1 - t) x_0 + t noise (B, 49, 16), t (B,), labels (B,), target noise - x_0.
 
-    t is logit-normal; one label in ten becomes "no class", for classifier-free guidance.
+    t is logit-normal, or uniform as the sampler's steps are; one label in ten becomes "no class", for guidance.
     """
     x0, labels = batch["x"], batch["label"]
     noise = torch.randn_like(x0)
     t = torch.sigmoid(torch.randn(len(x0), device=x0.device))
+    if uniform:
+        t = torch.rand(len(x0), device=x0.device)
     dropped = torch.rand(len(x0), device=x0.device) < LABEL_DROP
     labels = torch.where(dropped, NO_CLASS, labels)
     mix = t[:, None, None]
@@ -32,6 +34,8 @@ def noised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]
 class DenseTask:
     """Trains the dense model with the rectified-flow loss."""
 
+    uniform_times = False
+
     def model(self) -> nn.Module:
         return dense_model()
 
@@ -39,16 +43,20 @@ class DenseTask:
         return Patches("train")
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        x, t, labels, target = noised(batch)
+        x, t, labels, target = noised(batch, self.uniform_times)
         (velocity,) = model(**inputs(x, t, labels))
         return {"loss": nn.functional.mse_loss(velocity, target)}
 
 
 class ElasticTask(DenseTask):
-    """Goes on from dense weights with routers, under a compute budget."""
+    """Goes on from dense weights with routers, under a compute budget.
 
-    def __init__(self, dense: nn.Module, budget: Budget) -> None:
-        self.dense, self.budget = dense, budget
+    With `uniform_times` the budget is an average over the sampler's timesteps: gates open more often near t = 0, which
+    a logit-normal t seldom visits.
+    """
+
+    def __init__(self, dense: nn.Module, budget: Budget, uniform_times: bool = True) -> None:
+        self.dense, self.budget, self.uniform_times = dense, budget, uniform_times
 
     def model(self) -> ElasticTransformer:
         return elastic_model(self.dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/elastic"))
     parser.add_argument("--dense", default="dense", help="'dense', or a checkpoint of the dense training")
     parser.add_argument("--budget", choices=sorted(PRESETS), default="flux")
+    parser.add_argument("--budget-weight", type=float, default=2.0, help="lambda")
+    parser.add_argument("--times", choices=("uniform", "logit-normal"), default="uniform")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--decay-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -40,7 +43,9 @@ def main() -> None:
         compile=arguments.compile,
         lr_multipliers=(("routers.", arguments.router_lr),),
     )
-    print(train(ElasticTask(load_model(arguments.dense), Budget.preset(arguments.budget)), config))
+    budget = replace(Budget.preset(arguments.budget), weight=arguments.budget_weight)
+    task = ElasticTask(load_model(arguments.dense), budget, uniform_times=arguments.times == "uniform")
+    print(train(task, config))
 
 
 if __name__ == "__main__":
