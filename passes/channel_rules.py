@@ -192,7 +192,7 @@ def _slice(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Known
     axis = given["dim"] % len(x)
     elements = x[axis].elements
     if elements is not None:
-        if given["step"] != 1:
+        if given["step"] != 1 or isinstance(given["start"], fx.Node) or isinstance(given["end"], fx.Node):
             return _unknown(ledger, node, known)
         elements = elements[given["start"] : given["end"]]
     return (*x[:axis], replace(x[axis], elements=elements), *x[axis + 1 :])
@@ -243,6 +243,8 @@ def _permute(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Kno
 
 def _reshape(ledger: Ledger, node: fx.Node, given: Mapping[str, Any], known: Known) -> Value:
     """view, reshape, squeeze, unsqueeze, flatten: kept dimensions keep their channels."""
+    if "dtype" in given:
+        return _unknown(ledger, node, known)
     x = known[given["self"]]
     kept, mixed, _ = same_dims(shape_of(given["self"]), shape_of(node))
     for index in mixed:
@@ -319,7 +321,7 @@ _KINDS: dict[Rule, str] = {
     _slice: "slice",
     _select: "select unbind",
     _cat: "cat",
-    _permute: "permute transpose t numpy_T",
+    _permute: "permute transpose t",
     _reshape: "view reshape _unsafe_view squeeze unsqueeze flatten",
     _expand: "expand",
     _norm: "layer_norm rms_norm",

@@ -32,6 +32,7 @@ Pieces = Sequence[tuple[WeightPiece, fx.Node]]
 
 _aten = torch.ops.aten
 _SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand"})
+_CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 _CUTS = frozenset({"split", "split_with_sizes", "chunk"})
 
 
@@ -87,9 +88,9 @@ class _Narrowing:
             return self._cut(node)
         if name == "cat":
             return self._cat(node)
-        if name in _SIZED:
+        if name in _SIZED and isinstance(node.args[1], (list, tuple)):
             return self._sized(node)
-        if name.startswith("conv"):
+        if name in _CONVS:
             return self._conv(node)
         spread = is_elementwise(node) and len(node.all_input_nodes) == 1
         return (

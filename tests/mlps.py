@@ -147,6 +147,16 @@ def reshaped(h: int) -> BlockGraph:
     return written(block, {"w1": (h, 8), "scale": (h,), "w2": (8, h)}, STATE)
 
 
+def tabled(h: int) -> BlockGraph:
+    """A learned table (tokens, hidden) added to the hidden tensor."""
+
+    def block(w1, table, w2, x):
+        hidden = aten.gelu.default(aten.linear.default(x, w1) + table)
+        return x + aten.linear.default(hidden, w2)
+
+    return written(block, {"w1": (h, 8), "table": (5, h), "w2": (8, h)}, STATE)
+
+
 ALL: dict[str, Callable[[int], BlockGraph]] = {
     make.__name__: make
     for make in (
@@ -163,6 +173,7 @@ ALL: dict[str, Callable[[int], BlockGraph]] = {
         two_into_one,
         convolutional,
         reshaped,
+        tabled,
     )
 }
 
