@@ -18,8 +18,9 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from edit_compile.average import Ema
 from edit_compile.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -27,6 +28,7 @@ from edit_compile.checkpoint import (
     save_checkpoint,
     write_file_atomically,
 )
+from edit_compile.order import StepSampler, seed_of
 
 log = logging.getLogger(__name__)
 
@@ -82,63 +84,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     rise = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
     fall = (config.steps - step) / config.decay_steps if config.decay_steps else 1.0
     return config.lr * max(0.0, min(1.0, rise, fall))
-
-
-def seed_of(*parts: int) -> int:
-    """Mix integers into one 63-bit seed (SplitMix64 steps); a pure function, the same on every machine."""
-    mask, state = (1 << 64) - 1, 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
-
-
-class StepSampler(Sampler[list[int]]):
-    """Batches of indices for micro steps `start`, `start` + 1, ...: endless, and a pure function of its arguments.
-
-    Epochs are permutations of the dataset laid end to end; micro step m of `world` processes takes the next
-    `world * batch_size` positions, and rank r the r-th slice of them.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
-        if length < 1:
-            raise ValueError("the dataset is empty: training needs at least one sample")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.rank, self.world = start, rank, world
-        self._epochs: dict[int, list[int]] = {}
-
-    def __iter__(self) -> Iterator[list[int]]:
-        micro_step = self.start
-        while True:
-            first = (micro_step * self.world + self.rank) * self.batch_size
-            yield [self._index(position) for position in range(first, first + self.batch_size)]
-            micro_step += 1
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, self.length)
-        if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
-        return self._epochs[epoch][offset]
-
-
-class Ema:
-    """Exponential moving average of a module's parameters and floating-point buffers, by name."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move towards the module's values; the decay is min(decay, (1 + step) / (10 + step))."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = module.state_dict()
-        moving = [name for name, value in self.values.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.values[n] for n in moving], [current[n] for n in moving], 1 - decay)
 
 
 def train(task: Task, config: TrainConfig) -> Path:

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from edit_compile.average import Ema
 from edit_compile.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from edit_compile.train import Ema, StepSampler, TrainConfig, learning_rate, seed_of, train
+from edit_compile.order import StepSampler, seed_of
+from edit_compile.train import TrainConfig, learning_rate, train
 
 
 class Numbers(Dataset[Tensor]):
