@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +32,10 @@ from edit_compile.checkpoint import (
 from edit_compile.order import StepSampler, seed_of
 
 log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message names the step and what was wrong."""
 
 
 class Task(Protocol):
@@ -90,6 +95,10 @@ def train(task: Task, config: TrainConfig) -> Path:
     """Run, or go on with, the training in `config.output`; returns the last checkpoint's folder.
 
     Writes `metrics.jsonl` and `checkpoints/step-XXXXXXXX/`. Works in one process and under `accelerate launch`.
+
+    Raises:
+        TrainingError: a gradient is not finite.
+        CheckpointError: the newest checkpoint cannot be read.
     """
     return _Run(task, config).run()
 
@@ -141,12 +150,20 @@ class _Run:
                 self.accelerator.backward(losses["loss"])
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip)
+                    self._check(norm, losses["loss"])
                 self.prepared_optimizer.step()
                 self.prepared_optimizer.zero_grad()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / self.config.accumulate
         self.ema.update(self.module, self.step)
         return {**sums, "lr": rate, "grad_norm": float(norm)}
+
+    def _check(self, norm: Any, loss: Tensor) -> None:
+        if not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"step {self.step}: the gradient's norm is {float(norm)} at loss {float(loss.detach())}; the weights "
+                f"in {self._folder} are from before it: resume with a smaller lr, or look at this step's batch"
+            )
 
     def _batches(self) -> Iterator[Any]:
         dataset: Any = self.task.dataset()
@@ -209,6 +226,10 @@ class _Run:
             states.setdefault(position[name], {})[state] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
         self._trim_metrics(checkpoint.step)
+        before, now = checkpoint.config, json.loads(json.dumps(asdict(self.config), default=str))
+        changed = sorted(name for name in now if before.get(name) != now[name])
+        if changed:
+            log.warning("%s goes on with other settings than it began with: %s", found[-1], ", ".join(changed))
         log.info("resumed %s at step %d", found[-1], checkpoint.step)
         return checkpoint.step
 

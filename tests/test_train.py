@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from edit_compile.average import Ema
 from edit_compile.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from edit_compile.order import StepSampler, seed_of
-from edit_compile.train import TrainConfig, learning_rate, train
+from edit_compile.train import TrainConfig, TrainingError, learning_rate, train
 
 
 class Numbers(Dataset[Tensor]):
@@ -174,6 +174,27 @@ def test_half_written_and_old_checkpoints_do_not_stay(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000012"]
     (folder / "step-00000099").mkdir()
     assert list_checkpoints(folder)[-1].name == "step-00000012"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_a_checkpoint(tmp_path):
+    class Broken(NoisyTask):
+        def loss(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+            losses = super().loss(model, batch)
+            return {"loss": losses["loss"] * (float("nan") if self.calls == 5 else 1.0)}
+
+    with pytest.raises(TrainingError, match="step 4"):
+        train(Broken(), config_for(tmp_path))
+    (kept,) = list_checkpoints(tmp_path / "checkpoints")
+    assert all(torch.isfinite(value).all() for value in load_checkpoint(kept).model.values())
+
+
+def test_a_resumed_run_says_which_settings_changed(tmp_path, caplog):
+    train(NoisyTask(), config_for(tmp_path))
+    train(NoisyTask(), config_for(tmp_path, steps=12, lr=2e-3))
+    assert "lr, steps" in caplog.text
+    caplog.clear()
+    train(NoisyTask(), config_for(tmp_path, steps=12, lr=2e-3))
+    assert "other settings" not in caplog.text
 
 
 def test_checkpoints_hold_no_pickle(tmp_path):
