@@ -57,7 +57,7 @@ def _clean(graph: fx.Graph) -> None:
         if node.op == "call_function" and str(node.target).startswith(_ASSERTIONS):
             graph.erase_node(node)
         elif node.target is torch.ops.aten.slice.Tensor and tuple(node.args[2:]) == (0, sys.maxsize):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = torch.ops.aten.reshape.default

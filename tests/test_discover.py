@@ -274,7 +274,7 @@ def test_the_timestep_must_be_known() -> None:
 @given(
     steps=st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=4).map(torch.tensor)
     | st.lists(st.integers(0, 999), min_size=1, max_size=4).map(torch.tensor)
-    | st.floats(0, 1000)
+    | st.floats(0, 1000, width=32)
     | st.integers(0, 999)
 )
 def test_other_steps_differ_and_stay_in_range(steps: Tensor | float) -> None:
