@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -43,17 +44,29 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from edit_compile.loading import UserError
-        from runtime.errors import EditError
-
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="copyreg"
+        )  # torch copying its own pytree specs
         try:
             command(*args, **kwargs)
-        except (UserError, EditError, ValueError, OSError) as error:
-            if os.environ.get("EDIT_COMPILE_DEBUG"):
+        except Exception as error:
+            if os.environ.get("EDIT_COMPILE_DEBUG") or not isinstance(error, _expected()):
                 raise
             fail(" ".join(str(error).split()))
 
     return wrapped
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors whose message is meant for the user."""
+    from edit_compile.loading import UserError
+    from passes.check import CheckError
+    from passes.discover import DiscoveryError
+    from passes.guards import GuardError
+    from passes.lower import LowerError
+    from runtime.errors import EditError
+
+    return UserError, EditError, CheckError, DiscoveryError, GuardError, LowerError, ValueError, OSError
 
 
 @app.command()

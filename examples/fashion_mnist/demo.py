@@ -35,6 +35,7 @@ def compile_models(folder: Path) -> None:
     for name in sorted({file.removesuffix(".edit") for file, _ in VARIANTS.values()}):
         with console.status(f"compiling the {name} model"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*has no routers")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # torch copying its own pytree specs
             edit_compile.compile(load_model(name), inputs=example, output=folder / f"{name}.edit")
         console.print(f"compiled the {name} model to {folder / name}.edit")
 
