@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import nn
 
 from edit_compile.dry_run import DryRun
 from edit_compile.elastic import ElasticTransformer
-from edit_compile.layout import find_layout
+from edit_compile.layout import layout_of
 from passes.assemble import Source, assemble, plan_groups
-from passes.pipeline import analyse
+from passes.pipeline import Analysis, analyse
 from runtime import bundle
 from runtime.policy import Decider, RoutingPolicy
 from runtime.program import Program
@@ -74,7 +74,7 @@ def compile(
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
     compiled = CompiledTransformer(program, engine=engine, policy=policy or RoutingPolicy.preset("flux"), tracer=tracer)
     if output is not None:
-        bundle.save(compiled.program, output)
+        bundle.save(program, output)
     return compiled
 
 
@@ -112,34 +112,42 @@ class Tracer:
     def trace(self, inputs: Inputs) -> Program:
         """The program for `inputs`; CompileError where no block can be guarded."""
         buckets = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        analysis = self._analyse(buckets)
+        _log(analysis.reports)
+        if not analysis.groups:
+            raise CompileError(_nothing(self.model, analysis.reports))
+        if self.elastic is not None and self.elastic.layout is None:
+            self.elastic.attach(layout_of(analysis, self.elastic.config.time_dim))
         with self._dense():
-            analysis = analyse(self.model, buckets, self.timestep)
-            _log(analysis.reports)
-            if not analysis.groups:
-                raise CompileError(_nothing(self.model, analysis.reports))
             planned, widths = plan_groups(analysis, self.widths)
-            program, guards = assemble(analysis, planned, self._source(buckets), self.widths)
+            program, guards = assemble(analysis, planned, self._source(), self.widths)
         _log((*widths, *guards))
         self.buckets = buckets
         return program
 
     def dry_run(self, inputs: Inputs) -> DryRun:
         """What `trace` would make of `inputs`, nothing lowered."""
+        analysis = self._analyse(inputs)
         with self._dense():
-            analysis = analyse(self.model, inputs, self.timestep)
             planned, reports = plan_groups(analysis, self.widths)
         return DryRun.of(analysis, planned, (*analysis.reports, *reports), self.elastic)
 
     def untraced(self) -> Program:
         """A program with a manifest but nothing compiled yet."""
-        return Program(self._source(()).manifest(self.widths), {}, {}, {})
+        return Program(self._source().manifest(self.widths), {}, {}, {})
 
-    def _dense(self) -> AbstractContextManager[None]:
-        return self.elastic.detached() if self.elastic is not None else nullcontext()
+    def _analyse(self, inputs: Inputs) -> Analysis:
+        with self._dense():
+            return analyse(self.model, inputs, self.timestep)
 
-    def _source(self, buckets: Sequence[Mapping[str, Any]]) -> Source:
-        if self.elastic is not None and self.elastic.layout is None and buckets:
-            self.elastic.attach(find_layout(self.model, buckets, self.elastic.config.time_dim))
+    @contextmanager
+    def _dense(self) -> Iterator[None]:
+        """The base model without an elastic model's hooks, and without a warning that every export repeats."""
+        with self.elastic.detached() if self.elastic is not None else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
+            yield
+
+    def _source(self) -> Source:
         routers = self.elastic.router_tensors() if self.elastic is not None else None
         return Source(
             model=type(self.model).__name__,

@@ -125,5 +125,5 @@ def _router_flops(planned: Sequence[Planned], elastic: ElasticTransformer | None
         return 0
     router, item = elastic.routers[0], next(item for item in planned if 0 in item.group.members)
     states = [item.examples[0][k] for k in item.plan.states]
-    time = states[0].new_empty(len(states[0]), router.time_dim)
-    return count_flops(router, states, time) // len(states[0])
+    time = states[0].new_empty(len(states[0]), int(router.time_dim))  # type: ignore[arg-type]
+    return count_flops(lambda *given: router(given[:-1], given[-1]), [*states, time]) // len(states[0])

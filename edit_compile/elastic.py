@@ -72,8 +72,7 @@ class ElasticTransformer(nn.Module):
     @contextmanager
     def detached(self) -> Iterator[None]:
         """Inside the ``with`` block the base model carries no hooks, as the compiler wants to see it."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         try:
             yield
         finally:
@@ -88,8 +87,13 @@ class ElasticTransformer(nn.Module):
             for name, value in router.state_dict().items()
         }
 
-    def _hook(self) -> None:
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
         self._handles = []
+
+    def _hook(self) -> None:
+        self._unhook()
         for index, block in enumerate(self.layout.blocks if self.layout else ()):
             module = self.model.get_submodule(block.name)
             self._handles.append(module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True))

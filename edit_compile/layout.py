@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.graph import BlockSite, MlpSite, States
-
-log = logging.getLogger(__name__)
+from passes.pipeline import Analysis, analyse
 
 
 class ElasticError(ValueError):
@@ -76,25 +74,23 @@ class Layout:
 def find_layout(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], time_dim: int) -> Layout:
     """Run the passes on `model` called with `inputs`, and keep what routers need.
 
-    `time_dim` is the width of the sinusoidal embedding for blocks without a time embedding of their own.
-
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    from passes.pipeline import analyse  # here, because a saved layout is read without the passes
+    return layout_of(analyse(model, inputs), time_dim)
 
-    analysis = analyse(model, inputs)
-    refusals = [refusal for report in analysis.reports for refusal in report.refused]
-    for refusal in refusals:
-        log.info("%s: %s", refusal.where, refusal.reason)
+
+def layout_of(analysis: Analysis, time_dim: int) -> Layout:
+    """The layout of an analysed model; ElasticError where it has no block."""
     if not analysis.groups:
-        reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refusals) or "no candidates"
-        raise ElasticError(f"no elastic block found in {type(model).__name__} ({reasons})")
+        refused = [refusal for report in analysis.reports for refusal in report.refused]
+        reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refused) or "no candidates"
+        raise ElasticError(f"no elastic block found in {type(analysis.discovery.model).__name__} ({reasons})")
     blocks = []
-    for block, owner in zip(analysis.discovery.blocks, analysis.group_of, strict=True):
-        group = analysis.groups[owner]
-        masks = tuple(mask for site in group.sites for mask in _masks(block.module, group.graph.weights, site))
-        blocks.append(_block_layout(block, group.states, masks, time_dim))
+    for index, site in enumerate(analysis.discovery.blocks):
+        group = analysis.groups[analysis.group_of[index]]
+        masks = tuple(mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp))
+        blocks.append(_block_layout(site, group.states, masks, time_dim))
     return Layout(analysis.discovery.timestep, tuple(blocks))
 
 

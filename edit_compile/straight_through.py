@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from passes.widths import site_rows
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,6 @@ def choose_width(logits: Tensor) -> tuple[Tensor, Tensor]:
     return soft, hard + (soft - soft.detach())
 
 
-def kept_channels(hidden: int, width: float) -> int:
-    """How many of `hidden` channels the width keeps: the first ceil(width * hidden)."""
-    return min(hidden, math.ceil(width * hidden - 1e-9))
-
-
 def channel_mask(choice: Tensor, widths: Sequence[float], start: int, hidden: int, total: int) -> Tensor:
     """Mask (B, total) of a down-projection's input channels (equation 13).
 
@@ -62,5 +58,5 @@ def channel_mask(choice: Tensor, widths: Sequence[float], start: int, hidden: in
     """
     prefixes = torch.ones(len(widths), total, dtype=choice.dtype, device=choice.device)
     for row, width in enumerate(widths):
-        prefixes[row, start + kept_channels(hidden, width) : start + hidden] = 0
+        prefixes[row, start + site_rows(hidden, width) : start + hidden] = 0
     return choice @ prefixes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,10 +37,10 @@ def glue_flops(glue: GlueGraph, run: Run) -> int:
     return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
 
 
-def count_flops(module: fx.GraphModule, args: Sequence[Tensor]) -> int:
-    """Floating-point operations of ``module(*args)``; nothing is computed."""
+def count_flops(function: Callable[..., object], args: Sequence[Tensor]) -> int:
+    """Floating-point operations of ``function(*args)``; nothing is computed."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*(mode.from_tensor(value) for value in args))
+        function(*(mode.from_tensor(value) for value in args))
     return counter.get_total_flops()
 
 

@@ -42,7 +42,7 @@ class GlueGraph:
     """
 
     module: fx.GraphModule
-    weights: Mapping[str, str]
+    weights: Mapping[str, Tensor]
     inputs: tuple[str, ...]
     batch_dims: Mapping[str, int]
     outputs: int

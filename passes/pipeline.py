@@ -88,14 +88,17 @@ def _export_group(
     except ExportError as error:
         reports.append(Report("export", refused=tuple(Refusal(site.name, str(error)) for site in sites)))
         return []
-    members, strangers = [first], []
+    members, strangers = [first], list[BlockSite]()
     for site in others:
         (members if _computes(graph, site) else strangers).append(site)
+    apart = _export_group(strangers, discovery, reports) if strangers else []
     module, real = complex_to_real(graph.module)
+    reports += [exported, real]
+    if real.refused:
+        return apart
     graph = replace(graph, module=module)
     mlps, narrowed = find_sites(graph)
-    reports += [exported, real, narrowed]
-    apart = _export_group(strangers, discovery, reports) if strangers else []
+    reports.append(narrowed)
     return [(graph, states, mlps, members), *apart]
 
 

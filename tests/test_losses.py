@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_compile.losses import PRESETS, Budget, budget_losses, gate_loss, width_loss
-from edit_compile.straight_through import Routing, channel_mask, choose_width, gate, kept_channels
+from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
+from passes.widths import site_rows
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -45,7 +46,7 @@ def test_mask_keeps_the_first_channels_of_the_mlp_and_all_others(hidden, width, 
     choice = torch.eye(4)[[WIDTHS.index(width)]]
     mask = channel_mask(choice, WIDTHS, start, hidden, start + hidden + rest)[0]
     kept = math.ceil(width * hidden)
-    assert kept_channels(hidden, width) == kept
+    assert site_rows(hidden, width) == kept
     assert mask.tolist() == [1.0] * (start + kept) + [0.0] * (hidden - kept) + [1.0] * rest
 
 

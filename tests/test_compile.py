@@ -1,0 +1,169 @@
+"""compile and load: parity with eager, tracing at the first call, ahead of time, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import edit_compile
+from edit_compile import CompiledTransformer, CompileError, InputError, ScheduledPolicy, ShapeError
+from edit_compile.compiler import check_widths
+from tests.conftest import Compiled
+from tests.models import tiny_flux, tiny_sd3
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value - reference).abs().max() / reference.abs().max())
+
+
+def always_open(compiled: CompiledTransformer, steps: int = 1) -> CompiledTransformer:
+    blocks = len(compiled.program.manifest.blocks)
+    compiled.policy = ScheduledPolicy([[1.0] * blocks] * steps)
+    return compiled
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("case", ["flux", "dit", "sd3"])
+def test_open_gates_give_the_dense_model(request: pytest.FixtureRequest, case: str, engine: str) -> None:
+    compiled_case: Compiled = request.getfixturevalue(case)
+    compiled = always_open(CompiledTransformer(compiled_case.program, engine=engine))
+    dense = getattr(compiled_case.model, "model", compiled_case.model)
+    with torch.no_grad():
+        expected = dense(**compiled_case.inputs).sample
+    assert distance(compiled(**compiled_case.inputs).sample, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_batch_sizes_need_no_new_glue(flux: Compiled, batch: int) -> None:
+    compiled = always_open(CompiledTransformer(flux.program, engine="torch"))
+    _, inputs = tiny_flux(batch=batch)
+    with torch.no_grad():
+        expected = flux.model.model(**inputs).sample
+    assert distance(compiled(**inputs).sample, expected) <= 1e-4
+
+
+def test_eager_elastic_and_compiled_elastic_agree_without_reuse(flux: Compiled) -> None:
+    compiled = CompiledTransformer(flux.program, engine="torch", policy=edit_compile.RoutingPolicy(margin=0.0))
+    with torch.no_grad():
+        expected = flux.model.eval()(**flux.inputs).sample
+    assert distance(compiled(**flux.inputs).sample, expected) <= 1e-4
+
+
+def test_compile_with_nothing_else_traces_at_the_first_call_and_for_new_shapes() -> None:
+    model, inputs = tiny_flux(double=1, single=1)
+    with pytest.warns(UserWarning, match="no routers"):
+        compiled = edit_compile.compile(model, widths=[0.5, 1], engine="torch")
+    assert compiled.config.in_channels == model.config.in_channels
+    assert compiled.dtype == torch.float32
+    for side in (4, 6):
+        _, inputs = tiny_flux(side=side)
+        with torch.no_grad():
+            expected = model(**inputs, return_dict=False)[0]
+        assert distance(compiled(**inputs, return_dict=False)[0], expected) <= 1e-4
+    assert len(compiled.program.manifest.glues) == 2
+    assert len(compiled.program.manifest.plans) == 2
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, inputs = tiny_sd3()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    edit_compile.compiler.Tracer(model, (0.5, 1.0), None).trace(inputs)
+    assert model.training
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_ahead_of_time_bundle_runs_in_a_process_without_the_compiler(flux: Compiled, tmp_path: Path) -> None:
+    bundle = tmp_path / "flux.edit"
+    compiled = CompiledTransformer(flux.program, engine="torch")
+    compiled.save(bundle)
+    expected = compiled(**flux.inputs).sample
+    torch.save({"inputs": dict(flux.inputs), "expected": expected}, tmp_path / "call.pt")
+    script = f"""
+import sys, torch, edit_compile
+call = torch.load({str(tmp_path / "call.pt")!r}, weights_only=True)
+for engine in ("onnxruntime", "torch"):
+    compiled = edit_compile.load({str(bundle)!r}, engine=engine)
+    out = compiled(**call["inputs"]).sample
+    assert (out - call["expected"]).abs().max() <= 1e-4 * call["expected"].abs().max()
+heavy = {{"diffusers", "onnx", "onnxscript", "transformers", "passes", "edit_compile.compiler", "accelerate"}}
+print("imported:", sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "imported: []" in done.stdout
+
+
+def test_a_loaded_bundle_names_the_shapes_it_was_compiled_for(flux: Compiled) -> None:
+    compiled = CompiledTransformer(flux.program, engine="torch")
+    _, larger = tiny_flux(side=6)
+    with pytest.raises(ShapeError, match=r"hidden_states \(\*, 16, 8\)"):
+        compiled(**larger)
+
+
+def test_bad_arguments_are_named(flux: Compiled) -> None:
+    compiled = CompiledTransformer(flux.program, engine="torch")
+    missing = {name: value for name, value in flux.inputs.items() if name != "encoder_hidden_states"}
+    with pytest.raises(InputError, match="encoder_hidden_states"):
+        compiled(**missing)
+    with pytest.raises(InputError, match="colour"):
+        compiled(**flux.inputs, colour="red")
+    with pytest.raises(InputError, match=r"hidden_states.*NaN"):
+        compiled(**{**flux.inputs, "hidden_states": torch.full_like(flux.inputs["hidden_states"], torch.nan)})
+    with pytest.raises(InputError, match="LoRA"):
+        compiled(**flux.inputs, joint_attention_kwargs={"scale": 0.5})
+    with pytest.raises(InputError, match="IP-Adapter"):
+        compiled(**flux.inputs, joint_attention_kwargs={"ip_adapter_image_embeds": [torch.zeros(1)]})
+
+
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [([0.5], "lack 1"), ([0, 1], "0.0 is outside"), ([0.5, 1.5, 1], "1.5"), ([1, 1], "twice"), ([], "lack")],
+)
+def test_widths_that_make_no_sense(widths: list[float], said: str) -> None:
+    with pytest.raises(CompileError, match=said):
+        check_widths(widths)
+
+
+def test_a_model_without_blocks_is_refused_with_reasons(tmp_path: Path) -> None:
+    class Decoy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(8, 3)])
+
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.heads[0](hidden_states + timestep[:, None, None])
+
+    inputs = {"hidden_states": torch.randn(2, 5, 8), "timestep": torch.rand(2)}
+    with pytest.raises(CompileError, match=r"heads\.0: returns no tensor"):
+        edit_compile.compile(Decoy(), inputs=inputs, output=tmp_path / "none.edit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_and_dry_run_need_inputs(tmp_path: Path) -> None:
+    model, _ = tiny_flux(double=1, single=0)
+    for wanted in ({"output": tmp_path / "x.edit"}, {"dry_run": True}):
+        with pytest.raises(CompileError, match="needs inputs"):
+            edit_compile.compile(model, **wanted)
+
+
+def test_dry_run_reports_plans_and_refusals() -> None:
+    model, inputs = tiny_flux()
+    elastic = edit_compile.elasticize(model, inputs)
+    report = edit_compile.compile(elastic, inputs=inputs, dry_run=True)
+    assert report.blocks == 4
+    assert len({row.plan for row in report.plans}) == 2
+    assert len(report.plans) == 8
+    full, quarter = (next(r for r in report.plans if r.width == w) for w in (1.0, 0.25))
+    assert quarter.flops < full.flops
+    assert full.hidden == (512, 512)
+    assert report.router_parameters > 0
+    refused = {refusal.where for _, refusal in report.refused}
+    assert "norm1.linear.weight" in refused
+    assert "norm1.linear.weight" in str(report)
