@@ -17,7 +17,6 @@ from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from passes.assemble import Source, assemble, plan_groups
 from passes.pipeline import Analysis, analyse
-from runtime import bundle
 from runtime.policy import Decider, RoutingPolicy
 from runtime.program import Program
 from runtime.transformer import CompiledTransformer
@@ -51,7 +50,7 @@ def compile(
         inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
             Without them the model is traced at the first call, and again for shapes not seen before.
         engine: "onnxruntime" or "torch".
-        policy: decides per row what each block does; default: Algorithm 1 with the paper's FLUX setting.
+        policy: decides per row what each block does; default: `RoutingPolicy()`, Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`).
         dry_run: give a report of what would be compiled instead (needs `inputs`).
         timestep: name of the forward's timestep argument, where it cannot be told.
@@ -72,9 +71,9 @@ def compile(
             stacklevel=2,
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
-    compiled = CompiledTransformer(program, engine=engine, policy=policy or RoutingPolicy.preset("flux"), tracer=tracer)
+    compiled = CompiledTransformer(program, engine, policy or RoutingPolicy(), tracer, eager=tracer.model)
     if output is not None:
-        bundle.save(program, output)
+        compiled.save(output)
     return compiled
 
 

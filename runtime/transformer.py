@@ -38,7 +38,7 @@ class CompiledTransformer(nn.Module):
         tracer: called with the arguments of a call that nothing was compiled for; gives a program
             that was. Without it such a call is a ShapeError.
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
-        eager: the model itself; its config, dtype and device are shown while there is no program.
+        eager: the model itself; shows its device, and without a program its config and dtype, before the first call.
 
     The forward runs without gradients. Errors are `runtime.errors.EditError`; any exception drops
     the state of the current request.
@@ -115,10 +115,11 @@ class CompiledTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs have to be."""
-        if self._loaded is None:
-            device: torch.device = torch.device(self._eager_value("device"))
-            return device
-        return self._loaded.device
+        if self._loaded is not None and (self._loaded.program.weights or self._eager[0] is None):
+            return self._loaded.device
+        if self._eager[0] is None:
+            raise EditError("device is not known before the first call")
+        return next(self._eager[0].parameters()).device
 
     def request(self, name: str) -> Any:
         """Context manager: calls inside belong to the request `name`, whatever thread they are in."""
@@ -134,7 +135,7 @@ class CompiledTransformer(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the bundle `path`, with the current routing policy (see `runtime.bundle.save`)."""
-        if self._loaded is None:
+        if self._loaded is None or not self._loaded.program.manifest.glues:
             raise EditError("nothing to save yet: call the compiled transformer once, or compile with inputs=")
         program = self._loaded.program
         if isinstance(self._policy, RoutingPolicy):

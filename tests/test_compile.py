@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import edit_compile
-from edit_compile import CompiledTransformer, CompileError, InputError, ScheduledPolicy, ShapeError
+from edit_compile import CompiledTransformer, CompileError, EditError, InputError, ScheduledPolicy, ShapeError
 from edit_compile.compiler import check_widths
 from tests.conftest import Compiled
 from tests.models import tiny_flux, tiny_sd3
@@ -54,12 +54,14 @@ def test_eager_elastic_and_compiled_elastic_agree_without_reuse(flux: Compiled) 
     assert distance(compiled(**flux.inputs).sample, expected) <= 1e-4
 
 
-def test_compile_with_nothing_else_traces_at_the_first_call_and_for_new_shapes() -> None:
+def test_compile_with_nothing_else_traces_at_the_first_call_and_for_new_shapes(tmp_path: Path) -> None:
     model, inputs = tiny_flux(double=1, single=1)
     with pytest.warns(UserWarning, match="no routers"):
         compiled = edit_compile.compile(model, widths=[0.5, 1], engine="torch")
     assert compiled.config.in_channels == model.config.in_channels
-    assert compiled.dtype == torch.float32
+    assert (compiled.dtype, compiled.device) == (torch.float32, torch.device("cpu"))
+    with pytest.raises(EditError, match="nothing to save yet"):
+        compiled.save(tmp_path / "early.edit")
     for side in (4, 6):
         _, inputs = tiny_flux(side=side)
         with torch.no_grad():

@@ -1,0 +1,125 @@
+"""Guards in place of blocks, the glue around them, and the checks that keep a wrong graph from leaving."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passes.assemble import plan_groups
+from passes.check import CheckError, check_open, check_widths
+from passes.export import weight_values
+from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
+from passes.pipeline import Analysis, analyse
+from runtime.guard import answering, guard
+from tests.models import tiny_dit, tiny_flux
+
+
+@pytest.fixture(scope="module")
+def analysed() -> Analysis:
+    return analyse(*tiny_flux(double=1, single=2))
+
+
+def guarded(analysis: Analysis) -> nn.Module:
+    groups = [analysis.groups[index] for index in analysis.group_of]
+    return guarded_copy(analysis.discovery, [g.states for g in groups], [g.graph for g in groups])
+
+
+def glue_of(analysis: Analysis) -> GlueGraph:
+    given, doubled = analysis.discovery.runs
+    return guard_glue(guarded(analysis), doubled, given)[0]
+
+
+def dense_answer(analysis: Analysis):
+    def answer(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        graph = analysis.groups[analysis.group_of[index]].graph
+        return list(graph.module(*weight_values(graph, analysis.discovery.blocks[index].module), *inputs))
+
+    return answer
+
+
+def test_every_block_is_one_guard_and_nothing_of_it_stays(analysed: Analysis) -> None:
+    glue = glue_of(analysed)
+    calls = glue.module.graph.find_nodes(op="call_function", target=guard)
+    assert [node.args[2] for node in calls] == [0, 1, 2]
+    assert not any("transformer_blocks" in name for name in glue.weights)
+    assert set(glue.batch_dims) == {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_glue_takes_any_batch(analysed: Analysis, rows: int) -> None:
+    glue = glue_of(analysed)
+    _, inputs = tiny_flux(batch=rows, double=1, single=2)
+    with torch.no_grad(), answering(dense_answer(analysed)):
+        (output,) = glue.module(*glue.weights.values(), *tensor_arguments(inputs)[1])
+        expected = analysed.discovery.model(**inputs, return_dict=False)[0]
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_skipped_block_passes_its_states_on(analysed: Analysis) -> None:
+    seen: list[list[Tensor]] = []
+
+    def skip(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        seen.append(list(inputs))
+        return [inputs[position] for position in analysed.groups[analysed.group_of[index]].graph.states]
+
+    glue = glue_of(analysed)
+    with torch.no_grad(), answering(skip):
+        glue.module(*glue.weights.values(), *tensor_arguments(analysed.discovery.runs[1].kwargs)[1])
+    states = analysed.groups[0].graph.states
+    assert all(torch.equal(seen[0][position], seen[2][position]) for position in states)
+
+
+def test_the_guarded_copy_shares_weights_and_leaves_the_model_alone(analysed: Analysis) -> None:
+    twin = guarded(analysed)
+    model = analysed.discovery.model
+    assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert "forward" in vars(twin.get_submodule("transformer_blocks.0"))
+
+
+def test_a_forward_that_reaches_into_a_block_still_finds_it() -> None:
+    analysis = analyse(*tiny_dit())
+    glue = glue_of(analysis)
+    assert any(name.startswith("transformer_blocks.0.norm1.emb") for name in glue.weights)
+    assert len(glue.module.graph.find_nodes(op="call_function", target=guard)) == 3
+
+
+def test_glue_that_cannot_be_followed_is_refused(analysed: Analysis) -> None:
+    class Branching(nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return hidden_states if hidden_states.sum() > 0 else -hidden_states
+
+    run = replace(analysed.discovery.runs[0], kwargs={"hidden_states": torch.ones(2, 3), "timestep": torch.ones(2)})
+    with pytest.raises(GuardError, match="Branching does not export"):
+        guard_glue(Branching(), run, run)
+
+
+def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> None:
+    honest = dense_answer(analysed)
+
+    def off(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [state * 1.01 for state in honest(index, inputs)]
+
+    run, model = analysed.discovery.runs[1], analysed.discovery.model
+    check_open(glue_of(analysed), run, model, honest)
+    with pytest.raises(CheckError, match="every gate open differs"):
+        check_open(glue_of(analysed), run, model, off)
+
+
+def test_a_wrong_width_never_passes_the_width_check(analysed: Analysis) -> None:
+    (planned, *_), _ = plan_groups(analysed, (0.5, 1.0))
+    site = analysed.discovery.blocks[planned.group.members[0]]
+    check_widths(planned.group, planned.graph, site)
+    full = planned.graph.variants[1]
+    broken = copy.deepcopy(full)
+    gelu = next(node for node in broken.graph.nodes if node.target is torch.ops.aten.gelu.default)
+    gelu.target, gelu.kwargs = torch.ops.aten.relu.default, {}
+    broken.recompile()
+    wrong = replace(planned.graph, variants=(planned.graph.variants[0], broken))
+    with pytest.raises(CheckError, match=r"at width 1\.0 differs"):
+        check_widths(planned.group, wrong, site)

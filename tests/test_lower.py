@@ -1,0 +1,58 @@
+"""Files of plans and glue: made on demand, without weights, with the numbers of the graphs they come from."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+import onnxruntime
+import torch
+
+from passes.assemble import plan_groups
+from passes.cost import variant_cost, weight_stand_ins
+from passes.lower import Files, lower_plan
+from passes.pipeline import analyse
+from runtime import pt2
+from tests.models import tiny_dit
+
+
+def test_files_are_made_once_and_only_when_asked_for() -> None:
+    made: list[str] = []
+    files = Files({name: lambda name=name: made.append(name) or name.encode() for name in ("a", "b")})
+    assert list(files) == ["a", "b"]
+    assert made == []
+    assert files["b"] == files["b"] == b"b"
+    assert made == ["b"]
+
+
+def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_numbers() -> None:
+    (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
+    files = Files(lower_plan(planned.graph, planned.plan, planned.examples[0]))
+    stem = f"plans/{planned.plan.id}-w050"
+    weights = [torch.randn(w.shape) * 0.1 for w in weight_stand_ins(planned.graph, 0)]
+    inputs = [
+        value[:1] if spec.batch_dim == 0 else value
+        for spec, value in zip(planned.plan.inputs, planned.examples[0], strict=True)
+    ]
+    expected = planned.graph.variants[0](*weights, *inputs)
+    for output, reference in zip(pt2.load(files[f"{stem}.pt2"])(*weights, *inputs), expected, strict=True):
+        torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5)
+    model = onnx.load_from_string(files[f"{stem}.onnx"])
+    assert max(math.prod(i.dims) for i in model.graph.initializer) < min(w.numel() for w in weights if w.ndim == 2)
+    session = onnxruntime.InferenceSession(files[f"{stem}.onnx"], providers=["CPUExecutionProvider"])
+    names = [*planned.plan.weights, *(spec.name for spec in planned.plan.inputs)]
+    assert [node.name for node in session.get_inputs()] == names
+    outputs = session.run(None, dict(zip(names, (v.numpy() for v in (*weights, *inputs)), strict=True)))
+    for output, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(output), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_costs_fall_with_the_width_by_what_the_mlp_loses() -> None:
+    (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
+    (half, half_bytes), (full, full_bytes) = (
+        variant_cost(planned.graph, index, planned.plan, planned.examples[0]) for index in (0, 1)
+    )
+    tokens, dim = planned.examples[0][0].shape[1:]
+    hidden = planned.group.sites[0].hidden
+    assert full - half == 2 * 2 * tokens * dim * hidden // 2
+    assert full_bytes - half_bytes == 4 * (2 * dim * hidden // 2 + hidden // 2)
