@@ -17,6 +17,7 @@ from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from passes.assemble import Source, assemble, plan_groups
 from passes.pipeline import Analysis, analyse
+from passes.record import undisturbed
 from runtime.policy import Decider, RoutingPolicy
 from runtime.program import Program
 from runtime.transformer import CompiledTransformer
@@ -71,7 +72,9 @@ def compile(
             stacklevel=2,
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
-    compiled = CompiledTransformer(program, engine, policy or RoutingPolicy(), tracer, eager=tracer.model)
+    compiled = CompiledTransformer(
+        program, engine, policy or RoutingPolicy(), tracer, host=tracer.host, eager=tracer.model
+    )
     if output is not None:
         compiled.save(output)
     return compiled
@@ -98,6 +101,7 @@ class Tracer:
         self.model = self.elastic.model if self.elastic is not None else model
         self.widths, self.timestep = widths, timestep
         self.buckets: list[Mapping[str, Any]] = []
+        self._host: nn.Module | None = None
 
     @property
     def routers(self) -> bool:
@@ -119,10 +123,15 @@ class Tracer:
             self.elastic.attach(layout_of(analysis, self.elastic.config.time_dim))
         with self._dense():
             planned, widths = plan_groups(analysis, self.widths)
-            program, guards = assemble(analysis, planned, self._source(), self.widths)
-        _log((*widths, *guards))
-        self.buckets = buckets
-        return program
+            assembled = assemble(analysis, planned, self._source(), self.widths)
+        _log((*widths, *assembled.reports))
+        self.buckets, self._host = buckets, assembled.host
+        return assembled.program
+
+    def host(self, **kwargs: Any) -> Any:
+        """The guarded model's forward, for programs whose glue is hosted."""
+        assert self._host is not None
+        return self._host(**kwargs)
 
     def dry_run(self, inputs: Inputs) -> DryRun:
         """What `trace` would make of `inputs`, nothing lowered."""
@@ -141,8 +150,9 @@ class Tracer:
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
-        """The base model without an elastic model's hooks, and without a warning that every export repeats."""
-        with self.elastic.detached() if self.elastic is not None else nullcontext(), warnings.catch_warnings():
+        """The base model in eval mode without an elastic model's hooks; without a warning that every export repeats."""
+        hooks = self.elastic.detached() if self.elastic is not None else nullcontext()
+        with hooks, undisturbed(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
             yield
 

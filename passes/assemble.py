@@ -9,20 +9,21 @@ Numbers are checked before a program leaves here:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from passes.check import check_open, check_widths
-from passes.cost import glue_flops, variant_cost
+from passes.check import check_open, check_widths, glue_outputs, hosted_outputs
+from passes.cost import glue_flops, hosted_flops, variant_cost
 from passes.dedupe import plan_id
 from passes.export import weight_values
-from passes.graph import Discovery, PlanGraph, Report, Run
+from passes.graph import Discovery, PlanGraph, Refusal, Report, Run
 from passes.guards import (
     GlueGraph,
+    GuardError,
     guard_glue,
     guarded_copy,
     tensor_arguments,
@@ -90,13 +91,21 @@ def plan_groups(analysis: Analysis, widths: Sequence[float]) -> tuple[tuple[Plan
     return tuple(planned), tuple(reports)
 
 
-def assemble(
-    analysis: Analysis, planned: Sequence[Planned], source: Source, widths: Sequence[float]
-) -> tuple[Program, tuple[Report, ...]]:
+@dataclass(frozen=True)
+class Assembled:
+    """A program, what the passes said, and the guarded model where some glue is hosted by it (None where none is)."""
+
+    program: Program
+    reports: tuple[Report, ...]
+    host: nn.Module | None
+
+
+def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, widths: Sequence[float]) -> Assembled:
     """The program of an analysed model, with one glue per shape bucket.
 
+    A glue that cannot be exported is hosted: the report says why, and the guarded model itself serves as glue.
+
     Raises:
-        GuardError: the model's glue does not export.
         CheckError: the guarded program does not give the model's own output.
     """
     discovery = analysis.discovery
@@ -104,32 +113,33 @@ def assemble(
     makers = {}
     for item in planned:
         makers.update(lower_plan(item.graph, item.plan, item.examples[0]))
-    group_of = analysis.group_of
-    states = [planned[owner].group.states for owner in group_of]
-    graphs = [planned[owner].group.graph for owner in group_of]
-    guarded = guarded_copy(discovery, states, graphs)
+    owners = [planned[owner].group for owner in analysis.group_of]
+    guarded = guarded_copy(discovery, [group.states for group in owners], [group.graph for group in owners])
+    open_gates = partial(_full_width, planned, blocks, dict(weights))
     glues, reports = [], []
-    for bucket, (run, other) in enumerate(_bucket_runs(discovery)):
-        graph, report = guard_glue(guarded, other, run)
-        check_open(graph, other, discovery.model, partial(_full_width, planned, blocks, weights))
-        glue = _glue(graph, f"{bucket}", other, planned)
+    for bucket, (given, doubled) in enumerate(_bucket_runs(discovery)):
+        costs = _costs(planned, bucket)
+        try:
+            graph, report = guard_glue(guarded, doubled, given)
+        except GuardError as error:
+            check_open(hosted_outputs(guarded, doubled), doubled, discovery.model, open_gates)
+            glues.append(_hosted(guarded, f"{bucket}", given, doubled, costs))
+            reports.append(Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),)))
+            continue
+        check_open(glue_outputs(graph, doubled), doubled, discovery.model, open_gates)
+        glues.append(_standalone(graph, f"{bucket}", doubled, costs))
         weights.update(graph.weights)
-        _, tensors = tensor_arguments(other.kwargs)
-        assert glue.file is not None
-        makers[glue.file] = partial(lower_glue, graph, tensors)
-        glues.append(glue)
+        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph, tensor_arguments(doubled.kwargs)[1])
         reports.append(report)
-    empty = source.manifest(widths)
-    manifest = Manifest(
-        **{
-            **{name: getattr(empty, name) for name in empty.__dataclass_fields__},
-            "timestep": discovery.timestep,
-            "plans": tuple(item.plan for item in planned),
-            "blocks": blocks,
-            "glues": tuple(glues),
-        }
+    manifest = replace(
+        source.manifest(widths),
+        timestep=discovery.timestep,
+        plans=tuple({item.plan.id: item.plan for item in planned}.values()),
+        blocks=blocks,
+        glues=tuple(glues),
     )
-    return Program(manifest, weights, _routers(source, blocks), Files(makers)), tuple(reports)
+    host = guarded if any(glue.file is None for glue in glues) else None
+    return Assembled(Program(manifest, weights, _routers(source, blocks), Files(makers)), tuple(reports), host)
 
 
 def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
@@ -195,27 +205,52 @@ def _bucket_runs(discovery: Discovery) -> list[tuple[Run, Run]]:
     return list(zip(discovery.runs[:half], discovery.runs[half:], strict=True))
 
 
-def _glue(graph: GlueGraph, name: str, run: Run, planned: Sequence[Planned]) -> Glue:
-    names, values = tensor_arguments(run.kwargs)
-    inputs = []
-    for argument, value in zip(names, values, strict=True):
-        free = graph.batch_dims.get(argument)
-        shape = tuple(None if d == free else size for d, size in enumerate(value.shape))
-        inputs.append(GlueInput(argument, _dtype(value), shape))
-    costs = tuple(
-        Cost(item.plan.id, index, *variant_cost(item.graph, index, item.plan, item.examples[run.bucket]))
+def _costs(planned: Sequence[Planned], bucket: int) -> tuple[Cost, ...]:
+    return tuple(
+        Cost(item.plan.id, index, *variant_cost(item.graph, index, item.plan, item.examples[bucket]))
         for item in planned
         for index in range(len(item.plan.variants))
     )
+
+
+def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...]) -> Glue:
     return Glue(
         id=name,
         file=f"glue/{name}.pt2",
-        inputs=tuple(inputs),
+        inputs=_glue_inputs(run, graph.batch_dims),
         constants=flatten(run.kwargs)[1],
         weights=tuple(graph.weights),
-        outputs=("sample",) if graph.outputs == 1 else tuple(f"output_{k}" for k in range(graph.outputs)),
+        outputs=graph.outputs,
         flops=glue_flops(graph, run),
         costs=costs,
+    )
+
+
+def _hosted(guarded: nn.Module, name: str, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> Glue:
+    sizes = dict(zip(*tensor_arguments(given.kwargs), strict=True))
+    moving = {
+        argument: next(d for d in range(value.dim()) if value.shape[d] != sizes[argument].shape[d])
+        for argument, value in zip(*tensor_arguments(doubled.kwargs), strict=True)
+        if value.shape != sizes[argument].shape
+    }
+    return Glue(
+        id=name,
+        file=None,
+        inputs=_glue_inputs(doubled, moving),
+        constants=flatten(doubled.kwargs)[1],
+        weights=(),
+        outputs=(),
+        flops=hosted_flops(guarded, doubled),
+        costs=costs,
+    )
+
+
+def _glue_inputs(run: Run, batch_dims: Mapping[str, int]) -> tuple[GlueInput, ...]:
+    return tuple(
+        GlueInput(
+            name, _dtype(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
+        )
+        for name, value in zip(*tensor_arguments(run.kwargs), strict=True)
     )
 
 

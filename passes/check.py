@@ -40,18 +40,27 @@ def check_widths(group: Group, plan: PlanGraph, site: BlockSite) -> None:
 
 
 def check_open(
-    glue: GlueGraph,
+    outputs: Callable[[], Sequence[Tensor]],
     run: Run,
     model: nn.Module,
     answer: Callable[[int, Sequence[Tensor]], list[Tensor]],
 ) -> None:
-    """Compare the guarded glue, every gate open, with the model's own output on the same inputs."""
-    _, tensors = tensor_arguments(run.kwargs)
+    """Compare a guarded model's `outputs`, its guards answered by `answer`, with the model's own on the same run."""
     with undisturbed(model), answering(answer):
-        expected = [leaf for leaf in pytree.tree_leaves(_plain(model(**run.kwargs))) if isinstance(leaf, Tensor)]
-        outputs = glue.module(*glue.weights.values(), *tensors)
-    for output, reference in zip(outputs, expected, strict=True):
+        expected = _tensors(model(**run.kwargs))
+        found = outputs()
+    for output, reference in zip(found, expected, strict=True):
         _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
+
+
+def glue_outputs(glue: GlueGraph, run: Run) -> Callable[[], Sequence[Tensor]]:
+    """The exported glue on the inputs of `run`."""
+    return lambda: glue.module(*glue.weights.values(), *tensor_arguments(run.kwargs)[1])
+
+
+def hosted_outputs(guarded: nn.Module, run: Run) -> Callable[[], Sequence[Tensor]]:
+    """The guarded model itself on the inputs of `run`."""
+    return lambda: _tensors(guarded(**run.kwargs))
 
 
 class masked:
@@ -99,8 +108,9 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
         raise CheckError(f"{what} differs from the eager model by {distance:.2e} (allowed: {limit:.0e})")
 
 
-def _plain(output: Any) -> Any:
-    return tuple(output.values()) if isinstance(output, dict) else output
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(tuple(output.values()) if isinstance(output, dict) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _real(leaf: object) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
+from runtime.guard import answering
 from runtime.spec import Plan
 
 
@@ -35,6 +36,19 @@ def glue_flops(glue: GlueGraph, run: Run) -> int:
     placeholders = glue.module.graph.find_nodes(op="placeholder")[: len(glue.weights)]
     weights = [torch.empty(tuple(n.meta["val"].shape), dtype=n.meta["val"].dtype) for n in placeholders]
     return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
+
+
+def hosted_flops(guarded: nn.Module, run: Run) -> int:
+    """Floating-point operations of a guarded model without its blocks for one row; runs it once."""
+    guards = [vars(module)["forward"] for module in guarded.modules() if "forward" in vars(module)]
+    states = {guard.index: guard.graph.states for guard in guards}
+
+    def skip(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [inputs[position].clone() for position in states[block]]
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), answering(skip):
+        guarded(**run.kwargs)
+    return counter.get_total_flops() // run.batch
 
 
 def count_flops(function: Callable[..., object], args: Sequence[Tensor]) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,15 @@ class GlueGraph:
     `weights` are the leading placeholders' tensors by qualified name in the model (constants that
     belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
-    inputs keep a free batch dimension; empty when the glue fits one batch size only.
+    inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
+    what the model gives; empty where it gives one bare tensor.
     """
 
     module: fx.GraphModule
     weights: Mapping[str, Tensor]
     inputs: tuple[str, ...]
     batch_dims: Mapping[str, int]
-    outputs: int
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Rep
         {d: Dim.AUTO for d in range(value.dim()) if value.shape[d] != sizes[name].shape[d]} or None
         for name, value in zip(names, values, strict=True)
     ]
-    wrapper = _Positional(guarded, run.kwargs)
+    returned: list[type] = []
+    wrapper = _Positional(guarded, run.kwargs, returned.append)
     try:
         with torch.no_grad():
             program = torch.export.export(wrapper, tuple(values), dynamic_shapes=(tuple(free),), strict=False)
@@ -108,7 +110,15 @@ def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Rep
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
-    glue = GlueGraph(module, weights, tuple(names), batch_dims, len(_outputs(module)))
+    outputs = len(_outputs(module))
+    found = (
+        ()
+        if issubclass(returned[0], Tensor)
+        else ("sample",)
+        if outputs == 1
+        else tuple(f"output_{k}" for k in range(outputs))
+    )
+    glue = GlueGraph(module, weights, tuple(names), batch_dims, found)
     return glue, Report("guards", (done,))
 
 
@@ -119,11 +129,11 @@ def tensor_arguments(kwargs: Mapping[str, object]) -> tuple[list[str], list[Tens
 
 
 class _Positional(nn.Module):
-    """Takes the tensor arguments by position and gives the model's tensors back as a flat tuple."""
+    """Takes tensor arguments by position, gives the model's tensors as a flat tuple, and notes what type held them."""
 
-    def __init__(self, model: nn.Module, kwargs: Mapping[str, object]) -> None:
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, object], note: Callable[[type], None]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.note = model, note
         kwargs = dict(kwargs)
         if "return_dict" in inspect.signature(model.forward).parameters:
             kwargs["return_dict"] = False
@@ -134,6 +144,7 @@ class _Positional(nn.Module):
         rest = iter(tensors)
         leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
         outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
+        self.note(type(outputs))
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 

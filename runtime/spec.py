@@ -122,7 +122,8 @@ class Glue:
 
     `file` is ``glue/<id>.pt2``, called as ``glue(*weights, *inputs) -> tuple(outputs)``; None for
     a hosted glue (the model's own forward). `constants` are the non-tensor arguments it was traced
-    with. `flops` is the work of the glue itself per row, `costs` that of the blocks.
+    with. `outputs` names what the model gives; empty where it gives one bare tensor. `flops` is the
+    work of the glue itself per row, `costs` that of the blocks.
     """
 
     id: str

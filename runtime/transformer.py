@@ -192,6 +192,8 @@ class CompiledTransformer(nn.Module):
                 raise EditError("this program is hosted: it runs inside the model it was compiled from")
             return self._host(**given)
         outputs = loaded.glue(glue)(*(tensors[i.name] for i in glue.inputs))
+        if not glue.outputs:
+            return outputs[0]
         if given.get("return_dict", True):
             return Output(zip(glue.outputs, outputs, strict=True))
         return tuple(outputs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.assemble import plan_groups
-from passes.check import CheckError, check_open, check_widths
+from passes.check import CheckError, check_open, check_widths, glue_outputs
 from passes.export import weight_values
 from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
 from passes.pipeline import Analysis, analyse
@@ -106,9 +106,9 @@ def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> 
         return [state * 1.01 for state in honest(index, inputs)]
 
     run, model = analysed.discovery.runs[1], analysed.discovery.model
-    check_open(glue_of(analysed), run, model, honest)
+    check_open(glue_outputs(glue_of(analysed), run), run, model, honest)
     with pytest.raises(CheckError, match="every gate open differs"):
-        check_open(glue_of(analysed), run, model, off)
+        check_open(glue_outputs(glue_of(analysed), run), run, model, off)
 
 
 def test_a_wrong_width_never_passes_the_width_check(analysed: Analysis) -> None:

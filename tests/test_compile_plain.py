@@ -1,0 +1,58 @@
+"""Models that no library knows: in plain PyTorch, with and without a glue that can be exported."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import edit_compile
+from edit_compile import EditError, RoutingPolicy, ScheduledPolicy
+from tests.models import PlainDiT, randomised, tiny_plain
+
+
+class Moody(PlainDiT):
+    """Its glue depends on its data, which no export can follow."""
+
+    def forward(self, x: Tensor, t: Tensor, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x if x.abs().max() < 100 else x / 100, t, words, mask)
+
+
+@pytest.mark.parametrize(("kind", "file"), [(PlainDiT, "glue/0.pt2"), (Moody, None)])
+def test_plain_models_compile_standalone_or_hosted(
+    kind: type, file: str | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO, logger="edit_compile.compiler")
+    _, inputs = tiny_plain()
+    model = randomised(kind())
+    elastic = edit_compile.elasticize(model)
+    compiled = edit_compile.compile(elastic, inputs=inputs, engine="torch", policy=RoutingPolicy(margin=0.0))
+    (glue,) = compiled.program.manifest.glues
+    assert glue.file == file
+    assert glue.flops > 0
+    assert ("hosted by the model" in caplog.text) == (file is None)
+    with torch.no_grad():
+        expected = model(**inputs)
+    output = compiled(**inputs)
+    assert (output - expected).abs().max() <= 1e-4 * expected.abs().max()
+    compiled.policy = ScheduledPolicy([[0.0, 1.0, 0.25]])
+    changed = compiled(**inputs)
+    assert not torch.allclose(changed, expected, rtol=1e-3)
+    compiled.save(tmp_path / "plain.edit")
+    loaded = edit_compile.load(tmp_path / "plain.edit", engine="torch")
+    if file is None:
+        with pytest.raises(EditError, match="hosted"):
+            loaded(**inputs)
+    else:
+        loaded.policy = compiled.policy
+        torch.testing.assert_close(loaded(**inputs), changed)
+
+
+def test_the_timestep_can_be_named() -> None:
+    model, inputs = tiny_plain()
+    with pytest.warns(UserWarning, match="no routers"):
+        compiled = edit_compile.compile(model, inputs=inputs, engine="torch", timestep="t")
+    assert compiled.program.manifest.timestep == "t"
