@@ -94,7 +94,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def train(task: Task, config: TrainConfig) -> Path:
     """Run, or go on with, the training in `config.output`; returns the last checkpoint's folder.
 
-    Writes `metrics.jsonl` and `checkpoints/step-XXXXXXXX/`. Works in one process and under `accelerate launch`.
+    Writes `metrics.jsonl` and `checkpoints/step-XXXXXXXX/`. Works in one process, and in several under `accelerate
+    launch` or torchrun (on CPUs torchrun: `accelerate launch --cpu` starts a single process without an MPI).
 
     Raises:
         TrainingError: a gradient is not finite.

@@ -212,9 +212,8 @@ def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
     (tmp_path / "run.py").write_text(script)
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    # `accelerate launch --cpu` starts one process whatever --num_processes says, unless it is given an MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command, batch in ((launch, 3), ([sys.executable], 6)):
         arguments = [*command, str(tmp_path / "run.py"), str(tmp_path / str(batch)), str(batch)]
         subprocess.run(arguments, check=True, env=environment, cwd=root, timeout=240)
