@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from edit_compile.dry_run import DryRun
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from passes.assemble import Source, assemble, plan_groups
+from passes.check import check_equal, masked
 from passes.pipeline import Analysis, analyse
 from passes.record import undisturbed
-from runtime.policy import Decider, RoutingPolicy
+from runtime.errors import EditError
+from runtime.policy import Decider, RoutingPolicy, ScheduledPolicy
 from runtime.program import Program
 from runtime.transformer import CompiledTransformer
 
@@ -28,7 +34,7 @@ Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 
-class CompileError(ValueError):
+class CompileError(EditError, ValueError):
     """An argument of `compile` makes no sense, or the model cannot be compiled; the message says what to change."""
 
 
@@ -52,7 +58,7 @@ def compile(
             Without them the model is traced at the first call, and again for shapes not seen before.
         engine: "onnxruntime" or "torch".
         policy: decides per row what each block does; default: `RoutingPolicy()`, Algorithm 1. The bundle keeps it.
-        output: folder to write the bundle to (needs `inputs`).
+        output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
         dry_run: give a report of what would be compiled instead (needs `inputs`).
         timestep: name of the forward's timestep argument, where it cannot be told.
 
@@ -76,6 +82,7 @@ def compile(
         program, engine, policy or RoutingPolicy(), tracer, host=tracer.host, eager=tracer.model
     )
     if output is not None:
+        tracer.prove(compiled)
         compiled.save(output)
     return compiled
 
@@ -86,8 +93,8 @@ def check_widths(widths: Sequence[float]) -> tuple[float, ...]:
     wrong = [width for width in values if not 0.0 < width <= 1.0]
     if wrong:
         raise CompileError(f"width {wrong[0]} is outside (0, 1]: a width is a share of the MLP's hidden channels")
-    if len(set(values)) != len(values):
-        raise CompileError(f"widths {values} name a width twice")
+    if len({round(100 * width) for width in values}) != len(values):
+        raise CompileError(f"widths {values} name a width twice (they are told apart by whole percents)")
     if not values or values[-1] != 1.0:
         raise CompileError(f"widths {values} lack 1: blocks must also be able to run in full")
     return values
@@ -101,6 +108,7 @@ class Tracer:
         self.model = self.elastic.model if self.elastic is not None else model
         self.widths, self.timestep = widths, timestep
         self.buckets: list[Mapping[str, Any]] = []
+        self.analysis: Analysis | None = None
         self._host: nn.Module | None = None
 
     @property
@@ -119,19 +127,55 @@ class Tracer:
         _log(analysis.reports)
         if not analysis.groups:
             raise CompileError(_nothing(self.model, analysis.reports))
-        if self.elastic is not None and self.elastic.layout is None:
-            self.elastic.attach(layout_of(analysis, self.elastic.config.time_dim))
+        if self.elastic is not None:
+            self._check_routers(self.elastic, analysis)
         with self._dense():
             planned, widths = plan_groups(analysis, self.widths)
             assembled = assemble(analysis, planned, self._source(), self.widths)
         _log((*widths, *assembled.reports))
-        self.buckets, self._host = buckets, assembled.host
+        self.buckets = [pytree.tree_map_only(Tensor, Tensor.clone, dict(bucket)) for bucket in buckets]
+        self.analysis, self._host = analysis, assembled.host
         return assembled.program
 
     def host(self, **kwargs: Any) -> Any:
         """The guarded model's forward, for programs whose glue is hosted."""
         assert self._host is not None
         return self._host(**kwargs)
+
+    def _check_routers(self, elastic: ElasticTransformer, analysis: Analysis) -> None:
+        """Every block found has a router, and every width that it may choose is built."""
+        if elastic.layout is None:
+            elastic.attach(layout_of(analysis, elastic.config.time_dim))
+        routed = {block.name for block in elastic.layout.blocks} if elastic.layout else set()
+        strange = [site.name for site in analysis.discovery.blocks if site.name not in routed]
+        if strange:
+            raise CompileError(f"{strange[0]} has no router: elasticize the model with the inputs it is compiled with")
+        absent = [width for width in elastic.config.widths if width not in self.widths]
+        if absent:
+            raise CompileError(f"the routers choose among {elastic.config.widths}, but width {absent[0]} is not built")
+
+    def prove(self, compiled: CompiledTransformer) -> None:
+        """Compare what the engine runs with the masked eager model at every width (equation 13) and every bucket.
+
+        Raises CheckError; the compiled transformer's policy and counters are put back.
+        """
+        assert self.analysis is not None
+        policy = compiled.policy
+        blocks = self.analysis.discovery.blocks
+        try:
+            for kwargs, width in itertools.product(self.buckets, self.widths):
+                compiled.policy = ScheduledPolicy(np.full((1, len(blocks)), width))
+                compiled._reset_stateful_cache()
+                with self._dense(), ExitStack() as masks:
+                    for site, owner in zip(blocks, self.analysis.group_of, strict=True):
+                        masks.enter_context(masked(site.module, self.analysis.groups[owner].sites, width))
+                    expected = self.model(**kwargs)
+                check_equal(compiled(**kwargs), expected, f"the {compiled.engine} engine at width {width}")
+        finally:
+            compiled._reset_stateful_cache()
+            compiled.policy = policy
+            compiled.trace.clear()
+            compiled.reset_counters()
 
     def dry_run(self, inputs: Inputs) -> DryRun:
         """What `trace` would make of `inputs`, nothing lowered."""
@@ -161,12 +205,18 @@ class Tracer:
         return Source(
             model=type(self.model).__name__,
             config=_config(self.model),
-            dtype=str(next(p.dtype for p in self.model.parameters() if p.is_floating_point())).removeprefix("torch."),
+            dtype=str(_dtype(self.model)).removeprefix("torch."),
             timestep=self.timestep or "timestep",
             arguments=tuple(inspect.signature(self.model.forward).parameters),
             router=self.elastic.config if self.elastic is not None else None,
             routers=routers,
         )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in: diffusers knows (some parameters may be kept wider), else its first parameter's."""
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) else next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _config(model: nn.Module) -> dict[str, object]:

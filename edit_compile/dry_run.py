@@ -12,7 +12,7 @@ from edit_compile.elastic import ElasticTransformer
 from passes.assemble import Planned
 from passes.cost import count_flops, variant_cost
 from passes.graph import Refusal, Report
-from passes.pipeline import Analysis
+from passes.pipeline import ORDER, Analysis
 from passes.widths import site_rows
 
 
@@ -72,7 +72,7 @@ class DryRun:
     def __str__(self) -> str:
         console = Console(width=120, force_terminal=False)
         with console.capture() as captured:
-            console.print(f"{self.model}: {self.blocks} blocks")
+            console.print(f"{self.model}: {self.blocks} blocks; passes {' -> '.join(ORDER)}")
             console.print(self._plan_table())
             if self.router_parameters:
                 console.print(f"a router: {self.router_parameters:,} parameters, {self.router_flops / 1e6:.3f} MFLOP")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,17 +90,12 @@ def random_inputs(manifest: Manifest, glue: Glue | None = None, seed: int = 0) -
     """Keyword arguments with the shapes of `glue` (the first by default): noise; whole numbers are 1, the timestep
     halfway."""
     glue = glue or manifest.glues[0]
-    nested = [given.name for given in glue.inputs if "." in given.name]
+    nested = [name for name in (*(given.name for given in glue.inputs), *glue.constants) if "." in name]
     if nested:
         raise ValueError(f"the model takes nested inputs ({nested[0]}), which cannot be made up: give them as a file")
     generator = torch.Generator().manual_seed(seed)
     tensors = {given.name: _example(given, given.name == manifest.timestep, generator) for given in glue.inputs}
-    return {**{name: _constant(value) for name, value in glue.constants.items()}, **tensors}
-
-
-def _constant(value: object) -> object:
-    """Lists and dicts stand in a manifest as JSON text."""
-    return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    return {**glue.constants, **tensors}
 
 
 def _example(given: GlueInput, is_timestep: bool, generator: torch.Generator) -> Tensor:

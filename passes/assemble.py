@@ -126,9 +126,10 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
             glues.append(_hosted(guarded, f"{bucket}", given, doubled, costs))
             reports.append(Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),)))
             continue
-        check_open(glue_outputs(graph, doubled), doubled, discovery.model, open_gates)
+        for run in (doubled, given) if graph.batch_dims else (doubled,):
+            check_open(glue_outputs(graph, run), run, discovery.model, open_gates)
         glues.append(_standalone(graph, f"{bucket}", doubled, costs))
-        weights.update(graph.weights)
+        weights.update({name: value.clone() for name, value in graph.weights.items()})
         makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph, tensor_arguments(doubled.kwargs)[1])
         reports.append(report)
     manifest = replace(
@@ -152,12 +153,15 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
             size if all(other.shape[d] == size for other in seen) else None for d, size in enumerate(seen[0].shape)
         )
         inputs.append(PlanInput(name, _dtype(seen[0]), shape, site.batch_dims.get(leaf)))
+    kind = type(site.module).__name__
+    time = leaves.index(site.time) if site.time is not None else None
+    sizes = [tuple(value.shape) for example in _examples(analysis, group) for value in example]
     return Plan(
-        id=plan_id(graph),
-        kind=type(site.module).__name__,
+        id=plan_id(graph, (kind, inputs, time, sizes)),
+        kind=kind,
         inputs=tuple(inputs),
         states=group.graph.states,
-        time=leaves.index(site.time) if site.time is not None else None,
+        time=time,
         weights=tuple(piece.name for piece in graph.pieces),
         variants=tuple(
             Variant(width, tuple(piece.rows[v] for piece in graph.pieces)) for v, width in enumerate(graph.widths)
@@ -182,10 +186,15 @@ def _blocks(analysis: Analysis, planned: Sequence[Planned]) -> tuple[tuple[Block
         keys = []
         for piece in item.graph.pieces:
             key = f"{site.name}.{piece.name}"
-            weights[key] = piece.cut(names[piece.source])
+            weights[key] = _own(piece.cut(names[piece.source]), names[piece.source])
             keys.append(key)
         blocks.append(Block(site.name, item.plan.id, tuple(keys)))
     return tuple(blocks), weights
+
+
+def _own(piece: Tensor, source: Tensor) -> Tensor:
+    """`piece` in memory of its own: a program must not change when the model is trained on, in part or in whole."""
+    return piece.clone() if piece.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else piece
 
 
 def _full_width(

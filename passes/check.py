@@ -15,12 +15,13 @@ from passes.guards import GlueGraph, tensor_arguments
 from passes.pipeline import Group
 from passes.record import undisturbed
 from passes.widths import site_rows
+from runtime.errors import EditError
 from runtime.guard import answering
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-class CheckError(Exception):
+class CheckError(EditError):
     """A compiled graph does not compute what the model computes; the message names it and the distance."""
 
 
@@ -51,6 +52,12 @@ def check_open(
         found = outputs()
     for output, reference in zip(found, expected, strict=True):
         _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
+
+
+def check_equal(output: Any, expected: Any, what: str) -> None:
+    """CheckError where the tensors of two model outputs differ by more than their dtype's tolerance."""
+    for value, reference in zip(_tensors(output), _tensors(expected), strict=True):
+        _agree(value, reference, what)
 
 
 def glue_outputs(glue: GlueGraph, run: Run) -> Callable[[], Sequence[Tensor]]:

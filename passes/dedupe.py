@@ -31,10 +31,13 @@ def group_blocks(blocks: Sequence[BlockSite]) -> tuple[tuple[BlockSite, ...], ..
     return tuple(tuple(members) for members in groups.values())
 
 
-def plan_id(plan: PlanGraph) -> str:
-    """A name for a plan's code: 16 hexadecimal digits, equal for equal graphs over equally shaped weights."""
+def plan_id(plan: PlanGraph, calling: object = ()) -> str:
+    """A name for a plan's code: 16 hexadecimal digits, equal for equal graphs over equally shaped weights.
+
+    `calling` is what else a plan must agree in to be the same, in a form whose `repr` tells.
+    """
     digest = hashlib.sha256()
-    digest.update(repr((plan.widths, plan.block.states)).encode())
+    digest.update(repr((plan.widths, plan.block.states, calling)).encode())
     for piece in plan.pieces:
         digest.update(repr((piece.name, piece.dim, piece.start, piece.size, piece.transposed, piece.rows)).encode())
     for variant in plan.variants:

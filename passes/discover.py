@@ -27,12 +27,13 @@ from torch.utils import _pytree as pytree
 from passes.doubling import batch_of, doublings, other_steps
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.record import Glimpse, record, survey, undisturbed
+from runtime.errors import EditError
 
 _STEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-class DiscoveryError(Exception):
+class DiscoveryError(EditError):
     """The model could not be observed; the message says what stood in the way."""
 
 

@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.plain import CONSTANT, PlainError, plain
 from passes.record import undisturbed
+from runtime.errors import EditError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
-class ExportError(Exception):
+class ExportError(EditError):
     """A block that has no faithful graph; the message says why."""
 
 

@@ -24,10 +24,11 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
 from runtime.arguments import flatten
+from runtime.errors import EditError
 from runtime.guard import guard
 
 
-class GuardError(Exception):
+class GuardError(EditError):
     """A glue graph could not be made; the message says what stood in the way."""
 
 

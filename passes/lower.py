@@ -21,12 +21,14 @@ from passes.cost import weight_stand_ins
 from passes.graph import PlanGraph
 from passes.guards import GlueGraph
 from runtime import pt2
+from runtime.engines import plan_file
+from runtime.errors import EditError
 from runtime.spec import Plan
 
 OPSET = 20
 
 
-class LowerError(Exception):
+class LowerError(EditError):
     """A graph could not be written in an engine's format; the message names graph and format."""
 
 
@@ -52,11 +54,10 @@ class Files(Mapping[str, bytes]):
 def lower_plan(graph: PlanGraph, plan: Plan, inputs: Sequence[Tensor]) -> dict[str, Callable[[], bytes]]:
     """Makers of the plan's files; `inputs` are example inputs with a batch of at least two."""
     makers: dict[str, Callable[[], bytes]] = {}
-    for index, variant in enumerate(plan.variants):
-        stem = f"plans/{plan.id}-w{round(100 * variant.width):03d}"
+    for index in range(len(plan.variants)):
         export = _Export(graph, index, plan, inputs)
-        makers[f"{stem}.pt2"] = export.pt2
-        makers[f"{stem}.onnx"] = export.onnx
+        makers[plan_file(plan, index, "pt2")] = export.pt2
+        makers[plan_file(plan, index, "onnx")] = export.onnx
     return makers
 
 
@@ -120,4 +121,9 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 def _reexport(module: fx.GraphModule, args: Sequence[Tensor], free: Sequence[dict | None]) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, tuple(args), dynamic_shapes=tuple(free), strict=False)
+        program = torch.export.export(module, tuple(args), dynamic_shapes=tuple(free), strict=False)
+    for node, dims in zip(program.graph.find_nodes(op="placeholder"), free, strict=True):
+        fixed = [d for d in dims or () if not isinstance(node.meta["val"].shape[d], torch.SymInt)]
+        if fixed:
+            raise LowerError(f"dimension {fixed[0]} of {node.name} has to stay free, but its export fixed it")
+    return program

@@ -56,3 +56,31 @@ def test_the_timestep_can_be_named() -> None:
     with pytest.warns(UserWarning, match="no routers"):
         compiled = edit_compile.compile(model, inputs=inputs, engine="torch", timestep="t")
     assert compiled.program.manifest.timestep == "t"
+
+
+def test_a_program_does_not_follow_its_model_when_that_is_trained_on() -> None:
+    model, inputs = tiny_plain()
+    with pytest.warns(UserWarning, match="no routers"):
+        compiled = edit_compile.compile(model, inputs=inputs, engine="torch")
+    before = compiled(**inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(compiled(**inputs), before)
+
+
+def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_plain()
+    honest = edit_compile.compiler.CompiledTransformer.forward
+    monkeypatch.setattr(
+        edit_compile.compiler.CompiledTransformer, "forward", lambda self, **kwargs: honest(self, **kwargs) * 1.01
+    )
+    with pytest.raises(EditError, match=r"torch engine at width 0\.5 differs"), pytest.warns(UserWarning):
+        edit_compile.compile(model, [0.5, 1], inputs=inputs, engine="torch", output=tmp_path / "plain.edit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_width_a_router_may_choose_has_to_be_built() -> None:
+    model, inputs = tiny_plain()
+    with pytest.raises(EditError, match=r"width 0\.25 is not built"):
+        edit_compile.compile(edit_compile.elasticize(model), [0.5, 1], inputs=inputs)
