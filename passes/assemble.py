@@ -156,8 +156,9 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
     kind = type(site.module).__name__
     time = leaves.index(site.time) if site.time is not None else None
     sizes = [tuple(value.shape) for example in _examples(analysis, group) for value in example]
+    dtypes = [node.meta["val"].dtype for node in graph.variants[-1].graph.find_nodes(op="placeholder")]
     return Plan(
-        id=plan_id(graph, (kind, inputs, time, sizes)),
+        id=plan_id(graph, (kind, inputs, time, sizes, dtypes)),
         kind=kind,
         inputs=tuple(inputs),
         states=group.graph.states,

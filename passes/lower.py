@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,10 @@ from runtime.errors import EditError
 from runtime.spec import Plan
 
 OPSET = 20
+
+# By file name, for the life of the process: a plan's name is a hash of all that its files depend on, so that another
+# model of the same make, or the same one traced for more shapes, need not be lowered again.
+_lowered: dict[str, bytes] = {}
 
 
 class LowerError(EditError):
@@ -56,9 +61,16 @@ def lower_plan(graph: PlanGraph, plan: Plan, inputs: Sequence[Tensor]) -> dict[s
     makers: dict[str, Callable[[], bytes]] = {}
     for index in range(len(plan.variants)):
         export = _Export(graph, index, plan, inputs)
-        makers[plan_file(plan, index, "pt2")] = export.pt2
-        makers[plan_file(plan, index, "onnx")] = export.onnx
+        for suffix, maker in (("pt2", export.pt2), ("onnx", export.onnx)):
+            name = plan_file(plan, index, suffix)
+            makers[name] = partial(_once, name, maker)
     return makers
+
+
+def _once(name: str, maker: Callable[[], bytes]) -> bytes:
+    if name not in _lowered:
+        _lowered[name] = maker()
+    return _lowered[name]
 
 
 def lower_glue(glue: GlueGraph, inputs: Sequence[Tensor]) -> bytes:

@@ -56,3 +56,16 @@ def test_costs_fall_with_the_width_by_what_the_mlp_loses() -> None:
     hidden = planned.group.sites[0].hidden
     assert full - half == 2 * 2 * tokens * dim * hidden // 2
     assert full_bytes - half_bytes == 4 * (2 * dim * hidden // 2 + hidden // 2)
+
+
+def test_models_of_one_make_are_lowered_once() -> None:
+    files = []
+    for seed in (0, 1):
+        (planned,), _ = plan_groups(analyse(*tiny_dit(seed=seed)), (0.5, 1.0))
+        made = Files(lower_plan(planned.graph, planned.plan, planned.examples[0]))
+        files.append({name: made[name] for name in made if name.endswith(".pt2")})
+    first, second = files
+    assert first.keys() == second.keys()
+    assert all(first[name] is second[name] for name in first)
+    (other,), _ = plan_groups(analyse(*tiny_dit(side=4)), (0.5, 1.0))
+    assert not set(lower_plan(other.graph, other.plan, other.examples[0])) & set(first)
