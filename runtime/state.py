@@ -1,10 +1,14 @@
 """Where residuals live between calls: by request, cache context and block.
 
-A request is one image being made. It starts when the timestep rises, when a context's shapes
-change, or when the caller says so. Each thread has a request of its own unless the caller names
-one. Within a request, each cache context has its own residuals. Guidance branches that come without
-a context are told apart by being called again at the same timestep: the n-th call at a timestep is
-branch n, which a call left out at some step does not shift.
+A request is one image being made. Its timestep falls, or rises, all along: a new request starts when
+that direction reverses, when a context is called again at the same timestep, when a context's shapes
+change, or when the caller says so. The first two timesteps set the direction, so a request of one
+step is told from the next only by the same timestep coming again, or by its name. Each thread has a
+request of its own unless the caller names one. Within a request, each cache context has its own
+residuals. Guidance branches that come without a context are told apart by their order alone: the n-th
+call at a timestep is branch n. Once a timestep is seen to have had more or fewer such calls than the
+one before, their residuals are dropped. The call that is left out is itself not noticed in time:
+pipelines that guide only some of the steps need contexts.
 """
 
 from __future__ import annotations
@@ -51,9 +55,10 @@ def named_request(name: str) -> Iterator[None]:
 class Branch:
     """One cache context of a request: the residuals of every block."""
 
-    def __init__(self, name: str, signature: Signature) -> None:
+    def __init__(self, name: str, signature: Signature, named: bool = True) -> None:
         self.name = name
         self.signature = signature
+        self.named = named
         self._banks: dict[int, Residuals] = {}
 
     def bank(self, block: int, rows: int, dims: Sequence[int]) -> Residuals:
@@ -78,45 +83,78 @@ class Request:
         self.busy = threading.Lock()
         self.trace: RequestTrace | None = None
         self._traces = traces
-        self._times: tuple[float, ...] = ()
-        self._repeats = 0
         self._branches: dict[str, Branch] = {}
+        self._begin()
 
     def enter(self, times: tuple[float, ...], context: str | None, signature: Signature) -> Branch:
         """The branch of the call at `times` (one per row, or one for all), in `context`."""
-        if self._starts_anew(times):
+        if self._starts_anew(times, context):
             self.restart()
         if times != self._times:
-            self.step += 1
-            self._repeats = 0
-        elif context is None:
-            self._repeats += 1
-            if self._repeats == BRANCHES:
-                self.restart()
-                self.step, self._repeats = 0, 0
-        self._times = times
-        name = context if context is not None else f"branch {self._repeats}"
+            self._advance(times)
+        name = context if context is not None else f"branch {self._unnamed}"
         branch = self._branches.get(name)
         if branch is not None and branch.signature != signature:
             self.restart()
             self._branches.clear()
-            self.step, self._times, branch = 0, times, None
+            return self.enter(times, context, signature)
+        self._note(context)
         if branch is None:
-            branch = self._branches[name] = Branch(name, signature)
+            branch = self._branches[name] = Branch(name, signature, context is not None)
         if self.trace is None:
             self.trace = self._traces.begin(self.name)
         return branch
 
     def restart(self) -> None:
         """Begin a new request in place: empty banks, step 0 to come, a new trace record."""
-        self.step, self._times, self._repeats, self.trace = -1, (), 0, None
+        self._begin()
         for branch in self._branches.values():
             branch.clear()
 
-    def _starts_anew(self, times: tuple[float, ...]) -> bool:
+    def _begin(self) -> None:
+        self.step, self.trace = -1, None
+        self._times: tuple[float, ...] = ()
+        self._direction = 0  # 1 where the timestep rises, -1 where it falls, 0 until it has moved
+        self._seen: set[str] = set()  # contexts called at this timestep
+        self._unnamed = 0  # calls without a context at this timestep
+        self._usual: int | None = None  # and at the one before
+
+    def _starts_anew(self, times: tuple[float, ...], context: str | None) -> bool:
         if not self._times:
             return False
-        return len(times) != len(self._times) or any(new > old for new, old in zip(times, self._times, strict=True))
+        if times == self._times:
+            return self._unnamed == BRANCHES if context is None else context in self._seen
+        if len(times) != len(self._times):
+            return True
+        moves = _moves(self._times, times)
+        return len(moves) > 1 or -self._direction in moves
+
+    def _advance(self, times: tuple[float, ...]) -> None:
+        """Go on to the next timestep."""
+        if self._times:
+            (self._direction,) = _moves(self._times, times)
+            if self._usual is not None and self._usual != self._unnamed:
+                self._drop_unnamed()
+            self._usual = self._unnamed
+        self.step += 1
+        self._times, self._unnamed = times, 0
+        self._seen.clear()
+
+    def _note(self, context: str | None) -> None:
+        if context is None:
+            self._unnamed += 1
+        else:
+            self._seen.add(context)
+
+    def _drop_unnamed(self) -> None:
+        for branch in self._branches.values():
+            if not branch.named:
+                branch.clear()
+
+
+def _moves(old: tuple[float, ...], new: tuple[float, ...]) -> set[int]:
+    """Where the rows' timesteps go: 1 for up, -1 for down."""
+    return {1 if after > before else -1 for before, after in zip(old, new, strict=True) if after != before}
 
 
 class Requests:
@@ -135,21 +173,20 @@ class Requests:
 
     @contextmanager
     def entered(self, times: tuple[float, ...], signature: Signature) -> Iterator[tuple[Request, Branch]]:
-        """The current request and branch, nobody else's meanwhile; BusyError if another thread has it."""
+        """The current request and branch, nobody else's meanwhile; BusyError if another thread has it.
+
+        An exception inside forgets the request and what was traced of it.
+        """
         request = self._current()
         if not request.busy.acquire(blocking=False):
             raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
         try:
             yield request, request.enter(times, _context.get(), signature)
+        except BaseException:
+            self._abandon(request)
+            raise
         finally:
             request.busy.release()
-
-    def abandon(self) -> None:
-        """Forget the current request and what was traced of it."""
-        request = self._current()
-        if request.trace is not None:
-            self.trace.discard(request.trace)
-        self.drop()
 
     def drop(self) -> None:
         """Forget the current request."""
@@ -161,17 +198,27 @@ class Requests:
                 self._named.pop(name, None)
 
     def clear(self) -> None:
-        """Forget this thread's request and all named ones."""
+        """Forget every thread's request and all named ones."""
         with self._lock:
-            self._own.__dict__.clear()
+            self._own = threading.local()
             self._named.clear()
+
+    def _abandon(self, request: Request) -> None:
+        if request.trace is not None:
+            self.trace.discard(request.trace)
+        with self._lock:
+            if self._named.get(request.name) is request:
+                del self._named[request.name]
+            if self._own.__dict__.get("request") is request:
+                del self._own.request
 
     def _current(self) -> Request:
         name = _request.get()
         if name is None:
-            if not hasattr(self._own, "request"):
-                self._own.request = Request(threading.current_thread().name, self.trace)
-            request: Request = self._own.request
+            own = self._own  # `clear` may replace it meanwhile
+            if not hasattr(own, "request"):
+                own.request = Request(threading.current_thread().name, self.trace)
+            request: Request = own.request
             return request
         with self._lock:
             request = self._named.setdefault(name, Request(name, self.trace))

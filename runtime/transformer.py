@@ -15,7 +15,7 @@ from runtime import arguments, bundle, pt2
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
 from runtime.dispatch import Costs, Dispatch
-from runtime.errors import BusyError, EditError, InputError
+from runtime.errors import EditError, InputError
 from runtime.guard import answering
 from runtime.output import Config, Output
 from runtime.policy import Decider, RoutingPolicy
@@ -40,8 +40,8 @@ class CompiledTransformer(nn.Module):
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
         eager: the model itself; shows its device, and without a program its config and dtype, before the first call.
 
-    The forward runs without gradients. Errors are `runtime.errors.EditError`; any exception drops
-    the state of the current request.
+    The forward runs without gradients. Errors are `runtime.errors.EditError`. An exception drops the
+    state of the request it came in; a call refused for its arguments leaves all requests as they were.
     """
 
     def __init__(
@@ -149,15 +149,6 @@ class CompiledTransformer(nn.Module):
         Raises InputError for an unknown, missing or unusable argument, ShapeError for shapes or
         constants that were not compiled (unless there is a tracer).
         """
-        try:
-            return self._forward(args, kwargs)
-        except BusyError:
-            raise  # the request is another call's, which goes on
-        except BaseException:
-            self._requests.abandon()
-            raise
-
-    def _forward(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         if self._loaded is None:
             if args:
                 raise InputError("the first call of a lazily compiled transformer takes keyword arguments only")
@@ -208,6 +199,7 @@ class CompiledTransformer(nn.Module):
                 found = _search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
                 if found is None:
                     self._loaded = _Loaded(self._tracer(given), self.engine)
+                    self._requests.clear()  # its blocks may be counted otherwise
                     found = _search(self._loaded, tensors, constants)
         if found is None:
             glues = () if self._loaded is None else self._loaded.program.manifest.glues

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,31 @@ def test_a_bank_is_empty_when_the_timestep_rises() -> None:
     call(model, 1.0)
     assert done(model) == [COMPUTED]
     assert len(model.trace) == 2
+
+
+def test_a_timestep_may_rise_all_along() -> None:
+    model = compiled()
+    for timestep in (0.0, 0.2, 0.5, 0.9, 0.0, 0.2):
+        call(model, timestep)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED, REUSED], [COMPUTED, REUSED]]
+    assert [int(s) for s in model.trace[0].grid()["done"].shape] == [4, BLOCKS, 1]
+
+
+def test_rows_that_move_apart_start_a_request() -> None:
+    model = compiled()
+    given = programs.inputs(2)
+    for times in ([0.5, 0.5], [0.4, 0.6]):
+        model(**{**given, "timestep": torch.tensor(times)})
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+
+
+def test_images_of_one_step_do_not_share_residuals() -> None:
+    model = compiled()
+    for _ in range(2):
+        for name in ("cond", "uncond"):
+            with model.cache_context(name):
+                call(model, 1.0)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, COMPUTED]] * 2
 
 
 def test_one_rows_rising_timestep_starts_a_request() -> None:
@@ -94,13 +120,33 @@ def test_guidance_branches_do_not_share_residuals(contexts: bool) -> None:
             torch.testing.assert_close(got, call(alone, timestep, seed))
 
 
-def test_a_branch_left_out_does_not_shift_the_other() -> None:
+def test_a_context_left_out_does_not_shift_the_other() -> None:
     model, alone = compiled(), compiled()
     for timestep, guided in ((1.0, True), (0.8, False), (0.5, True), (0.2, False)):
-        torch.testing.assert_close(call(model, timestep, seed=1), call(alone, timestep, seed=1))
+        with model.cache_context("cond"):
+            torch.testing.assert_close(call(model, timestep, seed=1), call(alone, timestep, seed=1))
         if guided:
-            call(model, timestep, seed=2)
+            with model.cache_context("uncond"):
+                call(model, timestep, seed=2)
     assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED, REUSED]
+
+
+def test_unnamed_branches_start_empty_once_their_number_changed() -> None:
+    model = compiled()
+    for timestep, calls in ((1.0, 2), (0.8, 2), (0.6, 1), (0.4, 1), (0.2, 1)):
+        for _ in range(calls):
+            call(model, timestep)
+    assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED, COMPUTED, REUSED]
+
+
+def test_named_branches_outlive_a_change_of_the_unnamed() -> None:
+    model = compiled()
+    for timestep, calls in ((1.0, 2), (0.8, 1), (0.6, 1)):
+        with model.cache_context("named"):
+            call(model, timestep)
+        for _ in range(calls):
+            call(model, timestep)
+    assert done(model) == [COMPUTED, COMPUTED, COMPUTED, REUSED, REUSED, REUSED, COMPUTED]
 
 
 def test_a_context_that_joins_late_is_at_the_same_step() -> None:
@@ -219,6 +265,61 @@ def test_one_request_in_two_threads_at_once_is_refused(monkeypatch: pytest.Monke
     assert done(model) == [COMPUTED, REUSED]  # the refused call did no harm to the running one
 
 
+def test_a_refused_call_does_no_harm_to_the_request_of_another_thread() -> None:
+    model = compiled()
+    ready = model._loaded.blocks.blocks[0]
+    original = ready.bound
+
+    def interrupted(inputs):
+        def refused() -> None:
+            with pytest.raises(InputError), model.request("same"):
+                model(**programs.inputs(1), no_such=1)
+
+        in_threads([refused])
+        return original[3](inputs)
+
+    ready.bound = (*original[:3], interrupted)
+    with model.request("same"):
+        call(model, 1.0)
+        call(model, 0.5)
+    assert done(model) == [COMPUTED, REUSED]
+
+
+def test_another_trace_empties_every_request() -> None:
+    def tracer(given):
+        program = programs.make(("double", "single"))
+        (glue,) = program.manifest.glues
+        seen.append(given["hidden_states"].shape[0])
+        glues = tuple(
+            replace(glue, id=str(rows), inputs=tuple(replace(i, shape=(rows, *i.shape[1:])) for i in glue.inputs))
+            for rows in seen
+        )
+        return replace(program, manifest=replace(program.manifest, glues=glues))
+
+    seen: list[int] = []
+    model = CompiledTransformer(None, "torch", ALWAYS_REUSE, tracer)
+    first, second = threading.Event(), threading.Event()
+
+    def waiting() -> None:
+        call(model, 1.0)
+        first.set()
+        assert second.wait(20)
+        call(model, 0.5)
+
+    def tracing() -> None:
+        assert first.wait(20)
+        call(model, 1.0, rows=2)
+        second.set()
+
+    with model.request("named"):
+        call(model, 1.0)
+    in_threads([waiting, tracing])
+    with model.request("named"):
+        call(model, 0.5)
+    assert seen == [1, 2]
+    assert [done(model, n) for n in range(len(model.trace))] == [[COMPUTED]] * 5
+
+
 def test_an_exception_leaves_nothing_behind() -> None:
     model = compiled()
     call(model, 1.0)
@@ -241,13 +342,13 @@ def test_an_exception_leaves_nothing_behind() -> None:
     assert done(model) == [COMPUTED]
 
 
-def test_a_refused_call_ends_the_request() -> None:
+def test_a_refused_call_leaves_the_request_as_it_was() -> None:
     model = compiled()
     call(model, 1.0)
     with pytest.raises(InputError):
         model(**{**programs.inputs(1), "hidden_states": torch.full((1, programs.IMAGE, programs.C), float("nan"))})
     call(model, 0.5)
-    assert done(model) == [COMPUTED]
+    assert done(model) == [COMPUTED, REUSED]
 
 
 def test_an_exception_in_one_request_leaves_the_others() -> None:
