@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from runtime import engines
 from runtime.engines import Bound, Kernel
-from runtime.errors import BundleError
+from runtime.errors import BundleError, EditError
 from runtime.program import Program
 from runtime.routing import Routers
 from runtime.spec import Block, Plan
@@ -17,7 +17,8 @@ from runtime.spec import Block, Plan
 class ReadyBlock:
     """One block: its plan bound to its weights at every width, and where its rows and states are."""
 
-    def __init__(self, plan: Plan, bound: Sequence[Bound]) -> None:
+    def __init__(self, plan: Plan, bound: Sequence[Bound], name: str = "") -> None:
+        self.name = name
         self.plan = plan
         self.bound = tuple(bound)
         self.states = plan.states
@@ -65,6 +66,7 @@ class ReadyBlocks:
         self.blocks = [self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks]
         self.routers = None
         if manifest.router is not None and program.routers:
+            _check_routers(manifest.blocks, program.routers)
             self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
 
     @staticmethod
@@ -76,7 +78,15 @@ class ReadyBlocks:
         bound = []
         for kernel, variant in zip(kernels, plan.variants, strict=True):
             bound.append(kernel.bind([_head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]))
-        return ReadyBlock(plan, bound)
+        return ReadyBlock(plan, bound, block.name)
+
+
+def _check_routers(blocks: Sequence[Block], parameters: Iterable[str]) -> None:
+    """EditError where only some of `blocks` have a router."""
+    routed = {key.split(".", 1)[0] for key in parameters}
+    for index, block in enumerate(blocks):
+        if str(index) not in routed:
+            raise EditError(f"block {block.name} has no router while others have one: give all of them one, or none")
 
 
 def _head(weight: Tensor, rows: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from runtime.bank import Residuals
 from runtime.blocks import ReadyBlock, ReadyBlocks
-from runtime.errors import PolicyError
-from runtime.policy import EMPTY, REUSE, SKIP, Decider
+from runtime.errors import EditError, PolicyError
+from runtime.policy import EMPTY, REUSE, SKIP, Decider, keeps_residuals
 from runtime.spec import Cost
 from runtime.state import Branch
 from runtime.trace import Counters, RequestTrace
@@ -42,6 +42,7 @@ class Dispatch:
         self._routers = blocks.routers if policy.routed else None
         self._widths = blocks.routers.config.widths if blocks.routers is not None else (1.0,)
         self._policy = policy
+        self._keeps = keeps_residuals(policy, self._routers is not None)
         self._branch = branch
         self._step = step
         self._record = record
@@ -94,6 +95,11 @@ class Dispatch:
         logits: list[list[float]] = self._routers(block, states, time).tolist()
         gate, width = [], []
         for row in logits:
+            if not all(map(math.isfinite, row)):
+                raise EditError(
+                    f"the router of block {ready.name or block} gives {row}: its inputs or weights overflow "
+                    f"{self._routers.dtype}; check the latents, or compile in bfloat16 or float32"
+                )
             gate.append(_sigmoid(row[0]))
             choices = row[1:]
             width.append(self._widths[choices.index(max(choices))])
@@ -123,7 +129,7 @@ class Dispatch:
             self._count(ready, REUSE, rows)
             return bank.reuse(states)
         after = self._compute(ready, decision, inputs, rows)
-        if self._policy.reuses:
+        if self._keeps:
             bank.keep(states, after)
         else:
             bank.clear()
@@ -148,7 +154,7 @@ class Dispatch:
             else:
                 taken = ready.take(inputs, index, len(done))
                 parts = self._compute(ready, decision, taken, len(chosen))
-                if self._policy.reuses:
+                if self._keeps:
                     bank.keep_rows(chosen, index, [taken[i] for i in ready.states], parts)
                 else:
                     bank.clear(chosen)

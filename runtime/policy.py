@@ -48,6 +48,13 @@ class Decider(Protocol):
         """
 
 
+def keeps_residuals(policy: Decider, gated: bool) -> bool:
+    """Whether `policy` may come to reuse; without routers (not `gated`) every p is 1."""
+    if gated or not isinstance(policy, RoutingPolicy):
+        return policy.reuses
+    return policy.reuses and policy.threshold + policy.margin >= 1.0
+
+
 @dataclass(frozen=True)
 class RoutingPolicy:
     """Algorithm 1 of the paper: decisions from the routers' gates.

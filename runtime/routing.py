@@ -53,14 +53,14 @@ class FoldedRouter:
         return torch.addcmul(self._weight, self._weight, gamma[:, None]), F.linear(delta, self._weight, self._bias)
 
     def _pool(self, streams: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        """Token mean of h (B, H_r) over all streams (B, L_i, D)."""
+        """Token mean of h (B, H_r) over all streams (B, L_i, D), summed in float32: half precision overflows."""
         total: Tensor | None = None
         for stream in streams:
             normed = F.layer_norm(stream, stream.shape[-1:], eps=self._eps).to(weight.dtype)
-            part = self._activation(_project(normed, weight, bias)).sum(1)
+            part = self._activation(_project(normed, weight, bias)).sum(1, dtype=torch.float32)
             total = part if total is None else total + part
         assert total is not None
-        return total / sum(stream.shape[1] for stream in streams)
+        return (total / sum(stream.shape[1] for stream in streams)).to(weight.dtype)
 
 
 def _project(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,6 +75,7 @@ class Routers:
 
     def __init__(self, config: RouterConfig, blocks: int, parameters: Mapping[str, Tensor]) -> None:
         self.config = config
+        self.dtype = next(iter(parameters.values())).dtype
         grouped: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
         for key, tensor in parameters.items():
             index, name = key.split(".", 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from runtime.blocks import ReadyBlock
 from runtime.dispatch import Dispatch
-from runtime.errors import PolicyError
+from runtime.errors import EditError, PolicyError
 from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from runtime.spec import Plan, PlanInput, Variant
 from runtime.state import Branch
@@ -166,6 +167,37 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
     for policy in (keeping, dropping):
         Dispatch(fake, policy, branch, 0, RequestTrace("r"), lambda: x, {})(0, [x, torch.zeros(3)])
     assert branch.bank(0, 2, (0,)).held == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (RoutingPolicy(), False),
+        (RoutingPolicy(threshold=0.5, margin=0.5), True),
+        (ScheduledPolicy(np.array([[REUSE]])), True),
+        (ScheduledPolicy(np.array([[REUSE]]), routed=False), True),
+        (ScheduledPolicy(np.array([[1.0]])), False),
+    ],
+)
+def test_without_routers_residuals_are_kept_only_where_they_can_be_reused(policy, kept: bool) -> None:
+    branch, x = Branch("b", ()), torch.zeros(2, 2)
+    Dispatch(Fake(), policy, branch, 0, RequestTrace("r"), lambda: x, {})(0, [x, torch.zeros(3)])
+    assert (branch.bank(0, 2, (0,)).nbytes > 0) == kept
+
+
+def test_a_router_that_overflows_is_an_error_not_a_skip() -> None:
+    program = programs.make(KINDS)
+    routers = dict(program.routers) | {"1.gate.bias": torch.tensor([float("nan")])}
+    model = CompiledTransformer(replace(program, routers=routers), "torch", POLICY)
+    with pytest.raises(EditError, match=r"blocks\.1.*overflow"):
+        model(**programs.inputs(1))
+
+
+def test_a_block_without_a_router_among_others_is_named() -> None:
+    program = programs.make(KINDS)
+    routers = {key: tensor for key, tensor in program.routers.items() if not key.startswith("1.")}
+    with pytest.raises(EditError, match=r"blocks\.1 has no router"):
+        CompiledTransformer(replace(program, routers=routers), "torch")
 
 
 def test_one_transfer_to_the_host_per_guard(monkeypatch: pytest.MonkeyPatch) -> None:

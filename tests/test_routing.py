@@ -54,6 +54,16 @@ def test_bfloat16_stays_near_float32() -> None:
     torch.testing.assert_close(logits[:, 0].float(), gate, rtol=0.05, atol=0.1)
 
 
+def test_many_tokens_do_not_overflow_half_precision() -> None:
+    config = RouterConfig(hidden=8, modulation="none")
+    own = {name: tensor.half() for name, tensor in randomised(Router(config, D, E)).state_dict().items()}
+    own["hidden.bias"].fill_(100.0)
+    with torch.no_grad():
+        logits = FoldedRouter(config, own)([torch.randn(1, 2000, D).half()], torch.zeros(1, E).half())
+    assert logits.dtype == torch.float16
+    assert torch.isfinite(logits).all()
+
+
 def test_routers_belong_to_their_blocks() -> None:
     config = RouterConfig(hidden=8, time_dim=6)
     routers = [randomised(Router(config, D, 6), seed) for seed in range(12)]
