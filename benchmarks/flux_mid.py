@@ -2,6 +2,7 @@
 
 python -m benchmarks.flux_mid            all figures, minutes
 python -m benchmarks.flux_mid --small    the same code on a toy, seconds
+python -m benchmarks.flux_mid --runs bfloat16:torch --output FOLDER    where the CPU has bfloat16 instructions
 
 Random weights; decisions at random at FLUX's budget (half of the blocks, mean width .6), the routers run all the same.
 Writes benchmarks/results/flux_mid.json, from which the README's table is made.
@@ -96,7 +97,7 @@ class Shape:
         return {name: tensor.to(model.dtype) for name, tensor in tensors.items()} | ids | {"return_dict": False}
 
 
-MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text=128, steps=28, repeats=5)
+MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text=128, steps=6, repeats=2)
 SMALL = Shape("flux-small", double=1, single=2, heads=2, head_dim=32, side=4, text=8, steps=3, repeats=2)
 
 
@@ -248,12 +249,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy model: shows that the code runs, nothing more")
     parser.add_argument("--inductor", action="store_true", help="P6: also compare with torch.compile (minutes)")
-    parser.add_argument("--runs", nargs="+", default=["float32:onnxruntime", "float32:torch", "bfloat16:torch"])
+    parser.add_argument("--runs", nargs="+", default=["float32:onnxruntime", "float32:torch"])
+    parser.add_argument("--steps", type=int, help="steps of a request")
     parser.add_argument("--repeats", type=int, help="timed requests")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     shape = SMALL if given.small else MID
-    shape = replace(shape, repeats=given.repeats or shape.repeats)
+    shape = replace(shape, steps=given.steps or shape.steps, repeats=given.repeats or shape.repeats)
     results: dict[str, Any] = {"shape": asdict(shape), "machine": describe_machine(), "runs": []}
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"{shape.name.replace('-', '_')}.json"

@@ -44,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--engine", default="onnxruntime")
-    parser.add_argument("--images", type=int, default=200, help="images per row that are judged")
-    parser.add_argument("--repeats", type=int, default=3, help="timed samplings")
+    parser.add_argument("--images", type=int, default=100, help="images per row that are judged")
+    parser.add_argument("--repeats", type=int, default=2, help="timed samplings")
     given = parser.parse_args()
     missing = [name for name in NEEDED if not (WEIGHTS / name).exists()]
     if missing:
