@@ -105,7 +105,7 @@ class DryRun:
 
 def _row(item: Planned, index: int, blocks: int) -> PlanRow:
     plan, variant = item.plan, item.plan.variants[index]
-    flops, moved = variant_cost(item.graph, index, plan, item.examples[0])
+    flops, shared, own = variant_cost(item.graph, index, plan, item.examples[0])
     return PlanRow(
         plan=plan.id,
         kind=plan.kind,
@@ -115,7 +115,7 @@ def _row(item: Planned, index: int, blocks: int) -> PlanRow:
         width=variant.width,
         hidden=tuple(site_rows(site.hidden, variant.width) for site in item.group.sites),
         flops=flops,
-        bytes=moved,
+        bytes=shared + own,
     )
 
 

@@ -15,20 +15,24 @@ from runtime.guard import answering
 from runtime.spec import Plan
 
 
-def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Tensor]) -> tuple[int, int]:
-    """(floating-point operations, bytes) of one row in one variant.
+def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(floating-point operations of a row, bytes read once per call, bytes of a row) of one variant.
 
-    Bytes are those of the weights read, the row's inputs and its states: what must move at least.
+    Bytes are what must move at least: weights and inputs that all rows share once per call, a row's
+    own inputs and states with each row.
     """
     weights = weight_stand_ins(graph, variant)
     rows = _rows(plan, inputs)
-    moved = sum(weight.numel() * weight.element_size() for weight in weights)
+    shared, moved = sum(weight.numel() * weight.element_size() for weight in weights), 0
     for spec, value in zip(plan.inputs, inputs, strict=True):
         size = value.numel() * value.element_size()
-        moved += size // rows if spec.batch_dim is not None else size
+        if spec.batch_dim is None:
+            shared += size
+        else:
+            moved += size // rows
     for state in plan.states:
         moved += inputs[state].numel() * inputs[state].element_size() // rows
-    return count_flops(graph.variants[variant], [*weights, *inputs]) // rows, moved
+    return count_flops(graph.variants[variant], [*weights, *inputs]) // rows, shared, moved
 
 
 def glue_flops(glue: GlueGraph, run: Run) -> int:

@@ -178,7 +178,7 @@ class Dispatch:
         done = None if variant is None else self._costs.get((plan.id, variant))
         if done is not None:
             self._flops += rows * done.flops
-            self._bytes += rows * done.bytes
+            self._bytes += done.weight_bytes + rows * done.row_bytes
 
 
 def _check_held(bank: Residuals, rows: Sequence[int]) -> None:

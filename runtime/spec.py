@@ -96,12 +96,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one row of the batch in one variant of a plan, at one glue's shapes."""
+    """Work of one variant of a plan, at one glue's shapes.
+
+    `flops` and `row_bytes` (inputs and states) are those of one row of the batch. `weight_bytes` is
+    what a call reads once, however many rows it has: the weights, and inputs that all rows share.
+    """
 
     plan: str
     variant: int
     flops: int
-    bytes: int
+    weight_bytes: int
+    row_bytes: int
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,9 @@ class Counters:
     """Work done since the counters were reset.
 
     `calls` counts forward calls, `guards` blocks asked for, `engine_calls` runs of a plan; `skipped`,
-    `reused` and `computed` count rows of blocks. `flops` and `bytes` are the work done (glue and
-    blocks, from the program's costs), `dense_flops` what every block at full width would have been.
+    `reused` and `computed` count rows of blocks. From the program's costs: `flops` is the work done
+    (glue and blocks), `bytes` what the engine calls of the blocks had to move (each reads its weights
+    once; the glue is not counted), `dense_flops` what every block at full width would have been.
     """
 
     calls: int = 0

@@ -212,7 +212,7 @@ def make(kinds: tuple[str, ...] = ("double", "single", "double"), seed: int = 0,
             router_weights[f"{index}.{name}"] = random(*parameter.shape) * scale
     used = tuple(PLANS[kind] for kind in dict.fromkeys(kinds))
     costs = tuple(
-        Cost(plan.id, v, int(1000 * variant.width), int(100 * variant.width))
+        Cost(plan.id, v, int(1000 * variant.width), int(100 * variant.width), int(20 * variant.width))
         for plan in used
         for v, variant in enumerate(plan.variants)
     )

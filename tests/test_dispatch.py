@@ -229,7 +229,7 @@ def test_counters_hold_the_work_done() -> None:
     assert (done.calls, done.guards, done.engine_calls) == (2, 4, 2)
     assert (done.skipped, done.reused, done.computed) == (3, 3, 6)
     assert done.flops == 3 * (500 + 1000) + 2 * 3 * 10
-    assert done.bytes == 3 * (50 + 100)
+    assert done.bytes == 50 + 100 + 3 * (10 + 20)  # weights once per engine call
     assert done.dense_flops == 3 * 4 * 1000 + 2 * 3 * 10
     assert done.per_step()["guards"] == 2
     compiled.reset_counters()

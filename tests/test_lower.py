@@ -49,13 +49,14 @@ def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_number
 
 def test_costs_fall_with_the_width_by_what_the_mlp_loses() -> None:
     (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
-    (half, half_bytes), (full, full_bytes) = (
+    (half, half_bytes, half_own), (full, full_bytes, full_own) = (
         variant_cost(planned.graph, index, planned.plan, planned.examples[0]) for index in (0, 1)
     )
     tokens, dim = planned.examples[0][0].shape[1:]
     hidden = planned.group.sites[0].hidden
     assert full - half == 2 * 2 * tokens * dim * hidden // 2
     assert full_bytes - half_bytes == 4 * (2 * dim * hidden // 2 + hidden // 2)
+    assert full_own == half_own >= 2 * 4 * tokens * dim
 
 
 def test_models_of_one_make_are_lowered_once() -> None:
