@@ -27,6 +27,7 @@ from torch import Tensor
 from runtime.errors import BundleError
 from runtime.program import Program
 from runtime.spec import SCHEMA, Manifest
+from runtime.validation import check
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -63,12 +64,14 @@ def load(path: str | Path, *, verify: bool = True) -> Program:
     for name, digest in manifest.files.items():
         _check_file(folder, name, digest if verify else None)
     graphs = [name for name in manifest.files if not name.endswith(".safetensors")]
-    return Program(
+    program = Program(
         manifest=manifest,
         weights=_read_tensors(folder, WEIGHTS, manifest),
         routers=_read_tensors(folder, ROUTERS, manifest) if ROUTERS in manifest.files else {},
         files={name: (folder / name).read_bytes() for name in graphs},
     )
+    check(program)
+    return program
 
 
 def _write(program: Program, folder: Path) -> None:
