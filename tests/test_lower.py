@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import onnx
-import onnxruntime
 import torch
 
 from passes.assemble import plan_groups
@@ -14,6 +13,7 @@ from passes.lower import Files, lower_plan
 from passes.pipeline import analyse
 from runtime import pt2
 from tests.models import tiny_dit
+from tests.sessions import open_session
 
 
 def test_files_are_made_once_and_only_when_asked_for() -> None:
@@ -39,7 +39,7 @@ def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_number
         torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5)
     model = onnx.load_from_string(files[f"{stem}.onnx"])
     assert max(math.prod(i.dims) for i in model.graph.initializer) < min(w.numel() for w in weights if w.ndim == 2)
-    session = onnxruntime.InferenceSession(files[f"{stem}.onnx"], providers=["CPUExecutionProvider"])
+    session = open_session(files[f"{stem}.onnx"])
     names = [*planned.plan.weights, *(spec.name for spec in planned.plan.inputs)]
     assert [node.name for node in session.get_inputs()] == names
     outputs = session.run(None, dict(zip(names, (v.numpy() for v in (*weights, *inputs)), strict=True)))

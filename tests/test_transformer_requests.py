@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from runtime import state
 from runtime.bank import Residuals
-from runtime.errors import EditError, InputError
+from runtime.errors import EditError
 from runtime.policy import REUSE, ScheduledPolicy
 from runtime.trace import COMPUTED, REUSED
 from runtime.transformer import CompiledTransformer
@@ -263,119 +262,3 @@ def test_one_request_in_two_threads_at_once_is_refused(monkeypatch: pytest.Monke
     with model.request("same"):
         call(model, 0.5)
     assert done(model) == [COMPUTED, REUSED]  # the refused call did no harm to the running one
-
-
-def test_a_refused_call_does_no_harm_to_the_request_of_another_thread() -> None:
-    model = compiled()
-    ready = model._loaded.blocks.blocks[0]
-    original = ready.bound
-
-    def interrupted(inputs):
-        def refused() -> None:
-            with pytest.raises(InputError), model.request("same"):
-                model(**programs.inputs(1), no_such=1)
-
-        in_threads([refused])
-        return original[3](inputs)
-
-    ready.bound = (*original[:3], interrupted)
-    with model.request("same"):
-        call(model, 1.0)
-        call(model, 0.5)
-    assert done(model) == [COMPUTED, REUSED]
-
-
-def test_another_trace_empties_every_request() -> None:
-    def tracer(given):
-        program = programs.make(("double", "single"))
-        (glue,) = program.manifest.glues
-        seen.append(given["hidden_states"].shape[0])
-        glues = tuple(
-            replace(glue, id=str(rows), inputs=tuple(replace(i, shape=(rows, *i.shape[1:])) for i in glue.inputs))
-            for rows in seen
-        )
-        return replace(program, manifest=replace(program.manifest, glues=glues))
-
-    seen: list[int] = []
-    model = CompiledTransformer(None, "torch", ALWAYS_REUSE, tracer)
-    first, second = threading.Event(), threading.Event()
-
-    def waiting() -> None:
-        call(model, 1.0)
-        first.set()
-        assert second.wait(20)
-        call(model, 0.5)
-
-    def tracing() -> None:
-        assert first.wait(20)
-        call(model, 1.0, rows=2)
-        second.set()
-
-    with model.request("named"):
-        call(model, 1.0)
-    in_threads([waiting, tracing])
-    with model.request("named"):
-        call(model, 0.5)
-    assert seen == [1, 2]
-    assert [done(model, n) for n in range(len(model.trace))] == [[COMPUTED]] * 5
-
-
-def test_an_exception_leaves_nothing_behind() -> None:
-    model = compiled()
-    call(model, 1.0)
-    ready = model._loaded.blocks.blocks[1]
-    original = ready.bound
-
-    def broken(inputs):
-        raise RuntimeError("out of memory")
-
-    ready.bound = (broken,) * 4
-    model._requests._current()._branches["branch 0"].clear()
-    before = model.counters
-    with pytest.raises(RuntimeError, match="out of memory"):
-        call(model, 0.8)
-    assert len(model.trace) == 0
-    assert model.counters == before
-    ready.bound = original
-    expected = call(compiled(), 0.5)
-    torch.testing.assert_close(call(model, 0.5), expected)
-    assert done(model) == [COMPUTED]
-
-
-def test_a_refused_call_leaves_the_request_as_it_was() -> None:
-    model = compiled()
-    call(model, 1.0)
-    with pytest.raises(InputError):
-        model(**{**programs.inputs(1), "hidden_states": torch.full((1, programs.IMAGE, programs.C), float("nan"))})
-    call(model, 0.5)
-    assert done(model) == [COMPUTED, REUSED]
-
-
-def test_an_exception_in_one_request_leaves_the_others() -> None:
-    model = compiled()
-    with model.request("a"):
-        call(model, 1.0)
-    with pytest.raises(InputError), model.request("b"):
-        model(**programs.inputs(1), no_such=1)
-    with model.request("a"):
-        call(model, 0.5)
-    assert done(model, 0) == [COMPUTED, REUSED]
-
-
-def test_the_trace_is_bounded_and_exports(tmp_path) -> None:
-    import json
-
-    model = compiled()
-    for _ in range(20):
-        call(model, 1.0, rows=2)
-        model._reset_stateful_cache()
-    assert len(model.trace) == 16
-    grid = model.trace[-1].grid()
-    assert grid["done"].shape == (1, BLOCKS, 2)
-    assert (grid["width"] == 1.0).all()
-    exported = json.loads(model.trace.to_json())
-    assert len(exported) == 16
-    assert exported[0]["done"] == [COMPUTED] * 4
-    assert {"request", "contexts", "context", "step", "block", "row", "p", "width", "done"} == exported[0].keys()
-    model.trace.clear()
-    assert len(model.trace) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
@@ -20,6 +19,7 @@ from passes.mlp import find_sites
 from passes.widths import at_widths, site_rows
 from tests import mlps
 from tests.blocks import exported, masked, random_tensors, run_variant, written
+from tests.sessions import open_session
 
 aten = torch.ops.aten
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -252,7 +252,7 @@ def test_a_variant_exports_to_torch_and_onnx_with_any_batch() -> None:
             plan.variants[0], (*pieces, *inputs), dynamic_shapes=free, strict=False
         ).run_decompositions({})
         onnx = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
-    session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(onnx.model_proto.SerializeToString())
     for batch in (1, 2, 4):
         calls = [torch.randn(batch, *x.shape[1:]) for x in inputs]
         with torch.no_grad():
