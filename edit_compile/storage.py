@@ -14,29 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.checkpoint import save_tensors_atomically, write_file_atomically
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, Layout
+from runtime.folder import separate, written_whole
 from runtime.spec import RouterConfig
 
 SCHEMA = 1
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `elastic` to `folder`; floating-point tensors as `dtype` where given."""
+    """Write `elastic` to `folder`, all of it or nothing; floating-point tensors as `dtype` where given.
+
+    Raises ElasticError where `folder` holds something else.
+    """
     if elastic.layout is None:
         raise ElasticError("the elastic model has no routers yet: call it once before saving it")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors_atomically(folder / "model.safetensors", _cast(elastic.model.state_dict(), dtype))
-    save_tensors_atomically(folder / "routers.safetensors", _cast(elastic.routers.state_dict(), dtype))
-    as_json: Any = getattr(elastic.model, "to_json_string", None)
-    if as_json is not None:
-        write_file_atomically(folder / "config.json", as_json())
+    if folder.exists() and any(folder.iterdir()) and not (folder / "elastic.json").is_file():
+        raise ElasticError(f"{folder} exists and is not an elastic model: choose another name, or remove it")
     description = {"schema": SCHEMA, "router": asdict(elastic.config), "layout": asdict(elastic.layout)}
-    write_file_atomically(folder / "elastic.json", json.dumps(description, indent=1) + "\n")
+    as_json: Any = getattr(elastic.model, "to_json_string", None)
+    with written_whole(folder) as place:
+        save_file(separate(_cast(elastic.model.state_dict(), dtype)), place / "model.safetensors")
+        save_file(separate(_cast(elastic.routers.state_dict(), dtype)), place / "routers.safetensors")
+        if as_json is not None:
+            (place / "config.json").write_text(as_json())
+        (place / "elastic.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def load_elastic(folder: str | Path, model: nn.Module | None = None) -> ElasticTransformer:

@@ -12,9 +12,6 @@ never read.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.errors import BundleError
+from runtime.folder import separate, written_whole
 from runtime.program import Program
 from runtime.spec import SCHEMA, Manifest
 from runtime.validation import check
@@ -43,14 +41,8 @@ def save(program: Program, path: str | Path) -> None:
     target = Path(path)
     if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with written_whole(target) as folder:
         _write(program, folder)
-        folder.chmod(0o755)
-        _swap(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(path: str | Path, *, verify: bool = True) -> Program:
@@ -80,41 +72,12 @@ def _write(program: Program, folder: Path) -> None:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
-    save_file(_separate(program.weights), folder / WEIGHTS)
+    save_file(separate(program.weights), folder / WEIGHTS)
     if program.routers:
-        save_file(_separate(program.routers), folder / ROUTERS)
+        save_file(separate(program.routers), folder / ROUTERS)
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     manifest = replace(program.manifest, files={name: _sha256(folder / name) for name in names})
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share a storage, as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        if own.untyped_storage().data_ptr() in seen and own.numel():
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        result[name] = own
-    return result
-
-
-def _swap(folder: Path, target: Path) -> None:
-    """Put `folder` in the place of `target`; on failure `target` is what it was."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _read_manifest(folder: Path) -> Manifest:
