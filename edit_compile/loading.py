@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime.folder import separate
+
 T = TypeVar("T")
 
 
@@ -76,7 +78,7 @@ def load_inputs(path: Path) -> dict[str, Any]:
 
 def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
     """Write keyword arguments as one safetensors file: tensors as such, everything else as JSON in its metadata."""
-    tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, Tensor)}
+    tensors = separate({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
     constants = {name: json.dumps(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
     save_file(tensors, path, constants)
 
