@@ -110,10 +110,12 @@ def test_train_runs_a_task_with_settings(tmp_path: Path) -> None:
 
 def test_inputs_go_through_a_file_with_their_constants(tmp_path: Path) -> None:
     path = tmp_path / "inputs.safetensors"
-    given = {"x": torch.arange(3), "shapes": [[1, 2]], "scale": 1.5, "name": "a", "flag": False}
+    x = torch.arange(3)
+    given = {"x": x, "view_of_x": x[None], "shapes": [[1, 2]], "scale": 1.5, "name": "a", "flag": False}
     save_inputs(given, path)
     read = load_inputs(path)
-    assert torch.equal(read.pop("x"), given.pop("x"))
+    for name in ("x", "view_of_x"):
+        assert torch.equal(read.pop(name), given.pop(name))
     assert read == given
 
 
