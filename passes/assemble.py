@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 
-import torch
 from torch import Tensor, nn
 
 from passes.check import check_open, check_widths, glue_outputs, hosted_outputs
@@ -30,6 +29,7 @@ from passes.guards import (
 )
 from passes.lower import Files, lower_glue, lower_plan
 from passes.pipeline import Analysis, Group
+from passes.real import as_real
 from passes.widths import at_widths
 from runtime.arguments import flatten
 from runtime.program import Program
@@ -148,7 +148,7 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
     leaves = group.graph.leaves
     inputs = []
     for name, leaf in zip(group.graph.inputs, leaves, strict=True):
-        seen = [_real(call.leaves[leaf]) for call in site.calls]
+        seen = [as_real(call.leaves[leaf]) for call in site.calls]
         shape = tuple(
             size if all(other.shape[d] == size for other in seen) else None for d, size in enumerate(seen[0].shape)
         )
@@ -174,7 +174,7 @@ def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...
     """The group's inputs at each bucket, from the runs with the doubled batch."""
     calls = analysis.discovery.blocks[group.members[0]].calls
     doubled = calls[len(calls) // 2 :]
-    return tuple(tuple(_real(call.leaves[leaf]) for leaf in group.graph.leaves) for call in doubled)
+    return tuple(tuple(as_real(call.leaves[leaf]) for leaf in group.graph.leaves) for call in doubled)
 
 
 def _blocks(analysis: Analysis, planned: Sequence[Planned]) -> tuple[tuple[Block, ...], dict[str, Tensor]]:
@@ -273,11 +273,6 @@ def _routers(source: Source, blocks: Sequence[Block]) -> dict[str, Tensor]:
         if name in position:
             routers[f"{position[name]}.{parameter}"] = value
     return routers
-
-
-def _real(leaf: object) -> Tensor:
-    assert isinstance(leaf, Tensor)
-    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
 
 
 def _dtype(tensor: Tensor) -> str:

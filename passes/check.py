@@ -13,6 +13,7 @@ from passes.export import weight_values
 from passes.graph import BlockSite, MlpSite, PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
 from passes.pipeline import Group
+from passes.real import as_real
 from passes.record import undisturbed
 from passes.widths import site_rows
 from runtime.errors import EditError
@@ -29,7 +30,7 @@ def check_widths(group: Group, plan: PlanGraph, site: BlockSite) -> None:
     """Compare every variant with the eager block whose hidden channels are masked (equation 13)."""
     call = site.calls[-1]
     weights = dict(zip(group.graph.weights, weight_values(group.graph, site.module), strict=True))
-    inputs = [_real(call.leaves[leaf]) for leaf in group.graph.leaves]
+    inputs = [as_real(call.leaves[leaf]) for leaf in group.graph.leaves]
     args, kwargs = pytree.tree_unflatten(list(call.leaves), call.spec)
     for index, width in enumerate(plan.widths):
         pieces = [piece.cut(weights[piece.source])[: piece.rows[index]] for piece in plan.pieces]
@@ -118,8 +119,3 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
 def _tensors(output: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves(tuple(output.values()) if isinstance(output, dict) else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _real(leaf: object) -> Tensor:
-    assert isinstance(leaf, Tensor)
-    return torch.view_as_real(leaf) if leaf.is_complex() else leaf

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
+from passes.real import as_real
 from runtime.arguments import flatten
 from runtime.errors import EditError
 from runtime.guard import guard
@@ -62,7 +63,7 @@ class Guard:
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Called with the block's arguments; gives the block's output structure."""
         leaves = pytree.tree_leaves((args, kwargs))
-        inputs = [_as_real(leaves[position]) for position in self.graph.leaves]
+        inputs = [as_real(leaves[position]) for position in self.graph.leaves]
         outputs = list(self.call.outputs)
         for (position, _), state in zip(self.states.pairs, guard(inputs, self.graph.states, self.index), strict=True):
             outputs[position] = state
@@ -190,11 +191,6 @@ def _outputs(module: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 def _count_guards(module: fx.GraphModule) -> int:
     return len(module.graph.find_nodes(op="call_function", target=guard))
-
-
-def _as_real(leaf: object) -> Tensor:
-    assert isinstance(leaf, Tensor)
-    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
 
 
 def _first_line(error: Exception) -> str:

@@ -51,6 +51,12 @@ def complex_to_real(module: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
     return result, Report("real", tuple(done))
 
 
+def as_real(leaf: object) -> Tensor:
+    """The tensor that a graph made real takes for `leaf`: a complex one with a trailing dimension of two."""
+    assert isinstance(leaf, Tensor)
+    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
+
+
 def _is_complex(node: fx.Node) -> bool:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves)
