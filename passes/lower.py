@@ -9,7 +9,6 @@ engine, and saving a bundle lowers what is still missing.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,20 +20,14 @@ from torch.export import Dim, ExportedProgram
 from passes.cost import weight_stand_ins
 from passes.graph import PlanGraph
 from passes.guards import GlueGraph
+from passes.onnx_format import LowerError, to_onnx
 from runtime import pt2
 from runtime.engines import plan_file
-from runtime.errors import EditError
 from runtime.spec import Plan
-
-OPSET = 20
 
 # By file name, for the life of the process: a plan's name is a hash of all that its files depend on, so that another
 # model of the same make, or the same one traced for more shapes, need not be lowered again.
 _lowered: dict[str, bytes] = {}
-
-
-class LowerError(EditError):
-    """A graph could not be written in an engine's format; the message names graph and format."""
 
 
 class Files(Mapping[str, bytes]):
@@ -104,30 +97,6 @@ class _Export:
         names = [*self.plan.weights, *(spec.name for spec in self.plan.inputs)]
         states = [f"state_{k}" for k in range(len(self.plan.states))]
         return to_onnx(self.exported(), names, states, f"plan {self.plan.id}")
-
-
-def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], what: str) -> bytes:
-    """An exported program without weights as ONNX, opset 20.
-
-    Raises:
-        LowerError: torch.onnx has no translation for one of its operators.
-    """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                verbose=False,
-            )
-    except Exception as error:
-        raise LowerError(f"{what} has no ONNX form: {error}") from error
-    assert model is not None
-    return model.model_proto.SerializeToString()
 
 
 def _reexport(module: fx.GraphModule, args: Sequence[Tensor], free: Sequence[dict | None]) -> ExportedProgram:
