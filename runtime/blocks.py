@@ -40,6 +40,10 @@ class ReadyBlock:
         """Rows of the batch in a call with `inputs`."""
         return inputs[self.states[0]].shape[self.state_dims[0]]
 
+    def rows_first(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """`states` with the rows of the batch as dimension 0, as routers read them."""
+        return [state.movedim(dim, 0) if dim else state for state, dim in zip(states, self.state_dims, strict=True)]
+
     def take(self, inputs: Sequence[Tensor], index: Tensor, rows: int) -> list[Tensor]:
         """`inputs` with only the rows `index` (int64); what all rows share is left as it is."""
         return [
@@ -62,7 +66,7 @@ class ReadyBlocks:
             plan.id: [loader.load(plan, variant, program.files) for variant in range(len(plan.variants))]
             for plan in manifest.plans
         }
-        self.engine = engine
+        self.engine = loader
         self.blocks = [self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks]
         self.routers = None
         if manifest.router is not None and program.routers:

@@ -38,7 +38,7 @@ class Dispatch:
         costs: Costs,
         copies: bool = False,
     ) -> None:
-        self._blocks = blocks.blocks
+        self._engine, self._blocks = blocks.engine, blocks.blocks
         self._routers = blocks.routers if policy.routed else None
         self._widths = blocks.routers.config.widths if blocks.routers is not None else (1.0,)
         self._policy = policy
@@ -59,6 +59,10 @@ class Dispatch:
         """The states of `block` after it, from its tensor inputs in plan order."""
         ready = self._blocks[block]
         states = [inputs[index] for index in ready.states]
+        with self._engine.hosting(sum(state.numel() for state in states)):
+            return self._answer(block, ready, inputs, states)
+
+    def _answer(self, block: int, ready: ReadyBlock, inputs: Sequence[Tensor], states: list[Tensor]) -> list[Tensor]:
         rows = self.rows = ready.rows(inputs)
         gate, width = self._route(block, ready, inputs, states, rows)
         bank = self._branch.bank(block, rows, ready.state_dims)
@@ -92,7 +96,7 @@ class Dispatch:
         if self._routers is None:
             return [1.0] * rows, [1.0] * rows
         time = self._sinusoid() if ready.time is None else inputs[ready.time]
-        logits: list[list[float]] = self._routers(block, states, time).tolist()
+        logits: list[list[float]] = self._routers(block, ready.rows_first(states), time).tolist()
         gate, width = [], []
         for row in logits:
             if not all(map(math.isfinite, row)):
@@ -108,7 +112,7 @@ class Dispatch:
     def _sinusoid(self) -> Tensor:
         if self._embedding is None:
             assert self._routers is not None
-            self._embedding = self._routers.embed(self._timestep())
+            self._embedding = self._routers.embed(self._timestep(), self.rows)
         return self._embedding
 
     def _whole(

@@ -9,6 +9,7 @@ import torch
 
 from runtime.blocks import ReadyBlock
 from runtime.dispatch import Dispatch
+from runtime.engines.pytorch import TorchEngine
 from runtime.errors import EditError, PolicyError
 from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from runtime.spec import Plan, PlanInput, Variant
@@ -71,6 +72,7 @@ class Fake:
             (Variant(0.5, ()), Variant(1.0, ())),
         )
         self.ready = ReadyBlock(plan, [self._engine(0.5), self._engine(1.0)])
+        self.engine = TorchEngine()
 
     def _engine(self, width: float):
         def run(inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,9 @@ class Engine(Protocol):
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Load `plan.variants[variant]`; EngineError where this engine cannot run it."""
+
+    def hosting(self, elements: int) -> AbstractContextManager[object]:
+        """Entered around all that one guard does on the host, for states of `elements` numbers in all."""
 
 
 def make(name: str) -> Engine:

@@ -3,18 +3,25 @@
 All sessions of the process share one thread pool (of as many threads as torch has when the first
 is opened) and one CPU arena: sessions with pools of their own fight over the cores, and sessions
 with arenas of their own each keep their largest scratch.
+
+Both that pool and torch's spin for some milliseconds after each piece of work, and the one that spins
+takes its cores from the one that works. So the pool is told to sleep between calls, and what torch
+does between calls is done by the calling thread alone, unless it is so much that all cores gain more
+than the spinning costs.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from runtime.engines import Bound, Kernel, plan_bytes
@@ -30,6 +37,9 @@ _TYPES: dict[torch.dtype, Any] = {
     torch.uint8: np.uint8,
     torch.bool: np.bool_,
 }
+_ALONE = 1 << 20
+"""States of up to as many elements are handled by one thread: it takes a few milliseconds, as spinning does."""
+
 _lock = threading.Lock()
 _library: Any = None
 
@@ -44,6 +54,12 @@ class OnnxRuntimeEngine:
 
     def __init__(self) -> None:
         self._ort = _shared_library()
+        self._pools = _torch_pools()
+
+    def hosting(self, elements: int) -> AbstractContextManager[object]:
+        """One thread for torch inside the ``with`` block, where `elements` are few (see above)."""
+        limited: AbstractContextManager[object] = self._pools.limit(limits=1) if elements <= _ALONE else nullcontext()
+        return limited
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Open a session; EngineError for bfloat16, which the CPU provider does not run."""
@@ -55,6 +71,7 @@ class OnnxRuntimeEngine:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         data = plan_bytes(plan, variant, "onnx", files, self.name)
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -138,6 +155,12 @@ def _shared_library() -> Any:
             onnxruntime.create_and_register_allocator(arena, None)
             _library = onnxruntime
         return _library
+
+
+@functools.cache
+def _torch_pools() -> ThreadpoolController:
+    """Torch's OpenMP threads; a limit holds for the thread that sets it."""
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def _check_installed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ class TorchEngine:
         """Read the variant's graph; BundleError if it is not one."""
         data = plan_bytes(plan, variant, "pt2", files, self.name)
         return _Kernel(data, plan_file(plan, variant, "pt2"))
+
+    def hosting(self, elements: int) -> AbstractContextManager[object]:
+        """Nothing to arrange: routers, banks and plans share torch's threads."""
+        return nullcontext()
 
 
 class _Kernel:
