@@ -117,5 +117,6 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(tuple(output.values()) if isinstance(output, dict) else output)
+    whole = output.to_tuple() if hasattr(output, "to_tuple") else output
+    leaves = pytree.tree_leaves(tuple(whole.values()) if isinstance(whole, dict) else whole)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -301,5 +301,6 @@ def _refuse_adapters(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if name.endswith("attention_kwargs") and isinstance(value, Mapping):
             for key in value:
-                what = "IP-Adapter" if "ip_adapter" in key else "LoRA" if key == "scale" else "this"
-                raise InputError(f"{name}[{key!r}]: {what} is not supported by a compiled transformer")
+                what = "IP-Adapter" if "ip_adapter" in key else "LoRA" if key == "scale" else None
+                if what:
+                    raise InputError(f"{name}[{key!r}]: {what} is not supported by a compiled transformer")

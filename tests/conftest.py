@@ -50,11 +50,13 @@ def sd3() -> Compiled:
     return compiled_case(*tiny_sd3())
 
 
-def unsettle(elastic: ElasticTransformer, seed: int = 3) -> None:
-    """Routers whose gates lie around one half and whose widths differ between rows and steps."""
+def unsettle(elastic: ElasticTransformer, seed: int = 1) -> None:
+    """Routers drawn anew, whose gates lie around one half and whose widths differ between rows and steps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for router in elastic.routers:
+            for weight in (parameter for parameter in router.parameters() if parameter.ndim > 1):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
             for head, scale in ((router.gate, 3.0), (router.width, 6.0)):
                 head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * scale)
                 head.bias.zero_()

@@ -207,7 +207,7 @@ def test_generation_with_guidance_follows_algorithm_1(flux: Compiled, engine: st
 
 
 def _check_decisions(compiled: CompiledTransformer, oracle: FluxOracle) -> None:
-    """The trace says what the oracle did, and all of skip, reuse and every width occurred."""
+    """The trace says what the oracle did, and skip, reuse and at least three widths occurred."""
     columns = compiled.trace[-1].arrays()
     names = {SKIPPED: "skip", REUSED: "reuse", COMPUTED: "compute"}
     contexts = compiled.trace[-1].contexts
@@ -217,4 +217,4 @@ def _check_decisions(compiled: CompiledTransformer, oracle: FluxOracle) -> None:
     )
     assert ours == sorted(oracle.log)
     assert {entry[3] for entry in oracle.log} == {"skip", "reuse", "compute"}
-    assert {entry[4] for entry in oracle.log} >= set(WIDTHS[:2])
+    assert len({entry[4] for entry in oracle.log} - {0.0}) >= 3
