@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+HY3DGEN := $(shell grep '^hy3dgen==' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint format bench readme data train clean
+.PHONY: demo test test-slow lint format bench models readme data train clean
 .DEFAULT_GOAL := test
 
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
+# hy3dgen comes without its dependencies, of which one file is needed and none is wanted; where it is not to be had, its
+# tests are skipped.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,example,test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,example,test,hunyuan3d]"
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "$(HY3DGEN)"
 	@touch $@
 
 demo: $(STAMP)
@@ -37,6 +41,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.flux_mid
 	$(BIN)/python -m benchmarks.readme
+
+# Every transformer of diffusers, compiled and compared: docs/models.md.
+models: $(STAMP)
+	$(BIN)/python -m benchmarks.models
 
 readme: $(STAMP)
 	$(BIN)/python -m benchmarks.readme

@@ -61,10 +61,9 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.endswith("_small")]
-    tables = [figures(json.loads(path.read_text())) for path in paths]
-    README.write_text(with_figures(README.read_text(), tables))
-    sys.stdout.write(f"{README}: figures of {', '.join(path.stem for path in paths) or 'no results'}\n")
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("flux_mid.json"))}
+    README.write_text(with_figures(README.read_text(), [figures(results) for results in found.values()]))
+    sys.stdout.write(f"{README}: figures of {', '.join(found) or 'no results'}\n")
 
 
 if __name__ == "__main__":

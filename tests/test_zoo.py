@@ -1,0 +1,57 @@
+"""The catalogue: no class of diffusers is forgotten, and every one compiles and agrees with eager."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import diffusers
+import pytest
+from diffusers.models import transformers
+
+from benchmarks.models import DOCUMENT, flops_left, kind_of
+from tests.catalogue import check
+from tests.zoo import CASES, LEFT_OUT
+
+QUICK = ("WanTransformer3DModel", "PriorTransformer", "SanaTransformer2DModel")
+
+
+def all_classes() -> set[str]:
+    """Model classes defined in diffusers.models.transformers."""
+    found = set()
+    for entry in pkgutil.iter_modules(transformers.__path__):
+        module = importlib.import_module(f"{transformers.__name__}.{entry.name}")
+        for name, value in vars(module).items():
+            if (
+                inspect.isclass(value)
+                and issubclass(value, diffusers.ModelMixin)
+                and value.__module__ == module.__name__
+            ):
+                found.add(name)
+    return found
+
+
+def test_every_class_of_diffusers_has_a_case_or_a_reason() -> None:
+    assert all_classes() == set(CASES) | set(LEFT_OUT)
+    assert not set(CASES) & set(LEFT_OUT)
+
+
+def test_the_page_of_models_has_a_row_for_every_case() -> None:
+    page = DOCUMENT.read_text()
+    assert [name for name in sorted(CASES) if f"| {name} |" not in page] == []
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_class_compiles_and_agrees_with_eager(name: str) -> None:
+    checked = check(name, ("torch",))
+    assert all(group.sites for group in checked.analysis.groups)
+    assert 0.2 < flops_left(checked.manifest) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_class_compiles_for_both_engines(name: str) -> None:
+    checked = check(name)
+    assert checked.manifest.blocks
+    assert all(kind_of(site) for group in checked.analysis.groups for site in group.sites)
