@@ -25,6 +25,7 @@ from passes.guards import (
     GuardError,
     guard_glue,
     guarded_copy,
+    moving_dims,
     tensor_arguments,
 )
 from passes.lower import Files, lower_glue, lower_plan
@@ -33,6 +34,7 @@ from passes.real import as_real
 from passes.widths import at_widths
 from runtime.arguments import flatten
 from runtime.program import Program
+from runtime.rows import one_row
 from runtime.spec import SCHEMA, Block, Cost, Glue, GlueInput, Manifest, Plan, PlanInput, Policy, RouterConfig, Variant
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxscript")
@@ -50,6 +52,7 @@ class Source:
     router: RouterConfig | None = None
     routers: Mapping[str, Tensor] | None = None
     policy: Policy = field(default_factory=Policy)
+    attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)
 
     def manifest(self, widths: Sequence[float]) -> Manifest:
         """A manifest that holds no plans, blocks or glue yet."""
@@ -67,12 +70,14 @@ class Source:
             router=self.router,
             policy=self.policy,
             versions={name: version(name) for name in _PACKAGES},
+            attributes=self.attributes,
         )
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A group's plan: its graphs, what the manifest says of it, and example inputs with two rows or more."""
+    """A group's plan: its graphs, what the manifest says of it, and example inputs (two rows or more, if it takes more
+    than one)."""
 
     group: Group
     graph: PlanGraph
@@ -120,17 +125,18 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
     for bucket, (given, doubled) in enumerate(_bucket_runs(discovery)):
         costs = _costs(planned, bucket)
         try:
-            graph, report = guard_glue(guarded, doubled, given)
+            graph, shown, report = guard_glue(guarded, given, doubled)
         except GuardError as error:
-            check_open(hosted_outputs(guarded, doubled), doubled, discovery.model, open_gates)
+            for run in (doubled, given):
+                check_open(hosted_outputs(guarded, run), run, discovery.model, open_gates)
             glues.append(_hosted(guarded, f"{bucket}", given, doubled, costs))
             reports.append(Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),)))
             continue
-        for run in (doubled, given) if graph.batch_dims else (doubled,):
+        for run in {id(run): run for run in (shown, given)}.values():
             check_open(glue_outputs(graph, run), run, discovery.model, open_gates)
-        glues.append(_standalone(graph, f"{bucket}", doubled, costs))
+        glues.append(_standalone(graph, f"{bucket}", shown, costs))
         weights.update({name: value.clone() for name, value in graph.weights.items()})
-        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph, tensor_arguments(doubled.kwargs)[1])
+        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph, tensor_arguments(shown.kwargs)[1])
         reports.append(report)
     manifest = replace(
         source.manifest(widths),
@@ -145,10 +151,12 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
 
 def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
     site = analysis.discovery.blocks[group.members[0]]
-    leaves = group.graph.leaves
+    leaves, single = group.graph.leaves, group.graph.row_dims is not None
     inputs = []
     for name, leaf in zip(group.graph.inputs, leaves, strict=True):
-        seen = [as_real(call.leaves[leaf]) for call in site.calls]
+        (*seen,) = (as_real(call.leaves[leaf]) for call in site.calls)
+        if single:
+            seen = [one_row([value], [site.batch_dims.get(leaf)])[0] for value in seen]
         shape = tuple(
             size if all(other.shape[d] == size for other in seen) else None for d, size in enumerate(seen[0].shape)
         )
@@ -167,14 +175,18 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
         variants=tuple(
             Variant(width, tuple(piece.rows[v] for piece in graph.pieces)) for v, width in enumerate(graph.widths)
         ),
+        single_row=single,
     )
 
 
 def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...]:
-    """The group's inputs at each bucket, from the runs with the doubled batch."""
+    """The group's inputs at each bucket, from the runs with the doubled batch; one row where the graph takes one."""
     calls = analysis.discovery.blocks[group.members[0]].calls
-    doubled = calls[len(calls) // 2 :]
-    return tuple(tuple(as_real(call.leaves[leaf]) for leaf in group.graph.leaves) for call in doubled)
+    graph, doubled = group.graph, calls[len(calls) // 2 :]
+    examples = [[as_real(call.leaves[leaf]) for leaf in graph.leaves] for call in doubled]
+    if graph.row_dims is not None:
+        examples = [one_row(example, graph.row_dims) for example in examples]
+    return tuple(map(tuple, examples))
 
 
 def _blocks(analysis: Analysis, planned: Sequence[Planned]) -> tuple[tuple[Block, ...], dict[str, Tensor]]:
@@ -206,7 +218,7 @@ def _full_width(
     inputs: Sequence[Tensor],
 ) -> list[Tensor]:
     item = next(item for item in planned if item.plan.id == blocks[index].plan)
-    return list(item.graph.variants[-1](*(weights[key] for key in blocks[index].weights), *inputs))
+    return item.graph.block.run(item.graph.variants[-1], [weights[key] for key in blocks[index].weights], inputs)
 
 
 def _bucket_runs(discovery: Discovery) -> list[tuple[Run, Run]]:
@@ -237,20 +249,15 @@ def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...]) 
 
 
 def _hosted(guarded: nn.Module, name: str, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> Glue:
-    sizes = dict(zip(*tensor_arguments(given.kwargs), strict=True))
-    moving = {
-        argument: next(d for d in range(value.dim()) if value.shape[d] != sizes[argument].shape[d])
-        for argument, value in zip(*tensor_arguments(doubled.kwargs), strict=True)
-        if value.shape != sizes[argument].shape
-    }
+    moving = {argument: dims[0] for argument, dims in moving_dims(given, doubled).items() if dims}
     return Glue(
         id=name,
         file=None,
-        inputs=_glue_inputs(doubled, moving),
-        constants=flatten(doubled.kwargs)[1],
+        inputs=_glue_inputs(given, moving),
+        constants=flatten(given.kwargs)[1],
         weights=(),
         outputs=(),
-        flops=hosted_flops(guarded, doubled),
+        flops=hosted_flops(guarded, given),
         costs=costs,
     )
 

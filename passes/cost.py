@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
-from runtime.guard import answering
+from runtime.guard import Answer, answering, guard
 from runtime.spec import Plan
 
 
@@ -38,34 +41,82 @@ def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Te
 def glue_flops(glue: GlueGraph, run: Run) -> int:
     """Floating-point operations of the glue alone for one row, its guards counted as nothing."""
     placeholders = glue.module.graph.find_nodes(op="placeholder")[: len(glue.weights)]
-    weights = [torch.empty(tuple(n.meta["val"].shape), dtype=n.meta["val"].dtype) for n in placeholders]
-    return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
+    weights = [torch.zeros(tuple(n.meta["val"].shape), dtype=n.meta["val"].dtype) for n in placeholders]
+    states = {node.args[2]: node.args[1] for node in glue.module.graph.find_nodes(op="call_function", target=guard)}
+    with answering(_skipping(states)):
+        return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
 
 
 def hosted_flops(guarded: nn.Module, run: Run) -> int:
     """Floating-point operations of a guarded model without its blocks for one row; runs it once."""
     guards = [vars(module)["forward"] for module in guarded.modules() if "forward" in vars(module)]
-    states = {guard.index: guard.graph.states for guard in guards}
-
-    def skip(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [inputs[position].clone() for position in states[block]]
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), answering(skip):
+    states = {found.index: found.graph.states for found in guards}
+    with _frozen(guarded), _counting() as counter, torch.no_grad(), answering(_skipping(states)):
         guarded(**run.kwargs)
     return counter.get_total_flops() // run.batch
 
 
 def count_flops(function: Callable[..., object], args: Sequence[Tensor]) -> int:
-    """Floating-point operations of ``function(*args)``; nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-        function(*(mode.from_tensor(value) for value in args))
+    """Floating-point operations of ``function(*args)``.
+
+    Nothing is computed, unless the sizes within depend on the numbers.
+    """
+    counted = _counted_without_numbers(function, args)
+    if counted is not None:
+        return counted
+    with _counting() as counter, torch.no_grad():
+        function(*args)
     return counter.get_total_flops()
 
 
+def _counted_without_numbers(function: Callable[..., object], args: Sequence[Tensor]) -> int | None:
+    """The count where no size depends on numbers, else None."""
+    sizes = ShapeEnv(allow_dynamic_output_shape_ops=False)
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes, static_shapes=True)
+    try:
+        with fake as mode, _counting() as counter, torch.no_grad():
+            function(*(mode.from_tensor(value) for value in args))
+    except (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode):
+        return None
+    total = counter.get_total_flops()
+    return total if isinstance(total, int) else None
+
+
+def _counting() -> FlopCounterMode:
+    """torch's counter, which alone does not know the attention of CPUs."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Q K and its product with V, for shapes (B, heads, L, D)."""
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * key[2] * (dim + value[3])
+
+
+def _skipping(states: Mapping[Any, Any]) -> Answer:
+    """Answers guards as if every block were skipped; `states` are the positions of a block's states in its inputs."""
+    return lambda block, inputs: [inputs[position].clone() for position in states[block]]
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block no parameter wants a gradient: torch's FLOP counter fails on views of those that do."""
+    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
 def weight_stand_ins(graph: PlanGraph, variant: int) -> list[Tensor]:
-    """Untouched memory in the shapes in which the variant reads its weights."""
+    """Zeros in the shapes in which the variant reads its weights."""
     nodes = graph.variants[variant].graph.find_nodes(op="placeholder")[: len(graph.pieces)]
-    return [torch.empty(tuple(node.meta["val"].shape), dtype=node.meta["val"].dtype) for node in nodes]
+    values = [node.meta["val"] for node in nodes]
+    return [torch.zeros(tuple(val.shape), dtype=val.dtype, device=val.device) for val in values]
 
 
 def _rows(plan: Plan, inputs: Sequence[Tensor]) -> int:

@@ -3,7 +3,7 @@
 Before: two blocks may share a graph when they agree in all that a trace can see without running:
 
     key = (modules and their settings, shapes and dtypes of weights, structure of the call,
-           shapes of its tensors in every run, its constants, its time embedding)
+           shapes of its tensors in every run, its constants, its time embedding, its adapter)
 
 The key proposes and numbers decide: a member's own recorded calls must come out of the group's graph
 with the member's weights (`passes.export.validate`), since code may read what no key holds.
@@ -53,6 +53,7 @@ def _key(site: BlockSite) -> tuple[object, ...]:
         tuple(_structure(call) for call in site.calls),
         tuple(sorted(site.batch_dims.items())),
         site.time,
+        repr(site.adapter),
     )
 
 

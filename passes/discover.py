@@ -9,8 +9,8 @@ Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms l
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
 timestep. From these:
 
-    d carries the batch in a leaf   <=>  size(d) is B in the given run and 2B in the doubled run,
-                                         and every other dimension is equal
+    d carries the batch in a leaf   <=>  size(d) alone grows from the given run to the doubled run,
+                                         from B to 2B, or as passes.adapt says
     a leaf is the time embedding    <=>  it is a float (B, E) and changes when only the timestep does
     rows are independent            <=>  the first B rows of a doubled run equal the given run
 """
@@ -20,17 +20,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.doubling import batch_of, doublings, other_steps
+from passes.adapt import adapted, check_alone, find_adapter, leads, unpacked
+from passes.doubling import batches_of, doublings, opaque, other_steps, told_by
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
+from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
+from passes.weightless import changed_by, same
 from runtime.errors import EditError
 
 _STEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class DiscoveryError(EditError):
@@ -64,17 +65,19 @@ def discover(
     with undisturbed(model):
         watched, refused = _blocks(model, buckets[0])
         runs, seen = _observe(model, buckets, step, watched)
-        times = _times(model, buckets[0], step, watched, seen[0])
+        moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
+        probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
+    samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
-        calls = tuple(observation.calls.get(name) for observation in seen)
-        site = _site(name, watched[name], calls, runs, times[name])
+        calls = tuple(observation.calls.get(name) for observation in (*seen, _Observation(probe, None)))
+        site = _site(name, watched[name], calls, runs, samples)
         if isinstance(site, Refusal):
             refused.append(site)
         else:
             sites.append(site)
     done = tuple(_sentence(site) for site in sites)
-    return Discovery(model, runs, tuple(sites), step), Report("discover", done, tuple(refused))
+    return Discovery(model, runs, tuple(sites), step, samples), Report("discover", done, tuple(refused))
 
 
 def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
@@ -87,6 +90,8 @@ def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
 def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, nn.Module], list[Refusal]]:
     """Modules to record, by name, and the candidates refused."""
     candidates = dict(_candidates(model, ""))
+    if not candidates:
+        return {}, [Refusal(type(model).__name__, "has no nn.ModuleList, among whose entries blocks are looked for")]
     glimpses = survey(model, kwargs, candidates)
     watched: dict[str, nn.Module] = {}
     refused: list[Refusal] = []
@@ -96,8 +101,7 @@ def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, n
             continue
         seen = glimpses[name]
         if not any(_keeps_shape(glimpse) for glimpse in seen):
-            reason = "returns no tensor of tokens shaped like an input" if seen else "was not called"
-            refused.append(Refusal(name, reason))
+            refused.append(Refusal(name, _no_tokens(seen)))
             continue
         settled.append(name)
         objection = _objection(module, seen)
@@ -118,11 +122,20 @@ def _candidates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
                 yield f"{name}.{key}" if name else key, child
 
 
-def _keeps_shape(glimpse: Glimpse) -> bool:
+def _keeps_shape(glimpse: Glimpse, dims: int = 3) -> bool:
     return any(
-        len(shape) >= 3 and dtype.is_floating_point and (shape, dtype) in glimpse.inputs
+        len(shape) >= dims and dtype.is_floating_point and (shape, dtype) in glimpse.inputs
         for shape, dtype in glimpse.outputs
     )
+
+
+def _no_tokens(seen: Sequence[Glimpse]) -> str:
+    """Why a module that no call shows to keep the shape of its tokens is no block."""
+    if not seen:
+        return "was not called"
+    if any(_keeps_shape(glimpse, dims=2) for glimpse in seen):
+        return "returns no tensor of tokens shaped like an input, only (N, D): rows of one packed sample, or vectors"
+    return "returns no tensor of tokens shaped like an input"
 
 
 def _objection(module: nn.Module, seen: Sequence[Glimpse]) -> str | None:
@@ -160,21 +173,28 @@ def _observe(
     given: list[tuple[Run, _Observation]] = []
     doubled: list[tuple[Run, _Observation]] = []
     for index, kwargs in enumerate(buckets):
-        batch = batch_of(kwargs, step)
-        if batch is None:
-            raise DiscoveryError(f"bucket {index}: neither {step} nor any float tensor has a batch dimension")
         first = _Observation(*record(model, kwargs, watched))
-        given.append((Run(kwargs, batch, index), first))
-        doubled.append(_double_run(model, Run(kwargs, batch, index), step, watched, first))
+        run, twice, second = _double_run(model, kwargs, index, step, watched, first)
+        given.append((run, first))
+        doubled.append((twice, second))
     pairs = given + doubled
     return tuple(run for run, _ in pairs), [observation for _, observation in pairs]
 
 
 def _double_run(
-    model: nn.Module, run: Run, step: str, watched: Mapping[str, nn.Module], first: _Observation
-) -> tuple[Run, _Observation]:
+    model: nn.Module,
+    given: Mapping[str, object],
+    bucket: int,
+    step: str,
+    watched: Mapping[str, nn.Module],
+    first: _Observation,
+) -> tuple[Run, Run, _Observation]:
+    """The run as given, now that its batch is known, and the doubled one with what it showed."""
+    batches = batches_of(given, step)
+    if not batches:
+        raise DiscoveryError(f"bucket {bucket}: neither {step} nor any float tensor has a batch dimension")
     reasons: list[str] = []
-    for kwargs in doublings(run.kwargs, step, run.batch):
+    for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size)):
         try:
             second = _Observation(*record(model, kwargs, watched))
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -182,9 +202,18 @@ def _double_run(
             continue
         different = _difference(first, second)
         if different is None:
-            return Run(kwargs, 2 * run.batch, run.bucket), second
+            return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
         reasons.append(different)
-    raise DiscoveryError(f"bucket {run.bucket}: the batch of {run.batch} could not be doubled ({reasons[0]})")
+    told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
+    raise DiscoveryError(f"bucket {bucket}: the batch of {batches[0]} could not be doubled ({reasons[0]}{told})")
+
+
+def _samples(runs: Sequence[Run]) -> Samples | None:
+    """The first place of the arguments that tells the batch in every bucket."""
+    half = len(runs) // 2
+    pairs = zip(runs[:half], runs[half:], strict=True)
+    first, *others = ([*told_by(given.kwargs, doubled.kwargs, given.batch)] for given, doubled in pairs)
+    return next((place for place in first if all(place in other for other in others)), None)
 
 
 def _difference(first: _Observation, second: _Observation) -> str | None:
@@ -207,60 +236,49 @@ def _grew(given: Sequence[object], doubled: Sequence[object]) -> bool:
 
 
 def _leads(given: Sequence[object], doubled: Sequence[object]) -> bool:
-    """Whether each tensor of `given` equals the leading part of its counterpart."""
-    if len(given) > len(doubled):
-        return False
-    for small, large in zip(given, doubled, strict=False):
-        if not isinstance(small, Tensor) or not small.is_floating_point():
-            continue
-        if not isinstance(large, Tensor) or small.ndim != large.ndim:
-            return False
-        lead = large[tuple(slice(size) for size in small.shape)]
-        scale = small.abs().max() if small.numel() else 1
-        if lead.shape != small.shape or (lead - small).abs().max() > _TOLERANCE[small.dtype] * scale:
-            return False
-    return True
-
-
-def _times(
-    model: nn.Module,
-    kwargs: Mapping[str, object],
-    step: str,
-    watched: Mapping[str, nn.Module],
-    given: _Observation,
-) -> dict[str, list[int]]:
-    """Per block, the (B, E) float leaves that change with the timestep alone."""
-    probe, _ = record(model, dict(kwargs) | {step: other_steps(kwargs[step])}, watched)
-    return {
-        name: [
-            position
-            for position, (leaf, other) in enumerate(zip(call.leaves, probe[name].leaves, strict=False))
-            if isinstance(leaf, Tensor)
-            and isinstance(other, Tensor)
-            and leaf.ndim == 2
-            and leaf.is_floating_point()
-            and leaf.shape == other.shape
-            and not torch.equal(leaf, other)
-        ]
-        for name, call in given.calls.items()
-        if name in probe
-    }
+    """Whether each float tensor of `given` equals the leading part of its counterpart."""
+    return len(given) <= len(doubled) and all(
+        isinstance(large, Tensor) and leads(small, large)
+        for small, large in zip(given, doubled, strict=False)
+        if isinstance(small, Tensor) and small.is_floating_point()
+    )
 
 
 def _site(
-    name: str, module: nn.Module, calls: Sequence[Call | None], runs: Sequence[Run], times: Sequence[int]
+    name: str, module: nn.Module, calls: Sequence[Call | None], runs: Sequence[Run], samples: Samples | None
 ) -> BlockSite | Refusal:
-    whole = tuple(call for call in calls if call is not None)
-    if len(whole) != len(calls):
+    """The site of a block from its `calls` in every run and in the probe of the timestep."""
+    (*whole, probe) = (call for call in calls if call is not None)
+    if len(whole) != len(runs):
         return Refusal(name, "was called in some shape buckets only")
-    if any(call.spec != whole[0].spec or call.output_spec != whole[0].output_spec for call in whole):
-        return Refusal(name, "is called in another way in another run")
-    batch_dims = _batch_dims(whole, runs)
-    if isinstance(batch_dims, str):
-        return Refusal(name, batch_dims)
+    if any(call.spec != whole[0].spec or call.output_spec != whole[0].output_spec for call in (*whole, probe)):
+        return Refusal(name, "is called with other arguments in another run (other shapes, batch or timestep)")
+    adapter = find_adapter(whole, runs)
+    if isinstance(adapter, str):
+        return Refusal(name, adapter)
+    if not adapter.plain:
+        if samples is None:
+            return Refusal(name, "holds several rows per sample, and no argument of the model tells how many samples")
+        whole = [unpacked(adapter, call, run.batch) for call, run in zip(whole, runs, strict=True)]
+        probe = unpacked(adapter, probe, runs[0].batch)
+        module = adapted(module, adapter)
+        objection = check_alone(module, adapter, whole[-1], runs[-1].batch)
+        if objection:
+            return Refusal(name, objection)
+    batch_dims = {at: dim for at, dim in enumerate(adapter.dims) if dim is not None}
     if not _batched_tokens(whole[0], batch_dims):
         return Refusal(name, "returns no tokens that carry the batch")
-    return BlockSite(name, module, whole, batch_dims, next((at for at in times if batch_dims.get(at) == 0), None))
+    time = next((at for at in _times(whole[0], probe) if batch_dims.get(at) == 0), None)
+    return BlockSite(name, module, tuple(whole), batch_dims, time, None if adapter.plain else adapter)
+
+
+def _times(call: Call, probe: Call) -> Iterator[int]:
+    """The (B, E) float leaves that change with the timestep alone."""
+    for position, (leaf, other) in enumerate(zip(call.leaves, probe.leaves, strict=True)):
+        if not isinstance(leaf, Tensor) or not isinstance(other, Tensor) or leaf.shape != other.shape:
+            continue
+        if leaf.ndim == 2 and leaf.is_floating_point() and not same(leaf, other):
+            yield position
 
 
 def _batched_tokens(call: Call, batch_dims: Mapping[int, int]) -> bool:
@@ -269,37 +287,8 @@ def _batched_tokens(call: Call, batch_dims: Mapping[int, int]) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.ndim >= 3 and leaf.shape in shapes for leaf in call.outputs)
 
 
-def _batch_dims(calls: Sequence[Call], runs: Sequence[Run]) -> dict[int, int] | str:
-    """Dimension that carries the batch, per leaf position; or why it cannot be told."""
-    found: dict[int, int] = {}
-    half = len(calls) // 2
-    for position, leaf in enumerate(calls[0].leaves):
-        if not isinstance(leaf, Tensor):
-            continue
-        dims = {
-            _batch_dim(given.leaves[position], doubled.leaves[position], run.batch)
-            for given, doubled, run in zip(calls[:half], calls[half:], runs, strict=False)
-        }
-        if len(dims) != 1 or -1 in dims:
-            return f"leaf {position} of its arguments does not hold one row per sample in one dimension"
-        dim = dims.pop()
-        if dim is not None:
-            found[position] = dim
-    return found
-
-
-def _batch_dim(given: object, doubled: object, batch: int) -> int | None:
-    """The dimension that doubled from `batch`, None where the shapes are equal, -1 where it is neither."""
-    if not isinstance(given, Tensor) or not isinstance(doubled, Tensor) or given.ndim != doubled.ndim:
-        return -1
-    changed = [dim for dim in range(given.ndim) if given.shape[dim] != doubled.shape[dim]]
-    if not changed:
-        return None
-    (dim, *others) = changed
-    return dim if not others and given.shape[dim] == batch and doubled.shape[dim] == 2 * batch else -1
-
-
 def _sentence(site: BlockSite) -> str:
     tensors = sum(isinstance(leaf, Tensor) for leaf in site.calls[0].leaves)
     time = "no time embedding" if site.time is None else f"time embedding at leaf {site.time}"
-    return f"{site.name}: {type(site.module).__name__}, {tensors} tensors in, {time}"
+    seen = ", seen per sample" if site.adapter else ""
+    return f"{site.name}: {type(site.module).__name__}, {tensors} tensors in, {time}{seen}"

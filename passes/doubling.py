@@ -2,51 +2,76 @@
 
 Rows 0..B of the doubled inputs are the given ones; rows B..2B are copies with another timestep and
 with every float disturbed, so that a model that mixes rows cannot give the first B rows unchanged.
+
+Which dimensions to double is guessed and proven by the run (passes.discover). Guesses, likeliest first:
+
+    dimension 0 wherever it is B, and lists of B entries
+    the first dimension of size B of every tensor
+    the same, but no list of B bare numbers
+    any of these, but for one argument, which equals B by accident: it stays as it is, or takes its
+        second dimension of size B, or is a list of one entry per sample
+    the second guess, and dimension 0 wherever it is k B: several rows per sample
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from passes.packing import Samples
 
 
-def batch_of(kwargs: Mapping[str, object], timestep: str) -> int | None:
-    """Dimension 0 of the timestep, else of the first float tensor; None where there is neither."""
-    steps = kwargs[timestep]
-    if isinstance(steps, Tensor) and steps.ndim > 0:
-        return steps.shape[0]
+@dataclass(frozen=True)
+class Pick:
+    """What to double of an argument: `dim` tells the dimension of a tensor, given B (None for none)."""
+
+    dim: Callable[[Tensor, int], int | None]
+    numbers: bool = True  # whether a list of B bare numbers is one per sample
+
+
+def batches_of(kwargs: Mapping[str, object], timestep: str) -> list[int]:
+    """Sizes that may be the batch, likeliest first: dimension 0 of the timestep, then of every other float tensor."""
     floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
-    return next((value.shape[0] for value in floats if value.ndim > 0), None)
+    sizes = [value.shape[0] for value in (kwargs[timestep], *floats) if isinstance(value, Tensor) and value.ndim > 0]
+    return list(dict.fromkeys(sizes))
 
 
 def doublings(kwargs: Mapping[str, object], timestep: str, batch: int) -> Iterator[dict[str, object]]:
-    """Ways to double the batch, likeliest first: all arguments that may carry it, then all but one.
+    """Ways to double the batch, likeliest first; each other way of the same shapes is left out."""
+    seen: set[tuple[object, ...]] = set()
+    for picks in _guesses([*(name for name in kwargs if name != timestep), timestep]):
+        found = {name: double(value, batch, picks[name]) if name in picks else value for name, value in kwargs.items()}
+        if timestep in picks:
+            found[timestep] = _double_steps(kwargs[timestep], batch, picks[timestep])
+        leaves, spec = pytree.tree_flatten(found)
+        shapes = (str(spec), *(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves))
+        if shapes not in seen:
+            seen.add(shapes)
+            yield found
 
-    The second kind is for a size that equals the batch by accident.
-    """
-    carrying = [name for name, value in kwargs.items() if name != timestep and _carries(value, batch)]
-    for left_out in (None, *carrying):
-        chosen = {name for name in carrying if name != left_out}
-        yield {name: double(value, batch) if name in chosen else value for name, value in kwargs.items()} | {
-            timestep: _double_steps(kwargs[timestep])
-        }
 
-
-def double(value: object, batch: int) -> object:
-    """`value` with its batch doubled; lists of one entry per row (of tensors or anything) get twice the entries."""
+def double(value: object, batch: int, pick: Pick | None = None) -> object:
+    """`value` with its batch doubled where `pick` says (else in dimension 0); so are lists of one entry per row."""
+    pick = pick or Pick(_first)
     if isinstance(value, Tensor):
-        return torch.cat([value, disturbed(value)]) if _carries(value, batch) else value
+        dim = pick.dim(value, batch)
+        return value if dim is None else torch.cat([value, disturbed(value)], dim)
     if isinstance(value, Mapping):
-        return {key: double(item, batch) for key, item in value.items()}
+        return {key: double(item, batch, pick) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(double(item, batch, pick) for item in value)
     if not isinstance(value, list):
         return value
-    if any(_carries(item, batch) for item in value if isinstance(item, Tensor)):
-        return [double(item, batch) for item in value]
-    if len(value) == batch:
+    inside = any(_carries(item, batch, pick) for item in value if isinstance(item, Tensor | tuple))
+    bare = not pick.numbers and all(isinstance(item, int | float) for item in value)
+    if len(value) == batch and not inside and not bare:
         return [*value, *(disturbed(item) if isinstance(item, Tensor) else item for item in value)]
-    return value
+    return [item if isinstance(item, list) else double(item, batch, pick) for item in value]
 
 
 def disturbed(value: Tensor) -> Tensor:
@@ -65,15 +90,76 @@ def other_steps(steps: object) -> object:
     return int(steps) // 2 if steps else 1  # type: ignore[call-overload]
 
 
-def _double_steps(steps: object) -> object:
-    if isinstance(steps, Tensor) and steps.ndim > 0:
+def told_by(given: object, doubled: object, batch: int) -> Iterator[Samples]:
+    """Every place of the arguments `given` that holds `batch` samples, and twice as many in `doubled`."""
+    if isinstance(given, Tensor) and isinstance(doubled, Tensor):
+        for dim, (size, other) in enumerate(zip(given.shape, doubled.shape, strict=True)):
+            if size == batch and other == 2 * batch:
+                yield Samples((), dim)
+    elif isinstance(given, Mapping | list | tuple):
+        assert isinstance(doubled, Mapping | list | tuple)
+        if isinstance(given, list) and len(given) == batch and len(doubled) == 2 * batch:
+            yield Samples((), None)
+            return
+        for key in given if isinstance(given, Mapping) else range(len(given)):
+            for place in told_by(given[key], doubled[key], batch):
+                yield Samples((key, *place.path), place.dim)
+
+
+def opaque(kwargs: Mapping[str, object]) -> Iterator[str]:
+    """What no pass can double: arguments that hold an object which is neither a tensor nor plain data."""
+    plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    for name, value in kwargs.items():
+        strange = [type(leaf).__name__ for leaf in pytree.tree_leaves(value) if not isinstance(leaf, plain)]
+        if strange:
+            yield f"{name} holds a {strange[0]}"
+
+
+def _guesses(names: list[str]) -> Iterator[dict[str, Pick]]:
+    """The guesses of the module's docstring: a pick for each argument that may be doubled."""
+    usuals = (Pick(_first), Pick(_any), Pick(_any, numbers=False))
+    for usual in usuals:
+        yield dict.fromkeys(names, usual)
+    for usual, name in itertools.product(usuals, names):
+        others = {other: usual for other in names if other != name}
+        yield others
+        yield others | {name: Pick(_second)}
+        yield others | {name: Pick(_no_dim)}
+    yield dict.fromkeys(names, Pick(_several))
+
+
+def _first(value: Tensor, batch: int) -> int | None:
+    return 0 if value.ndim and value.shape[0] == batch else None
+
+
+def _any(value: Tensor, batch: int) -> int | None:
+    return next(iter(_dims(value, batch)), None)
+
+
+def _second(value: Tensor, batch: int) -> int | None:
+    return dims[1] if len(dims := _dims(value, batch)) > 1 else None
+
+
+def _no_dim(value: Tensor, batch: int) -> int | None:
+    return None
+
+
+def _several(value: Tensor, batch: int) -> int | None:
+    found = _any(value, batch)
+    return 0 if found is None and value.ndim and value.shape[0] % batch == 0 else found
+
+
+def _dims(value: Tensor, batch: int) -> list[int]:
+    return [dim for dim, size in enumerate(value.shape) if size == batch]
+
+
+def _double_steps(steps: object, batch: int, pick: Pick) -> object:
+    if isinstance(steps, Tensor) and pick.dim(steps, batch) == 0:
         return torch.cat([steps, other_steps(steps)])  # type: ignore[list-item]
     return steps
 
 
-def _carries(value: object, batch: int) -> bool:
+def _carries(value: object, batch: int, pick: Pick) -> bool:
     if isinstance(value, Tensor):
-        return value.ndim > 0 and value.shape[0] == batch
-    if isinstance(value, Mapping):
-        return any(_carries(item, batch) for item in value.values())
-    return isinstance(value, list) and (len(value) == batch or any(_carries(item, batch) for item in value))
+        return pick.dim(value, batch) is not None
+    return isinstance(value, tuple) and any(_carries(item, batch, pick) for item in value)

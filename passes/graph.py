@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
+
+from passes.packing import Adapter, Samples
+from runtime.rows import row_by_row
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class BlockSite:
 
     `calls[r]` is its call in run r. `batch_dims` maps a leaf's position to the dimension that
     carries the batch (only tensor leaves that carry it appear). `time` is the position of the leaf
-    that is the time embedding (B, E), or None.
+    that is the time embedding (B, E), or None. `adapter` is there where the block does not hold one
+    row per sample itself: then `module` is the adapted copy, and everything here is as that sees it.
     """
 
     name: str
@@ -63,19 +67,22 @@ class BlockSite:
     calls: tuple[Call, ...]
     batch_dims: Mapping[int, int]
     time: int | None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
 class Discovery:
     """Blocks of a model in execution order, with the runs in which they were seen.
 
-    `timestep` is the keyword of the model's forward that holds the timestep.
+    `timestep` is the keyword of the model's forward that holds the timestep; `samples` says where its
+    arguments tell the batch, None where none of them tells it in every bucket.
     """
 
     model: nn.Module
     runs: tuple[Run, ...]
     blocks: tuple[BlockSite, ...]
     timestep: str
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class BlockGraph:
     Placeholders of `module` are the weights (parameters and buffers, in the order of `weights`)
     followed by the inputs. `weights` maps placeholder name to the qualified name inside the block.
     `leaves[i]` is the position of input i among the call's leaves; `states[k]` indexes `inputs`:
-    output k continues it. Nodes carry ``meta["val"]`` (fake tensors).
+    output k continues it. Nodes carry ``meta["val"]`` (fake tensors). Where `row_dims` is there the graph
+    takes one row of the batch per call, and `row_dims` is the dimension of each input that carries it.
     """
 
     module: fx.GraphModule
@@ -100,6 +108,13 @@ class BlockGraph:
     inputs: tuple[str, ...]
     leaves: tuple[int, ...]
     states: tuple[int, ...]
+    row_dims: tuple[int | None, ...] | None = None
+
+    def run(self, module: fx.GraphModule, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The states that `module`, this graph in some form, gives for inputs of any batch."""
+        if self.row_dims is None:
+            return list(module(*weights, *inputs))
+        return row_by_row(lambda row: module(*weights, *row), inputs, self.row_dims, self.states)
 
 
 @dataclass(frozen=True)

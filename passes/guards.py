@@ -6,6 +6,9 @@
 `inputs` picks the tensor leaves that the block's plan takes, in plan order; outputs that are not
 states are constants of the call (None, in every model seen). The guard is opaque to torch.export,
 so the glue holds the model's embeddings, norms and projections and one node per block.
+
+Around the guard of an adapted block (passes.adapt), leaves are seen per sample and states packed again;
+how many samples there are is read off the model's own arguments when it is called.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +27,16 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from passes.adapt import split_leaves
 from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
+from passes.packing import Adapter, Samples
 from passes.real import as_real
 from runtime.arguments import flatten
 from runtime.errors import EditError
 from runtime.guard import guard
+
+_samples: ContextVar[int] = ContextVar("edit_compile_samples")
+"""Samples in the call of a guarded model that is under way."""
 
 
 class GuardError(EditError):
@@ -41,7 +51,7 @@ class GlueGraph:
     belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
     inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
-    what the model gives; empty where it gives one bare tensor.
+    what the model gives (see runtime.spec.Glue).
     """
 
     module: fx.GraphModule
@@ -59,14 +69,18 @@ class Guard:
     call: Call
     states: States
     graph: BlockGraph
+    adapter: Adapter | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Called with the block's arguments; gives the block's output structure."""
         leaves = pytree.tree_leaves((args, kwargs))
+        if self.adapter is not None:
+            leaves = split_leaves(self.adapter, leaves, _samples.get())
         inputs = [as_real(leaves[position]) for position in self.graph.leaves]
         outputs = list(self.call.outputs)
         for (position, _), state in zip(self.states.pairs, guard(inputs, self.graph.states, self.index), strict=True):
-            outputs[position] = state
+            packing = None if self.adapter is None else self.adapter.outputs[position]
+            outputs[position] = state if packing is None else packing.packed(state)
         return pytree.tree_unflatten(outputs, self.call.output_spec)
 
 
@@ -79,28 +93,59 @@ def guarded_copy(discovery: Discovery, states: Sequence[States], graphs: Sequenc
     model = discovery.model
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for index, (site, state, graph) in enumerate(zip(discovery.blocks, states, graphs, strict=True)):
-        block = copy.copy(site.module)
-        block.forward = Guard(index, site.calls[0], state, graph)
-        known[id(site.module)] = block
-    return copy.deepcopy(model, known)
+        original = model.get_submodule(site.name)
+        block = copy.copy(original)
+        block.forward = Guard(index, site.calls[0], state, graph, site.adapter)
+        known[id(original)] = block
+    twin = copy.deepcopy(model, known)
+    if discovery.samples is not None and any(site.adapter for site in discovery.blocks):
+        twin.register_forward_pre_hook(_Counting(discovery.samples), with_kwargs=True)
+    return twin
 
 
-def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Report]:
-    """Export the glue of a guarded model at the shapes of `run`.
+@dataclass(frozen=True)
+class _Counting:
+    """Notes how many samples a guarded model is called with."""
 
-    `other` is a run of the same bucket at another batch size: dimensions that differ between the
-    two are left dynamic where the export can keep them so, and the report says where it could not.
+    samples: Samples
+
+    def __call__(self, _model: nn.Module, _args: object, kwargs: Mapping[str, object]) -> None:
+        _samples.set(self.samples.count(kwargs))
+
+
+def guard_glue(guarded: nn.Module, given: Run, doubled: Run) -> tuple[GlueGraph, Run, Report]:
+    """Export the glue of a guarded model, and say at the shapes of which run.
+
+    The two runs are of one bucket: dimensions that differ between them are left dynamic. Where the export
+    cannot keep them so, and where arguments list something for each sample, the glue fits the given batch only.
 
     Raises:
         GuardError: torch.export cannot follow the model's own forward.
     """
-    names, values = tensor_arguments(run.kwargs)
+    (tensors, constants), (others, as_given) = (flatten(run.kwargs) for run in (doubled, given))
+    if tensors.keys() == others.keys() and constants == as_given:
+        with suppress(GuardError):
+            glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given))
+            if glue.batch_dims:
+                return glue, doubled, report
+    glue, report = _export_glue(guarded, given, {})
+    return glue, given, report
+
+
+def moving_dims(run: Run, other: Run) -> dict[str, list[int]]:
+    """Dimensions in which the tensor arguments of two runs differ, by the names that both have."""
     sizes = dict(zip(*tensor_arguments(other.kwargs), strict=True))
-    free = [
-        {d: Dim.AUTO for d in range(value.dim()) if value.shape[d] != sizes[name].shape[d]} or None
-        for name, value in zip(names, values, strict=True)
-    ]
-    returned: list[type] = []
+    return {
+        name: [d for d in range(value.dim()) if value.shape[d] != sizes[name].shape[d]]
+        for name, value in zip(*tensor_arguments(run.kwargs), strict=True)
+        if name in sizes and value.dim() == sizes[name].dim()
+    }
+
+
+def _export_glue(guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int]]) -> tuple[GlueGraph, Report]:
+    names, values = tensor_arguments(run.kwargs)
+    free = [dict.fromkeys(moving.get(name, ()), Dim.AUTO) or None for name in names]
+    returned: list[tuple[str, ...]] = []
     wrapper = _Positional(guarded, run.kwargs, returned.append)
     try:
         with torch.no_grad():
@@ -112,16 +157,28 @@ def guard_glue(guarded: nn.Module, run: Run, other: Run) -> tuple[GlueGraph, Rep
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
-    outputs = len(_outputs(module))
-    found = (
-        ()
-        if issubclass(returned[0], Tensor)
-        else ("sample",)
-        if outputs == 1
-        else tuple(f"output_{k}" for k in range(outputs))
-    )
-    glue = GlueGraph(module, weights, tuple(names), batch_dims, found)
+    glue = GlueGraph(module, weights, tuple(names), batch_dims, returned[0])
     return glue, Report("guards", (done,))
+
+
+def _output_names(outputs: Any, wraps: bool) -> tuple[str, ...]:
+    """None for a bare tensor, positions for a plain tuple that nothing wraps, else those of diffusers.
+
+    Where one of several outputs is a list, its tensors are ``sample.0``, ``sample.1``, ...
+    """
+    if isinstance(outputs, Tensor):
+        return ()
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs
+    held = [part for part in parts if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(part))]
+    named = [f"output_{k}" for k in range(len(held))] if len(held) > 1 else ["sample"]
+    if type(outputs) is tuple and not wraps:
+        named = [str(k) for k in range(len(held))]
+    return tuple(flatten(dict(zip(named, held, strict=True)))[0])
+
+
+def _wraps(model: nn.Module) -> bool:
+    """Whether the model gives an object with names, unless it is asked not to."""
+    return "return_dict" in inspect.signature(model.forward).parameters
 
 
 def tensor_arguments(kwargs: Mapping[str, object]) -> tuple[list[str], list[Tensor]]:
@@ -131,13 +188,13 @@ def tensor_arguments(kwargs: Mapping[str, object]) -> tuple[list[str], list[Tens
 
 
 class _Positional(nn.Module):
-    """Takes tensor arguments by position, gives the model's tensors as a flat tuple, and notes what type held them."""
+    """Takes tensor arguments by position, gives the model's tensors as a flat tuple, and notes their names."""
 
-    def __init__(self, model: nn.Module, kwargs: Mapping[str, object], note: Callable[[type], None]) -> None:
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, object], note: Callable[[tuple[str, ...]], None]) -> None:
         super().__init__()
         self.model, self.note = model, note
         kwargs = dict(kwargs)
-        if "return_dict" in inspect.signature(model.forward).parameters:
+        if _wraps(model):
             kwargs["return_dict"] = False
         self.leaves, self.spec = pytree.tree_flatten(kwargs)
         self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
@@ -146,7 +203,7 @@ class _Positional(nn.Module):
         rest = iter(tensors)
         leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
         outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
-        self.note(type(outputs))
+        self.note(_output_names(outputs, _wraps(self.model)))
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
@@ -179,10 +236,15 @@ def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict
     nodes = module.graph.find_nodes(op="placeholder")[skip:]
     for node, name, dims in zip(nodes, names, free, strict=True):
         for dim in dims or ():
-            if not isinstance(node.meta["val"].shape[dim], torch.SymInt):
+            if not _is_free(node.meta["val"].shape[dim]):
                 return {}
             kept[name] = dim
     return kept
+
+
+def _is_free(size: int | torch.SymInt) -> bool:
+    """Whether a size is a symbol still: an export may pin one and keep its wrapper."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _outputs(module: fx.GraphModule) -> tuple[fx.Node, ...]:

@@ -9,6 +9,13 @@ noise,
 and no other output equals x_k. Candidates for x_k are the float inputs of tokens (three or more
 dimensions) that carry the batch and have the shape and dtype of an output.
 
+Two kinds of block need more than this:
+
+    x + f, times a mask     zero inputs make the mask zero. With the parameters zero and every input as recorded,
+                            the output equals one candidate, bit for bit (and that is not all zero).
+    x + p + f               both x and p pass. The state is the one that data flow continues: the recorded input that
+                            is an output of another block, or else the argument that it is in blocks of the class.
+
 A block that is no plain residual (a skip block mixes two streams through a linear first) has no such
 proof of its own. Then the proof of another block of the same class is taken over, if the arguments
 it speaks of have the same names and shapes here.
@@ -25,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import BlockSite, Call, Refusal, Report, States
 from passes.record import undisturbed
+from passes.weightless import hollow, known_zeros, proving_call, same, zeros_for
 
 
 def find_states(site: BlockSite, others: Sequence[BlockSite] = ()) -> tuple[States, Report]:
@@ -33,38 +41,83 @@ def find_states(site: BlockSite, others: Sequence[BlockSite] = ()) -> tuple[Stat
     `others` are blocks of the same model (any class): those of the site's class may lend their proof.
     Every tensor that the block returns must be a state, since a skipped block returns nothing else.
     """
-    pairs, reason = _proof(site)
+    pairs, reason = _proof(site, others)
     if reason is None:
         return States(pairs), Report("states", (_sentence(site, pairs, "its zeroed copy"),))
     for other in others:
         if other.module is site.module or type(other.module) is not type(site.module):
             continue
-        lent = _transfer(site, other)
+        lent = _transfer(site, other, others)
         if lent:
             return States(lent), Report("states", (_sentence(site, lent, other.name),))
     return States(()), Report("states", refused=(Refusal(site.name, reason),))
 
 
-def _proof(site: BlockSite) -> tuple[tuple[tuple[int, int], ...], str | None]:
+def _proof(site: BlockSite, others: Sequence[BlockSite]) -> tuple[tuple[tuple[int, int], ...], str | None]:
     """Pairs shown by the zeroed block; with the reason where they do not cover every output tensor."""
-    call = site.calls[-1]
+    call = proving_call(site)
     outputs = [at for at, leaf in enumerate(call.outputs) if isinstance(leaf, Tensor)]
     odd = [at for at, leaf in enumerate(call.outputs) if leaf is not None and at not in outputs]
     if odd or not outputs:
         return (), f"returns something that is no tensor (leaf {odd[0]})" if odd else "returns no tensor"
     found: dict[int, int] = {}
-    with undisturbed(site.module):
-        for at in _candidates(site, call):
-            for output in _continuing(site, call, at):
-                if output in found:
-                    return (), f"output {output} equals more than one input once its parameters are zero"
-                found[output] = at
+    for output, inputs in _passing(site, call).items():
+        at = inputs[0] if len(inputs) == 1 else _flowing(site, inputs, others)
+        if at is None:
+            return (), f"output {output} equals more than one input once its parameters are zero"
+        found[output] = at
     missing = [at for at in outputs if at not in found]
     if missing:
         return (), f"output {missing[0]} is not an input plus something that vanishes with the parameters"
     if len(set(found.values())) != len(found):
         return (), "two outputs continue the same input"
     return tuple(sorted(found.items())), None
+
+
+def _passing(site: BlockSite, call: Call) -> dict[int, list[int]]:
+    """For each output, the inputs that the zeroed block passes on to it."""
+    found: dict[int, list[int]] = {}
+    with undisturbed(site.module):
+        candidates = _candidates(site, call)
+        for at in candidates:
+            for output in _continuing(site, call, at):
+                found.setdefault(output, []).append(at)
+        missing = [at for at, leaf in enumerate(call.outputs) if isinstance(leaf, Tensor) and at not in found]
+        if missing and candidates:
+            outputs = _zeroed(site, call, call.leaves)
+            for output in missing:
+                equal = [at for at in candidates if _same(outputs[output], call.leaves[at])]
+                if len(equal) == 1:
+                    found[output] = equal
+    return found
+
+
+def _flowing(site: BlockSite, inputs: Sequence[int], others: Sequence[BlockSite]) -> int | None:
+    """The one of several `inputs` that another block made; else the one that blocks of the class agree on."""
+    made = _made(site, inputs, others)
+    if made:
+        return made[0] if len(made) == 1 else None
+    paths = set()
+    for other in others:
+        if type(other.module) is type(site.module):
+            theirs = {path: at for at, path in enumerate(leaf_paths(other.calls[-1]))}
+            here = leaf_paths(site.calls[-1])
+            same = [theirs[here[at]] for at in inputs if here[at] in theirs]
+            paths |= {leaf_paths(other.calls[-1])[at] for at in _made(other, same, others)}
+    agreed = [at for at in inputs if leaf_paths(site.calls[-1])[at] in paths]
+    return agreed[0] if len(agreed) == 1 else None
+
+
+def _made(site: BlockSite, inputs: Sequence[int], others: Sequence[BlockSite]) -> list[int]:
+    """Those of `inputs` that are an output of another block, as recorded."""
+    results = [leaf for other in others if other.name != site.name for leaf in other.calls[-1].outputs]
+    return [at for at in inputs if any(_same(result, site.calls[-1].leaves[at]) for result in results)]
+
+
+def _same(value: object, leaf: object) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(leaf, Tensor) or not same(value, leaf):
+        return False
+    return hollow(leaf) or bool(leaf.any())
 
 
 def _candidates(site: BlockSite, call: Call) -> list[int]:
@@ -91,22 +144,20 @@ def _continuing(site: BlockSite, call: Call, at: int) -> list[int]:
     assert isinstance(original, Tensor)
     alone = torch.randn(original.shape, generator=generator).to(original)
     leaves[at] = alone.clone()
-    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-    outputs = pytree.tree_leaves(functional_call(site.module, _zeros(site), args, kwargs))
+    outputs = _zeroed(site, call, leaves)
     return [k for k, output in enumerate(outputs) if isinstance(output, Tensor) and torch.equal(output, alone)]
 
 
-def _zeros(site: BlockSite) -> dict[str, Tensor]:
-    """A zero for every parameter, in no memory of its own."""
-    return {
-        name: torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-        for name, parameter in site.module.named_parameters()
-    }
+def _zeroed(site: BlockSite, call: Call, leaves: Sequence[object]) -> list[object]:
+    """What the block gives for `leaves` with every parameter zero."""
+    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+    with known_zeros(site.module):
+        return pytree.tree_leaves(functional_call(site.module, zeros_for(site.module), args, kwargs))
 
 
-def _transfer(site: BlockSite, other: BlockSite) -> tuple[tuple[int, int], ...] | None:
+def _transfer(site: BlockSite, other: BlockSite, others: Sequence[BlockSite]) -> tuple[tuple[int, int], ...] | None:
     """The pairs of `other`, spoken in the names of `site`'s arguments."""
-    pairs, reason = _proof(other)
+    pairs, reason = _proof(other, others)
     if reason is not None or other.calls[-1].output_spec != site.calls[-1].output_spec:
         return None
     here = {path: at for at, path in enumerate(leaf_paths(site.calls[-1]))}

@@ -220,12 +220,15 @@ def test_rows_that_mix_are_an_error() -> None:
         discover(Host(Residual(), call=call), host_inputs())
 
 
-def test_batch_folded_into_another_dimension_is_refused() -> None:
+def test_tokens_without_a_batch_are_refused_by_name() -> None:
     def call(layer: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
-        folded = x.reshape(-1, 1, DIM)
-        return layer(folded, vector.repeat_interleave(5, 0)).reshape(x.shape)
+        return layer(x.flatten(0, 1), vector).reshape(x.shape)
 
-    assert "one row per sample" in reasons(Host(Residual(), call=call))["layers.0"]
+    class Packed(Residual):
+        def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+            return x + self.inner[0](x)
+
+    assert "one packed sample" in reasons(Host(Packed(), call=call))["layers.0"]
 
 
 def test_glue_that_writes_into_an_output_is_recorded_as_it_was() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from passes.assemble import plan_groups
 from passes.check import CheckError, check_open, check_widths, glue_outputs
 from passes.export import weight_values
+from passes.graph import Run
 from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
 from passes.pipeline import Analysis, analyse
 from runtime.guard import answering, guard
@@ -31,7 +32,7 @@ def guarded(analysis: Analysis) -> nn.Module:
 
 def glue_of(analysis: Analysis) -> GlueGraph:
     given, doubled = analysis.discovery.runs
-    return guard_glue(guarded(analysis), doubled, given)[0]
+    return guard_glue(guarded(analysis), given, doubled)[0]
 
 
 def dense_answer(analysis: Analysis):
@@ -97,6 +98,54 @@ def test_glue_that_cannot_be_followed_is_refused(analysed: Analysis) -> None:
     run = replace(analysed.discovery.runs[0], kwargs={"hidden_states": torch.ones(2, 3), "timestep": torch.ones(2)})
     with pytest.raises(GuardError, match="Branching does not export"):
         guard_glue(Branching(), run, run)
+
+
+class Listed(nn.Module):
+    """Takes one tensor per sample."""
+
+    def forward(self, x: list[Tensor], timestep: Tensor) -> Tensor:
+        return torch.stack([sample * 2 for sample in x]) + timestep[:, None]
+
+
+class Pinned(nn.Module):
+    """Counts the rows of its batch in Python, which pins them."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.stack([x[row] * 2 for row in range(x.shape[0])]) + timestep[:, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "two", "four"),
+    [
+        (Listed(), [torch.ones(3), torch.zeros(3)], [torch.ones(3)] * 4),
+        (Pinned(), torch.ones(2, 3), torch.ones(4, 3)),
+    ],
+)
+def test_glue_that_cannot_keep_the_batch_free_fits_the_given_batch(model: nn.Module, two: object, four: object) -> None:
+    given = Run({"x": two, "timestep": torch.ones(2)}, 2, 0)
+    doubled = Run({"x": four, "timestep": torch.ones(4)}, 4, 0)
+    glue, shown, report = guard_glue(model, given, doubled)
+    assert shown is given
+    assert not glue.batch_dims
+    assert "batch fixed at 2" in report.done[0]
+    (output,) = glue_outputs(glue, given)()
+    torch.testing.assert_close(output, model(**given.kwargs))
+
+
+class Sized(nn.Module):
+    """Takes a size per sample as plain numbers, which the graph fixes."""
+
+    def forward(self, x: Tensor, sizes: list[tuple[int, int]], timestep: Tensor) -> Tensor:
+        return x.unflatten(1, sizes[0]).sum(1) + timestep[:, None]
+
+
+def test_glue_with_plain_numbers_for_each_sample_fits_the_call_that_it_was_given() -> None:
+    given = Run({"x": torch.ones(1, 6), "sizes": [(2, 3)], "timestep": torch.ones(1)}, 1, 0)
+    doubled = Run({"x": torch.ones(2, 6), "sizes": [(2, 3)] * 2, "timestep": torch.ones(2)}, 2, 0)
+    glue, shown, _ = guard_glue(Sized(), given, doubled)
+    assert shown is given
+    (output,) = glue_outputs(glue, given)()
+    torch.testing.assert_close(output, Sized()(**given.kwargs))
 
 
 def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> None:

@@ -99,6 +99,96 @@ def test_sum_of_two_streams_is_refused() -> None:
     assert "more than one input" in refusal(lambda m, a, b, v: a + b + m.left(a))
 
 
+class Chain(nn.Module):
+    """Runs its blocks one after the other; the second argument is the same for all."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, a: Tensor, b: Tensor, timestep: Tensor) -> Tensor:
+        vector = timestep[:, None].cos().expand(-1, DIM)
+        for block in self.blocks:
+            a = block(a, b, vector)
+        return a
+
+
+def chain(merge: Callable[..., object], count: int = 2) -> tuple[BlockSite, ...]:
+    model = randomised(Chain(*(Two(merge) for _ in range(count))))
+    inputs = {"a": noise(2, 5, DIM), "b": noise(2, 5, DIM, seed=5), "timestep": torch.tensor([0.8, 0.3])}
+    return discover(model, inputs)[0].blocks
+
+
+def both(m: Two, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    a = a + b
+    return a + m.left(a) * v
+
+
+def test_of_two_inputs_that_pass_the_state_is_what_another_block_made() -> None:
+    first, second = chain(both)
+    assert find_states(second, (first, second))[0].pairs == ((0, 0),)
+    assert find_states(first, (first, second))[0].pairs == ((0, 0),), "as the class agrees"
+
+
+def test_of_two_inputs_that_no_block_made_neither_is_the_state() -> None:
+    (alone,) = chain(both, 1)
+    assert find_states(alone, (alone,))[0].pairs == ()
+    first, second = sites(both, both)  # each is called with the same two inputs
+    assert find_states(second, (first, second))[0].pairs == ()
+
+
+def test_of_two_inputs_that_other_blocks_made_neither_is_the_state() -> None:
+    class Cross(Chain):
+        def forward(self, a: Tensor, b: Tensor, timestep: Tensor) -> Tensor:
+            one, two, three = self.blocks
+            vector = timestep[:, None].cos().expand(-1, DIM)
+            return three(one(a, a, vector), two(b, b, vector), vector)
+
+    class Other(Two):
+        pass
+
+    plain = [Other(lambda m, a, b, v: a + m.left(b) * v) for _ in range(2)]
+    model = randomised(Cross(*plain, Two(both)))
+    inputs = {"a": noise(2, 5, DIM), "b": noise(2, 5, DIM, seed=5), "timestep": torch.tensor([0.8, 0.3])}
+    blocks = discover(model, inputs)[0].blocks
+    assert "more than one" in find_states(blocks[2], blocks)[1].refused[0].reason
+
+
+class Masked(Chain):
+    """Pads the streams with zeros, as its blocks do again."""
+
+    def forward(self, a: Tensor, b: Tensor, timestep: Tensor) -> Tensor:
+        mask = torch.ones(len(a), a.shape[1], DIM)
+        mask[:, -2:] = 0
+        return super().forward(a * mask, mask, timestep)
+
+
+def masked_pairs(merge: Callable[..., object]) -> tuple[tuple[int, int], ...]:
+    model = randomised(Masked(Two(merge), Two(merge)))
+    inputs = {"a": noise(2, 5, DIM), "b": noise(2, 5, DIM, seed=5), "timestep": torch.tensor([0.8, 0.3])}
+    return find_states(discover(model, inputs)[0].blocks[0])[0].pairs
+
+
+def test_a_residual_under_a_mask_is_shown_by_its_recorded_inputs() -> None:
+    assert masked_pairs(lambda m, a, b, v: (a + m.left(a) * v) * b) == ((0, 0),)
+
+
+def test_a_product_with_what_does_not_mask_its_input_is_no_residual() -> None:
+    assert masked_pairs(lambda m, a, b, v: (a + m.left(a)) * b * v) == ()
+    assert masked_pairs(lambda m, a, b, v: m.left(a) * b) == ()
+    assert masked_pairs(lambda m, a, b, v: (b + m.left(a)) * b * b) == ((0, 1),)
+
+
+def test_an_input_that_is_all_zero_is_shown_by_nothing() -> None:
+    class Zero(Chain):
+        def forward(self, a: Tensor, b: Tensor, timestep: Tensor) -> Tensor:
+            return super().forward(a, 0 * b, timestep)
+
+    model = randomised(Zero(Two(lambda m, a, b, v: m.left(a) * v)))
+    inputs = {"a": noise(2, 5, DIM), "b": noise(2, 5, DIM, seed=5), "timestep": torch.tensor([0.8, 0.3])}
+    assert find_states(discover(model, inputs)[0].blocks[0])[0].pairs == ()
+
+
 def test_parameters_are_left_alone() -> None:
     (site,) = sites(lambda m, a, b, v: a + m.left(b))
     before = {name: value.clone() for name, value in site.module.state_dict().items()}
