@@ -2,7 +2,7 @@
 
 python -m benchmarks.flux_mid            all figures, minutes
 python -m benchmarks.flux_mid --small    the same code on a toy, seconds
-python -m benchmarks.flux_mid --runs bfloat16:torch --output FOLDER    where the CPU has bfloat16 instructions
+python -m benchmarks.flux_mid --runs bfloat16:torch float32:torch:low_rank    dtype:engine[:modulation of the routers]
 
 Random weights; decisions at random at FLUX's budget (half of the blocks, mean width .6), the routers run all the same.
 Writes benchmarks/results/flux_mid.json, from which the README's table is made.
@@ -101,12 +101,15 @@ MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text
 SMALL = Shape("flux-small", double=1, single=2, heads=2, head_dim=32, side=4, text=8, steps=3, repeats=2)
 
 
-def run(shape: Shape, dtype: torch.dtype, engine: str, compare_inductor: bool, folder: Path) -> dict[str, Any]:
+def run(
+    shape: Shape, dtype: torch.dtype, engine: str, modulation: str, compare_inductor: bool, folder: Path
+) -> dict[str, Any]:
     """P1 to P6 of one dtype and engine."""
     model = shape.model(dtype)
     inputs = shape.inputs(model)
     bundle = folder / f"{shape.name}-{engine}.edit"
-    compile_seconds = _compile(edit_compile.elasticize(model, inputs), inputs, engine, bundle)
+    elastic = edit_compile.elasticize(model, inputs, config=edit_compile.RouterConfig(modulation=modulation))
+    compile_seconds = _compile(elastic, inputs, engine, bundle)
     compiled, load_seconds = _load(bundle, engine)
     blocks = len(compiled.program.manifest.blocks)
     compiled.policy = ScheduledPolicy.at_budget(shape.steps, blocks, GATE, WIDTH)
@@ -115,12 +118,47 @@ def run(shape: Shape, dtype: torch.dtype, engine: str, compare_inductor: bool, f
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "engine": engine,
+        "modulation": modulation,
         "comparison": json.loads(comparison.to_json()),
+        "widths": width_costs(model, compiled, inputs, shape.repeats),
         "dispatch": asdict(dispatch_cost(compiled, inputs, shape.repeats)),
         "memory": measure_memory(bundle, engine, comparison.dense_bytes),
         "builds": {"compile_seconds": compile_seconds, "load_seconds": load_seconds} | _plans(compiled),
         "inductor": against_inductor(model, compiled, inputs, shape) if compare_inductor else None,
     }
+
+
+def width_costs(
+    model: torch.nn.Module, compiled: CompiledTransformer, inputs: dict[str, Any], repeats: int
+) -> list[dict[str, float]]:
+    """Steps with all blocks at one width and no routers: ms, FLOPs / dense, and the share of what those allow."""
+    blocks = len(compiled.program.manifest.blocks)
+    policies = {
+        width: ScheduledPolicy(np.full((1, blocks), width), routed=False) for width in compiled.program.manifest.widths
+    }
+    left = {}
+
+    def step(width: float) -> None:
+        compiled.policy = policies[width]
+        compiled._reset_stateful_cache()
+        compiled.reset_counters()
+        compiled(**inputs)
+        left[width] = compiled.counters.flops / compiled.counters.dense_flops
+
+    calls: dict[Any, list[Any]] = {width: [partial(step, width)] for width in policies}
+    calls["eager"] = [partial(model, **inputs)]
+    with torch.no_grad():
+        seconds = interleaved(calls, repeats)
+    median = {name: Spread.of(values).median for name, values in seconds.items()}
+    return [
+        {
+            "width": width,
+            "ms": median[width] * 1e3,
+            "flops_left": left[width],
+            "efficiency": median["eager"] / median[width] * left[width],
+        }
+        for width in policies
+    ]
 
 
 @dataclass(frozen=True)
@@ -214,11 +252,16 @@ def _glue_alone(compiled: CompiledTransformer) -> Any:
 def table_of(results: dict[str, Any]) -> Table:
     """All runs, a column each."""
     runs = results["runs"]
-    table = Table("", *(f"{run['dtype']}, {run['engine']}" for run in runs), title=results["shape"]["name"])
+    table = Table("", *map(_heading, runs), title=results["shape"]["name"])
     for name, cell in ROWS.items():
         table.add_row(name, *(cell(run) for run in runs))
     table.caption = summary(results["machine"])
     return table
+
+
+def _heading(run: dict[str, Any]) -> str:
+    told = "" if run["modulation"] == "full" else f", {run['modulation']} routers"
+    return f"{run['dtype']}, {run['engine']}{told}"
 
 
 def _spread(spread: dict[str, float]) -> str:
@@ -231,6 +274,9 @@ ROWS: dict[str, Any] = {
     "P1 times faster": lambda run: _spread(run["comparison"]["ratio"]),
     "what the FLOPs left allow": lambda run: f"{run['comparison']['flop_limit']:.3g}",
     "P2 share of that": lambda run: f"{run['comparison']['efficiency']:.0%}",
+    "P2 of all blocks at one width, without routers": lambda run: ", ".join(
+        f"{cost['efficiency']:.0%} at {cost['width']:g}" for cost in run["widths"]
+    ),
     "P3 microseconds per skipped guard": lambda run: (
         f"{run['dispatch']['unrouted_us']:.0f} ({run['dispatch']['routed_us']:.0f} with its router)"
     ),
@@ -260,9 +306,9 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"{shape.name.replace('-', '_')}.json"
     for wanted in given.runs:
-        dtype, engine = wanted.split(":")
+        dtype, engine, modulation = (*wanted.split(":"), "full")[:3]
         with tempfile.TemporaryDirectory() as folder:
-            results["runs"].append(run(shape, getattr(torch, dtype), engine, given.inductor, Path(folder)))
+            results["runs"].append(run(shape, getattr(torch, dtype), engine, modulation, given.inductor, Path(folder)))
         path.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table_of(results))
     console.print(f"wrote {path}")

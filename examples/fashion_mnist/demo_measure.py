@@ -33,7 +33,7 @@ REUSING = "elastic, with reuse"
 VARIANTS: dict[str, tuple[str, Decider | None]] = {
     "dense, compiled": ("dense.edit", None),
     "elastic, no reuse": ("elastic.edit", RoutingPolicy(margin=0.0, max_reuse=0)),
-    REUSING: ("elastic.edit", RoutingPolicy.preset("flux")),
+    REUSING: ("elastic.edit", RoutingPolicy(margin=0.02, max_reuse=1)),
 }
 
 
