@@ -95,26 +95,33 @@ def compile_model(
     widths: Annotated[str, typer.Option(help="shares of the MLPs' hidden channels")] = ".25,.5,.75,1",
     engine: Engine = "onnxruntime",
     preset: Preset = None,
+    timestep: Annotated[str | None, typer.Option(help="the forward's timestep argument, if it cannot be told")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as saved")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be compiled, write nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be compiled; works without weights too")
+    ] = False,
 ) -> None:
     """Compile a model into a bundle."""
     from edit_compile.compiler import compile as run
+    from edit_compile.elastic import elasticize
     from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
+    from passes.weightless import weightless
     from runtime.policy import RoutingPolicy
 
     if output is None and not dry_run:
         raise UserError("give --output FOLDER to write the bundle to, or --dry-run")
+    loaded = load_model(model, parse_dtype(dtype), bare=dry_run)
     made = run(
-        load_model(model, parse_dtype(dtype)),
+        elasticize(loaded) if dry_run and weightless(loaded) else loaded,  # to show what routers would cost
         parse_numbers(widths),
         inputs=[load_inputs(path) for path in inputs],
         engine=engine,
         policy=RoutingPolicy.preset(preset) if preset else None,
         output=None if dry_run else output,
         dry_run=dry_run,
+        timestep=timestep,
     )
-    console.print(made if dry_run else f"wrote {output}")
+    typer.echo(str(made) if dry_run else f"wrote {output}")
 
 
 @app.command()

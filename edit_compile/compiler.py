@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from passes.assemble import Source, assemble, plan_groups
 from passes.check import check_equal, masked
+from passes.graph import Report
 from passes.pipeline import Analysis, analyse
+from passes.preview import preview_glue
 from passes.record import undisturbed
+from passes.weightless import UNCHECKED, weightless
+from runtime.arguments import argument_names
 from runtime.errors import EditError
 from runtime.policy import Decider, RoutingPolicy, ScheduledPolicy
 from runtime.program import Program
@@ -57,9 +62,11 @@ def compile(
         inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
             Without them the model is traced at the first call, and again for shapes not seen before.
         engine: "onnxruntime" or "torch".
-        policy: decides per row what each block does; default: `RoutingPolicy()`, Algorithm 1. The bundle keeps it.
+        policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
+            Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
-        dry_run: give a report of what would be compiled instead (needs `inputs`).
+        dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
+            which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
 
     Raises:
@@ -71,6 +78,11 @@ def compile(
         raise CompileError(f"{wanted} needs inputs: the keyword arguments of one call of the model's forward")
     if dry_run:
         return tracer.dry_run(inputs)  # type: ignore[arg-type]
+    if weightless(tracer.model):
+        raise CompileError(
+            f"{type(tracer.model).__name__} has no weights, its parameters are on the meta device: "
+            "load them, or ask for dry_run=True"
+        )
     if not tracer.routers:
         warnings.warn(
             f"{type(model).__name__} has no routers, so no block will be skipped or narrowed: "
@@ -79,7 +91,7 @@ def compile(
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
     compiled = CompiledTransformer(
-        program, engine, policy or RoutingPolicy(), tracer, host=tracer.host, eager=tracer.model
+        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model
     )
     if output is not None:
         tracer.prove(compiled)
@@ -106,15 +118,22 @@ class Tracer:
     def __init__(self, model: nn.Module, widths: tuple[float, ...], timestep: str | None) -> None:
         self.elastic = model if isinstance(model, ElasticTransformer) else None
         self.model = self.elastic.model if self.elastic is not None else model
-        self.widths, self.timestep = widths, timestep
+        self.widths = widths
+        self.timestep = timestep or (self.elastic.timestep if self.elastic is not None else None)
         self.buckets: list[Mapping[str, Any]] = []
         self.analysis: Analysis | None = None
+        self.reports: tuple[Report, ...] = ()
         self._host: nn.Module | None = None
 
     @property
     def routers(self) -> bool:
         """Whether the model is elastic."""
         return self.elastic is not None
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """The elastic model's own policy; the default one where it has none."""
+        return (self.elastic.policy if self.elastic is not None else None) or RoutingPolicy()
 
     def __call__(self, kwargs: Mapping[str, Any]) -> Program:
         """The program that also covers a call with `kwargs`."""
@@ -132,7 +151,8 @@ class Tracer:
         with self._dense():
             planned, widths = plan_groups(analysis, self.widths)
             assembled = assemble(analysis, planned, self._source(), self.widths)
-        _log((*widths, *assembled.reports))
+        self.reports = (*analysis.reports, *widths, *assembled.reports)
+        _log(self.reports[len(analysis.reports) :])
         self.buckets = [pytree.tree_map_only(Tensor, Tensor.clone, dict(bucket)) for bucket in buckets]
         self.analysis, self._host = analysis, assembled.host
         return assembled.program
@@ -178,11 +198,34 @@ class Tracer:
             compiled.reset_counters()
 
     def dry_run(self, inputs: Inputs) -> DryRun:
-        """What `trace` would make of `inputs`, nothing lowered."""
+        """What `trace` would make of `inputs`, nothing lowered; by shapes and data flow where there are no weights.
+
+        Raises CompileError where a model without weights cannot be followed that way.
+        """
+        if not weightless(self.model):
+            return self._preview(inputs)
+        with self._dense():  # the copy is one without the elastic model's hooks
+            self.model = copy.deepcopy(self.model).to("meta")
+        try:
+            bare = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+            return replace(self._preview(bare), unchecked=UNCHECKED)
+        except EditError:
+            raise
+        except Exception as error:
+            told = str(error).strip().splitlines() or [""]
+            raise CompileError(
+                f"{type(self.model).__name__} cannot be followed without weights, load them for the dry run: "
+                f"{type(error).__name__}: {told[0]}"
+            ) from error
+
+    def _preview(self, inputs: Inputs) -> DryRun:
         analysis = self._analyse(inputs)
+        if self.elastic is not None and self.elastic.layout is None and analysis.groups:
+            self.elastic.attach(layout_of(analysis, self.elastic.config.time_dim))
         with self._dense():
             planned, reports = plan_groups(analysis, self.widths)
-        return DryRun.of(analysis, planned, (*analysis.reports, *reports), self.elastic)
+            glue = preview_glue(analysis)
+        return DryRun.of(analysis, planned, (*analysis.reports, *reports, *glue), self.elastic)
 
     def untraced(self) -> Program:
         """A program with a manifest but nothing compiled yet."""
@@ -190,7 +233,8 @@ class Tracer:
 
     def _analyse(self, inputs: Inputs) -> Analysis:
         with self._dense():
-            return analyse(self.model, inputs, self.timestep)
+            narrow = self.elastic.narrow if self.elastic is not None else None
+            return analyse(self.model, inputs, self.timestep, narrow)
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
@@ -207,9 +251,10 @@ class Tracer:
             config=_config(self.model),
             dtype=str(_dtype(self.model)).removeprefix("torch."),
             timestep=self.timestep or "timestep",
-            arguments=tuple(inspect.signature(self.model.forward).parameters),
+            arguments=argument_names(self.model.forward),
             router=self.elastic.config if self.elastic is not None else None,
             routers=routers,
+            attributes=_attributes(self.model),
         )
 
 
@@ -222,6 +267,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _config(model: nn.Module) -> dict[str, object]:
     """The model's diffusers config without its private entries; empty for other models."""
     return {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+
+
+def _attributes(model: nn.Module) -> dict[str, bool | int | float | str | None]:
+    """The model's own plain attributes: not those of every module, nor private ones."""
+    own = vars(model).keys() - vars(nn.Module()).keys()
+    plain = {name: getattr(model, name) for name in sorted(own) if not name.startswith("_")}
+    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str))}
 
 
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:

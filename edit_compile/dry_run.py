@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -35,7 +35,8 @@ class PlanRow:
 class DryRun:
     """What `compile(..., dry_run=True)` gives; ``print(report)`` shows it as tables.
 
-    `router_parameters` counts one router's parameters, on average over the blocks (0 without routers).
+    `router_parameters` counts one router's parameters, on average over the blocks (0 without routers). `unchecked` says
+    what was not compared by numbers, since the model has no weights.
     """
 
     model: str
@@ -44,11 +45,17 @@ class DryRun:
     router_parameters: int
     router_flops: int
     reports: tuple[Report, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def refused(self) -> tuple[tuple[str, Refusal], ...]:
         """(pass, refusal) of everything left alone."""
         return tuple((report.name, refusal) for report in self.reports for refusal in report.refused)
+
+    @property
+    def standalone(self) -> bool:
+        """Whether a bundle will run without the model's own code, at all shapes given."""
+        return self.blocks > 0 and not any(name == "guards" for name, _ in self.refused)
 
     @staticmethod
     def of(
@@ -76,9 +83,23 @@ class DryRun:
             console.print(self._plan_table())
             if self.router_parameters:
                 console.print(f"a router: {self.router_parameters:,} parameters, {self.router_flops / 1e6:.3f} MFLOP")
-            if self.refused:
-                console.print(self._refusal_table())
+            for line in self._lines():
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
         return captured.get()
+
+    def _lines(self) -> Iterator[str]:
+        """What the tables leave out, a sentence each."""
+        if not self.blocks:
+            yield "no block can be guarded"
+        else:
+            yield "glue: standalone" if self.standalone else "glue: hosted, needs the model beside the bundle"
+        for kind in sorted({row.kind for row in self.plans if not row.sites}):
+            yield f"{kind}: no MLP can be narrowed, so it is skipped, reused or computed in full"
+        for name, refusal in self.refused:
+            reason = refusal.reason.strip().removeprefix(f"{refusal.where}: ").splitlines()[0]
+            yield f"left alone by {name}: {refusal.where}: {reason}"
+        for what in self.unchecked:
+            yield f"not checked, for want of weights: {what}"
 
     def _plan_table(self) -> Table:
         table = Table("plan", "block", "blocks", "states", "MLP sites", "width", "hidden", "MFLOP/row", "MB/row")
@@ -94,12 +115,6 @@ class DryRun:
                 f"{row.flops / 1e6:.2f}",
                 f"{row.bytes / 1e6:.2f}",
             )
-        return table
-
-    def _refusal_table(self) -> Table:
-        table = Table("pass", "left alone", "because")
-        for name, refusal in self.refused:
-            table.add_row(name, refusal.where, refusal.reason)
         return table
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, find_layout
+from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, fill_routers, find_layout
 from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
-from runtime.router import Router, sinusoid
+from passes.packing import Packing
+from runtime.policy import RoutingPolicy
+from runtime.router import Router, rows_of_steps, sinusoid
 from runtime.spec import RouterConfig
 
 THRESHOLD = 0.5
@@ -26,6 +28,8 @@ def elasticize(
     inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
     config: RouterConfig | None = None,
+    timestep: str | None = None,
+    narrow: Sequence[str] | None = None,
 ) -> ElasticTransformer:
     """Put a fully open router before every block of `model`.
 
@@ -35,10 +39,13 @@ def elasticize(
         inputs: keyword arguments of its forward (or several such, one per shape), to find the blocks with; without
             them, they are found at the first call.
         config: form of the routers.
+        timestep: name of the forward's timestep argument, where it cannot be told.
+        narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
+            MLPs are full at every width. Without it, all are narrowed.
     """
-    elastic = ElasticTransformer(model, config or RouterConfig())
+    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
     if inputs is not None:
-        elastic.attach(find_layout(model, inputs, elastic.config.time_dim))
+        elastic.attach(find_layout(model, inputs, elastic.config.time_dim, timestep, elastic.narrow))
     return elastic
 
 
@@ -48,26 +55,53 @@ class ElasticTransformer(nn.Module):
     With gradients enabled or in training mode the decisions are straight-through (equations 7-8, 13); in eval mode
     under `no_grad` they are those of Algorithm 1 without its bank: per row, skip where p < 0.5, otherwise compute at
     the chosen width. `routing` holds the decisions of the last forward. One forward at a time.
+
+    `narrow` names the states whose MLPs are narrowed (None: all). `policy` is what `compile` takes where none is given.
+    `activation` is the one that its MLPs were given (see `edit_compile.activation`), None where they have their own.
     """
 
-    def __init__(self, model: nn.Module, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RouterConfig,
+        timestep: str | None = None,
+        narrow: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.model = config, model
+        self.narrow = None if narrow is None else tuple(narrow)
+        self.policy: RoutingPolicy | None = None
+        self.activation: str | None = None
+        self._given: Sequence[Mapping[str, Tensor]] = ()
+        self.config, self.model, self._timestep = config, model, timestep
         self.routers = nn.ModuleList()
         self.layout: Layout | None = None
         self.routing: Routing | None = None
         self._forward: _Forward | None = None
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def timestep(self) -> str | None:
+        """The keyword that holds the timestep: as found, else as given; None where neither tells."""
+        return self.layout.timestep if self.layout is not None else self._timestep
+
     def attach(self, layout: Layout) -> None:
         """Create the routers for `layout` and hook the blocks; once per model."""
         if self.layout is not None:
             raise ElasticError("this model has its routers already")
         reference = next(self.model.parameters())
-        for block in layout.blocks:
-            self.routers.append(Router(self.config, block.dim, block.time_dim).to(reference.device, reference.dtype))
-        self.layout = layout
+        with reference.device:
+            routers = [Router(self.config, block.dim, block.time_dim) for block in layout.blocks]
+        if self._given:
+            fill_routers(routers, layout, self._given)
+        self.routers.extend(router.to(reference.device, reference.dtype).train(self.training) for router in routers)
+        self.layout, self._given = layout, ()
         self._hook()
+
+    def give_routers(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Parameters for the routers that `attach` will make: one mapping per block, in the order they are run in."""
+        if self.layout is not None:
+            raise ElasticError("this model has its routers already")
+        self._given = tensors
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -99,17 +133,19 @@ class ElasticTransformer(nn.Module):
             self._handles.append(module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True))
             for mask in block.masks:
                 down = module.get_submodule(mask.module)
-                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask)))
+                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask, block)))
             self._handles.append(module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the base model; returns what it returns."""
         if args:
-            kwargs = dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments) | kwargs
+            signature = inspect.signature(self.model.forward)
+            signature.bind(*args, **kwargs)  # raises where an argument is missing, unknown or given twice
+            kwargs = signature.bind_partial(*args).arguments | kwargs
         if self.layout is None:
-            self.attach(find_layout(self.model, kwargs, self.config.time_dim))
+            self.attach(find_layout(self.model, kwargs, self.config.time_dim, self.timestep, self.narrow))
         assert self.layout is not None
-        self._forward = _Forward(kwargs[self.layout.timestep], hard=not (self.training or torch.is_grad_enabled()))
+        self._forward = _Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
         try:
             output = self.model(**kwargs)
             self.routing = self._forward.routing(self.config.widths)
@@ -126,10 +162,10 @@ class ElasticTransformer(nn.Module):
             )
         return super().named_parameters(*args, **kwargs)
 
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **progress: Any) -> Any:
         """The base model's cache context; does nothing where it has none."""
         context = getattr(self.model, "cache_context", None)
-        return context(name) if context else nullcontext()
+        return context(name, **progress) if context else nullcontext()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write model.safetensors, routers.safetensors, config.json and elastic.json (see `edit_compile.storage`)."""
@@ -141,10 +177,19 @@ class ElasticTransformer(nn.Module):
 class _Forward:
     """What the hooks of one forward share."""
 
-    def __init__(self, timestep: Tensor, hard: bool) -> None:
-        self.timestep, self.hard = timestep, hard
+    def __init__(self, kwargs: Mapping[str, Any], layout: Layout, hard: bool) -> None:
+        self.timestep, self.hard = kwargs[layout.timestep], hard
+        self._kwargs, self._samples = kwargs, layout.samples
         self.gates: list[tuple[Tensor, Tensor]] = []
         self.choices: list[tuple[Tensor, Tensor]] = []
+
+    def per_sample(self, value: Tensor, packing: Packing) -> Tensor:
+        """The rows of `value` with samples as dimension 0."""
+        samples = 0
+        if packing.folded:
+            assert self._samples is not None
+            samples = self._samples.count(self._kwargs)
+        return packing.per_sample(value, samples)[0].movedim(packing.dim, 0)
 
     def routing(self, widths: tuple[float, ...]) -> Routing:
         probability, hard = (torch.stack(values, 1) for values in zip(*self.gates, strict=True))
@@ -163,24 +208,30 @@ class _BeforeBlock:
         if forward is None:
             return
         leaves = _leaves((args, kwargs), self.layout)
-        states = [leaves[source] for _, source in self.layout.states]
-        time = self._time(forward.timestep, leaves, states[0])
+        states = [
+            forward.per_sample(leaves[source], self.layout.packing(index))
+            for index, (_, source) in enumerate(self.layout.states)
+        ]
+        time = self._time(forward, leaves, states[0])
         gate_logit, width_logits = self.elastic.routers[self.index](states, time)
         forward.gates.append(gate(gate_logit, THRESHOLD))
         forward.choices.append(choose_width(width_logits))
 
-    def _time(self, timestep: Tensor, leaves: list[Any], like: Tensor) -> Tensor:
+    def _time(self, forward: _Forward, leaves: list[Any], like: Tensor) -> Tensor:
         if self.layout.time is not None:
-            return leaves[self.layout.time]
-        rows = torch.as_tensor(timestep, device=like.device).reshape(-1).expand(len(like))
-        return sinusoid(rows, self.layout.time_dim).to(like.dtype)
+            return forward.per_sample(leaves[self.layout.time], self.layout.time_packing)
+        steps = rows_of_steps(torch.as_tensor(forward.timestep, device=like.device), len(like)).expand(len(like))
+        return sinusoid(steps, self.layout.time_dim).to(like.dtype)
 
 
 class _BeforeDown:
-    """Masks the hidden channels at the input of an MLP's down-projection (equation 13)."""
+    """Masks the hidden channels at the input of an MLP's down-projection (equation 13).
 
-    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput) -> None:
-        self.elastic, self.mask = elastic, mask
+    Its rows are those of the block's states: a row's mask applies to every row of its sample.
+    """
+
+    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput, layout: BlockLayout) -> None:
+        self.elastic, self.mask, self.rows = elastic, mask, layout.packing(0)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         forward = self.elastic._forward
@@ -188,15 +239,18 @@ class _BeforeDown:
             return None
         (value,) = args
         choice = forward.choices[-1][1]
-        if value.shape[0] != choice.shape[0]:
+        dim, rows = self.rows.dim, len(choice)
+        size = value.shape[dim]
+        if size != rows and not (self.rows.folded and size % rows == 0):
             raise ElasticError(
-                f"{self.mask.module}: its input {tuple(value.shape)} does not have the {choice.shape[0]} rows of the "
-                "batch as dimension 0, so that it cannot be masked per row"
+                f"{self.mask.module}: its input {tuple(value.shape)} does not have the {rows} rows of the batch as "
+                f"dimension {dim}, so that it cannot be masked per row"
             )
         total = value.shape[self.mask.dim]
         mask = channel_mask(choice, self.elastic.config.widths, self.mask.start, self.mask.hidden, total)
-        shape = [len(mask)] + [1] * (value.ndim - 1)
-        shape[self.mask.dim] = total
+        mask = mask.repeat_interleave(size // rows, 0)
+        shape = [1] * value.ndim
+        shape[dim], shape[self.mask.dim] = size, total
         return (value * mask.reshape(shape).to(value.dtype),)
 
 
@@ -212,9 +266,13 @@ class _AfterBlock:
             return None
         leaves = _leaves((args, kwargs), self.layout)
         outputs, spec = pytree.tree_flatten(output)
-        g = forward.gates[-1][1][:, None, None]
-        for target, source in self.layout.states:
+        gates = forward.gates[-1][1]
+        for index, (target, source) in enumerate(self.layout.states):
             before, after = leaves[source], outputs[target]
+            dim = self.layout.packing(index).dim
+            shape = [1] * after.ndim
+            shape[dim] = after.shape[dim]
+            g = gates.repeat_interleave(shape[dim] // len(gates)).reshape(shape)
             if forward.hard:
                 outputs[target] = torch.where(g > 0.5, after, before)
             else:

@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.graph import BlockSite, MlpSite, States
+from passes.packing import Packing, Samples
 from passes.pipeline import Analysis, analyse
+
+_PLAIN = Packing()
 
 
 class ElasticError(ValueError):
@@ -35,8 +38,10 @@ class BlockLayout:
     """One block of the model.
 
     `name` is its qualified name. `leaves` is how many leaves a call's (args, kwargs) have; `states` pairs (output leaf,
-    input leaf) of each token stream, `dim` is D. `time` is the input leaf of the time embedding (B, `time_dim`), None
-    where the router gets a sinusoidal embedding of the timestep, `time_dim` channels wide.
+    input leaf) of each token stream, `dim` is D of the first (routers read the streams of that width). `time` is the
+    input leaf of the time embedding (B, `time_dim`), None where the router gets a sinusoidal embedding of the timestep,
+    `time_dim` channels wide. `packings` tell how each state holds the batch (one row per sample in dimension 0 where
+    there are none), `time_packing` how the time embedding does.
     """
 
     name: str
@@ -46,14 +51,24 @@ class BlockLayout:
     time: int | None
     time_dim: int
     masks: tuple[MaskedInput, ...]
+    packings: tuple[Packing, ...] = ()
+    time_packing: Packing = _PLAIN
+
+    def packing(self, state: int) -> Packing:
+        """How state number `state` holds the batch."""
+        return self.packings[state] if self.packings else _PLAIN
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks in execution order; `timestep` is the keyword of the model's forward that holds the timestep."""
+    """All blocks in execution order; `timestep` is the keyword of the model's forward that holds the timestep.
+
+    `samples` is where its keyword arguments tell the batch; needed for blocks that hold several rows per sample.
+    """
 
     timestep: str
     blocks: tuple[BlockLayout, ...]
+    samples: Samples | None = None
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layout:
@@ -64,20 +79,33 @@ class Layout:
                     **block,
                     "states": tuple((int(a), int(b)) for a, b in block["states"]),
                     "masks": tuple(MaskedInput(**mask) for mask in block["masks"]),
+                    "packings": tuple(Packing(**packing) for packing in block.get("packings", ())),
+                    "time_packing": Packing(**block.get("time_packing", {})),
                 }
             )
             for block in data["blocks"]
         )
-        return Layout(timestep=data["timestep"], blocks=blocks)
+        samples = data.get("samples")
+        place = Samples(tuple(samples["path"]), samples["dim"]) if samples else None
+        return Layout(timestep=data["timestep"], blocks=blocks, samples=place)
 
 
-def find_layout(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], time_dim: int) -> Layout:
+def find_layout(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    time_dim: int,
+    timestep: str | None = None,
+    narrow: Sequence[str] | None = None,
+) -> Layout:
     """Run the passes on `model` called with `inputs`, and keep what routers need.
+
+    `timestep` names the argument that holds the timestep, where its name does not tell. `narrow` names the states whose
+    MLPs are masked (see passes.streams); without it, all are.
 
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    return layout_of(analyse(model, inputs), time_dim)
+    return layout_of(analyse(model, inputs, timestep, narrow), time_dim)
 
 
 def layout_of(analysis: Analysis, time_dim: int) -> Layout:
@@ -91,20 +119,35 @@ def layout_of(analysis: Analysis, time_dim: int) -> Layout:
         group = analysis.groups[analysis.group_of[index]]
         masks = tuple(mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp))
         blocks.append(_block_layout(site, group.states, masks, time_dim))
-    return Layout(analysis.discovery.timestep, tuple(blocks))
+    return Layout(analysis.discovery.timestep, tuple(blocks), analysis.discovery.samples)
+
+
+def fill_routers(routers: Sequence[nn.Module], layout: Layout, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+    """Load one mapping of parameters into each router; ElasticError where their number or a shape differs."""
+    if len(tensors) != len(layout.blocks):
+        raise ElasticError(f"there are parameters for {len(tensors)} routers, but {len(layout.blocks)} elastic blocks")
+    for router, block, own in zip(routers, layout.blocks, tensors, strict=True):
+        try:
+            router.load_state_dict(own)
+        except RuntimeError as error:
+            raise ElasticError(f"the router's parameters do not fit {block.name}: {error}") from error
 
 
 def _block_layout(site: BlockSite, states: States, masks: tuple[MaskedInput, ...], time_dim: int) -> BlockLayout:
     leaves = site.calls[0].leaves
     streams = [_shape(leaves[source]) for _, source in states.pairs]
-    widths = {shape[-1] for shape in streams}
-    if len(widths) != 1 or any(len(shape) != 3 for shape in streams):
-        raise ElasticError(
-            f"{site.name}: streams {streams} are not (B, L, D) of one D, so that no router can read them"
-        )
+    if any(len(shape) < 3 for shape in streams):
+        raise ElasticError(f"{site.name}: streams {streams} are not (B, ..., D), so that no router can read them")
     if site.time is not None:
         time_dim = _shape(leaves[site.time])[-1]
-    return BlockLayout(site.name, len(leaves), states.pairs, widths.pop(), site.time, time_dim, masks)
+    # Positions and packings of the block's own call: hooks see that, not the adapted block's.
+    inputs = site.adapter.inputs if site.adapter else [Packing(site.batch_dims.get(at, 0)) for at in range(len(leaves))]
+    origins = site.adapter.origins if site.adapter else range(len(leaves))
+    pairs = tuple((output, origins[source]) for output, source in states.pairs)
+    packings = tuple(inputs[source] or _PLAIN for _, source in pairs)
+    time = None if site.time is None else origins[site.time]
+    time_packing = _PLAIN if time is None else inputs[time] or _PLAIN
+    return BlockLayout(site.name, len(inputs), pairs, streams[0][-1], time, time_dim, masks, packings, time_packing)
 
 
 def _shape(leaf: object) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from runtime.arguments import flatten, unflatten
 from runtime.folder import separate
 
 T = TypeVar("T")
@@ -24,16 +26,17 @@ class UserError(Exception):
     """Something asked for on the command line is not there or makes no sense; the message is one sentence."""
 
 
-def load_model(where: str, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(where: str, dtype: torch.dtype | None = None, bare: bool = False) -> nn.Module:
     """An elastic folder, a saved diffusers transformer or pipeline, or ``path/to/file.py:name`` (a class or function).
 
-    In eval mode, and as `dtype` where given. Raises UserError where it is none of them.
+    In eval mode, and as `dtype` where given. `bare`: a diffusers folder that holds a config and no weights gives the
+    model on the meta device. Raises UserError where it is none of them.
     """
-    model = _load_model(where)
+    model = _load_model(where, bare)
     return model.to(dtype) if dtype else model
 
 
-def _load_model(where: str) -> nn.Module:
+def _load_model(where: str, bare: bool) -> nn.Module:
     if ".py:" in where:
         return _called(where)
     folder = Path(where)
@@ -43,7 +46,7 @@ def _load_model(where: str) -> nn.Module:
         return load_elastic(folder)
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").is_file():
-            return _diffusers_model(candidate)
+            return _diffusers_model(candidate, bare)
     raise UserError(
         f"{where} is neither an elastic model, nor a saved diffusers transformer or pipeline, nor path/to/file.py:name"
     )
@@ -62,7 +65,10 @@ def load_object(where: str) -> Any:
 
 
 def load_inputs(path: Path) -> dict[str, Any]:
-    """Keyword arguments of a forward: the file's tensors, and its metadata's values as JSON (see `save_inputs`)."""
+    """Keyword arguments of a forward: the file's tensors, and its metadata's values as JSON (see `save_inputs`).
+
+    A dotted name is a place in a dict or list: ``context.main`` is ``context["main"]``.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -73,13 +79,20 @@ def load_inputs(path: Path) -> dict[str, Any]:
         constants = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
     except ValueError as error:
         raise UserError(f"{path}: its metadata holds something that is not JSON ({error})") from error
-    return {**tensors, **constants}
+    return unflatten({**tensors, **constants})
 
 
 def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
-    """Write keyword arguments as one safetensors file: tensors as such, everything else as JSON in its metadata."""
-    tensors = separate({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
-    constants = {name: json.dumps(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
+    """Write keyword arguments as one safetensors file: tensors as such, everything else as JSON in its metadata.
+
+    A dict or list that holds tensors is written leaf by leaf, under dotted names.
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in inputs.items():
+        nested = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        leaves |= {name: value} if not nested else {k: v for part in flatten({name: value}) for k, v in part.items()}
+    tensors = separate({name: value for name, value in leaves.items() if isinstance(value, Tensor)})
+    constants = {name: json.dumps(value) for name, value in leaves.items() if not isinstance(value, Tensor)}
     save_file(tensors, path, constants)
 
 
@@ -147,12 +160,16 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _diffusers_model(folder: Path) -> nn.Module:
+def _diffusers_model(folder: Path, bare: bool) -> nn.Module:
     import diffusers
 
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise UserError(f"{folder / 'config.json'} names the class {name!r}, which is not a diffusers model")
+    if bare and not any(folder.glob("*.safetensors")):
+        with torch.device("meta"):
+            skeleton: nn.Module = found.from_config(found.load_config(folder))
+        return skeleton.eval()
     model: nn.Module = found.from_pretrained(folder, use_safetensors=True)
     return model.eval()

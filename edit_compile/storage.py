@@ -3,12 +3,15 @@
 model.safetensors      the base model, under its own names
 config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
-elastic.json           schema, RouterConfig, Layout
+elastic.json           schema, RouterConfig, Layout, and the elastic model's narrow, activation and policy
+
+Schema 1 had no narrow, activation and policy: it is read as if they were not set.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edit_compile.activation import set_activation
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, Layout
+from edit_compile.release import load_release
 from runtime.folder import separate, written_whole
+from runtime.policy import RoutingPolicy
 from runtime.spec import RouterConfig
 
-SCHEMA = 1
+SCHEMA = 2
+_READ = (1, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -34,7 +41,14 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         raise ElasticError("the elastic model has no routers yet: call it once before saving it")
     if folder.exists() and any(folder.iterdir()) and not (folder / "elastic.json").is_file():
         raise ElasticError(f"{folder} exists and is not an elastic model: choose another name, or remove it")
-    description = {"schema": SCHEMA, "router": asdict(elastic.config), "layout": asdict(elastic.layout)}
+    description = {
+        "schema": SCHEMA,
+        "router": asdict(elastic.config),
+        "layout": asdict(elastic.layout),
+        "narrow": elastic.narrow,
+        "activation": elastic.activation,
+        "policy": asdict(elastic.policy) if elastic.policy is not None else None,
+    }
     as_json: Any = getattr(elastic.model, "to_json_string", None)
     with written_whole(folder) as place:
         save_file(separate(_cast(elastic.model.state_dict(), dtype)), place / "model.safetensors")
@@ -44,26 +58,42 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         (place / "elastic.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
-def load_elastic(folder: str | Path, model: nn.Module | None = None) -> ElasticTransformer:
-    """Read what `save_elastic` wrote, in eval mode.
+def load_elastic(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+) -> ElasticTransformer:
+    """Read what `save_elastic` wrote, or the checkpoint that the paper's authors released, in eval mode.
 
     Args:
-        folder: where it was saved.
-        model: a base model to load the weights into; without it, one is built from config.json (diffusers models).
+        folder: where it was saved; a file is read as a released checkpoint (see `edit_compile.release`).
+        model: a base model to load the weights into; without it, one is built from config.json (diffusers models). A
+            released checkpoint needs it.
+        inputs: for a released checkpoint, keyword arguments of the model's forward to find its blocks with; without
+            them they are found at the first call. A saved model knows its blocks.
 
     Raises:
         ElasticError: a file is missing, of another schema, or does not fit the model.
     """
     folder = Path(folder)
+    if folder.is_file() or folder.suffix == ".safetensors":
+        if model is None:
+            raise ElasticError(f"{folder} does not say what model it is of: pass load_elastic(path, model=...)")
+        return load_release(folder, model, inputs)
     try:
         description = json.loads((folder / "elastic.json").read_text())
     except (OSError, ValueError) as error:
         raise ElasticError(f"{folder / 'elastic.json'} cannot be read ({error}): is this an elastic model?") from error
-    if description.get("schema") != SCHEMA:
-        raise ElasticError(f"{folder} has schema {description.get('schema')!r}, this version reads schema {SCHEMA}")
+    if description.get("schema") not in _READ:
+        raise ElasticError(f"{folder} has schema {description.get('schema')!r}, this version reads schemas {_READ}")
     model = model if model is not None else _model_from_config(folder / "config.json")
-    router = description["router"]
-    elastic = ElasticTransformer(model, RouterConfig(**{**router, "widths": tuple(router["widths"])}))
+    router, policy = description["router"], description.get("policy")
+    config = RouterConfig(**{**router, "widths": tuple(router["widths"])})
+    elastic = ElasticTransformer(model, config, narrow=description.get("narrow"))
+    elastic.activation = description.get("activation")
+    elastic.policy = RoutingPolicy(**policy) if policy else None
+    if elastic.activation is not None:
+        set_activation(model, elastic.activation)
     elastic.attach(Layout.from_json(description["layout"]))
     _load_into(model, folder / "model.safetensors")
     _load_into(elastic.routers, folder / "routers.safetensors")

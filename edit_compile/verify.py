@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.benchmarking import trajectory_of
 from edit_compile.elastic import ElasticTransformer
+from runtime.arguments import unflatten
 from runtime.policy import RoutingPolicy, ScheduledPolicy
 from runtime.spec import Glue, GlueInput, Manifest
 from runtime.trace import RequestTrace
@@ -90,12 +91,9 @@ def random_inputs(manifest: Manifest, glue: Glue | None = None, seed: int = 0) -
     """Keyword arguments with the shapes of `glue` (the first by default): noise; whole numbers are 1, the timestep
     halfway."""
     glue = glue or manifest.glues[0]
-    nested = [name for name in (*(given.name for given in glue.inputs), *glue.constants) if "." in name]
-    if nested:
-        raise ValueError(f"the model takes nested inputs ({nested[0]}), which cannot be made up: give them as a file")
     generator = torch.Generator().manual_seed(seed)
     tensors = {given.name: _example(given, given.name == manifest.timestep, generator) for given in glue.inputs}
-    return {**glue.constants, **tensors}
+    return unflatten({**glue.constants, **tensors})
 
 
 def _example(given: GlueInput, is_timestep: bool, generator: torch.Generator) -> Tensor:

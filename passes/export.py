@@ -5,13 +5,15 @@ other leaf, equal in all runs, is baked in. Of the outputs only the states remai
 input is symbolic exactly where it carries the batch or was seen with two sizes; the example has a
 batch of two or more, so that no size-one rule is frozen in. The graph is made plain (passes.plain) and
 then run against every recorded call and against a single row of the last one: where the block's code
-pins a dimension that varies, that is where it shows, and the export is refused.
+pins a dimension that varies, that is where it shows. Where it pins the batch alone (a loop over rows), the
+graph of one row does all, since rows are independent, f(X)[r] = f(X[r:r+1]); else the export is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.plain import CONSTANT, PlainError, plain
 from passes.record import undisturbed
+from passes.weightless import hollow
 from runtime.errors import EditError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -51,18 +55,47 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     _check_constants(site)
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
     moving = {at: _moving_dims(site, at) for at in tensors}
-    program = _trace(site, states, _example(site, runs), moving)
+    example = _example(site, runs)
+    graph, flex = _graph(site, states, example, moving)
+    try:
+        validate(graph, site)
+    except ExportError as error:
+        graph, flex = _row_graph(site, states, example, moving, error)
+    operators = sum(node.op == "call_function" for node in graph.module.graph.nodes)
+    done = f"{site.name}: {operators} operators, {len(graph.weights)} weights, inputs {', '.join(graph.inputs)}"
+    done += "" if graph.row_dims is None else ", one row per call, since its code pins the batch"
+    return graph, Report("export", (done, *(f"{site.name}: {line}" for line in flex)))
+
+
+def _graph(
+    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """The graph of `call`, not validated, and what was done to its attention."""
+    program = _trace(site, states, call, moving)
+    flex = dense_attention(program.graph_module)
+    if flex.refused:
+        raise ExportError(f"{site.name}: {flex.refused[0].reason}")
     try:
         module, weights = plain(program, "block.", leaf_names(site))
     except PlainError as error:
         raise ExportError(f"{site.name}: {error}") from error
     inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
-    positions = tuple(tensors.index(at) for _, at in states.pairs)
-    graph = BlockGraph(module, weights, inputs, tuple(tensors), positions)
-    validate(graph, site)
-    operators = sum(node.op == "call_function" for node in module.graph.nodes)
-    done = f"{site.name}: {operators} operators, {len(weights)} weights, inputs {', '.join(inputs)}"
-    return graph, Report("export", (done,))
+    positions = tuple(list(moving).index(at) for _, at in states.pairs)
+    return BlockGraph(module, weights, inputs, tuple(moving), positions), flex.done
+
+
+def _row_graph(
+    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]], error: ExportError
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """The validated graph of one row of `call`; where there is none, `error`: the batch was not what its code pins."""
+    free = {at: tuple(dim for dim in dims if dim != site.batch_dims.get(at)) for at, dims in moving.items()}
+    try:
+        graph, flex = _graph(site, states, _first_row(site, states, call), free)
+        graph = replace(graph, row_dims=tuple(site.batch_dims.get(at) for at in moving))
+        validate(graph, site)
+    except ExportError as other:
+        raise ExportError(f"{error} (nor is there a graph of a row alone: {other})") from error
+    return graph, flex
 
 
 def weight_values(graph: BlockGraph, module: nn.Module) -> list[Tensor]:
@@ -87,7 +120,8 @@ def validate(graph: BlockGraph, site: BlockSite) -> None:
     with torch.no_grad():
         for index, call in enumerate(site.calls):
             _compare(site, f"run {index}", graph, weights, call)
-        _compare(site, "a single row", graph, weights, _first_row(graph, site, site.calls[-1]))
+        states = States(tuple((k, graph.leaves[index]) for k, index in enumerate(graph.states)))
+        _compare(site, "a single row", graph, weights, _first_row(site, states, site.calls[-1]))
 
 
 def leaf_names(site: BlockSite) -> list[str]:
@@ -166,16 +200,18 @@ def _trace(site: BlockSite, states: States, call: Call, moving: Mapping[int, tup
             program = torch.export.export(flat, example, dynamic_shapes=dynamic, strict=False)
             return program.run_decompositions({})
     except Exception as error:
-        raise ExportError(f"{site.name}: {type(error).__name__}: {error}") from error
+        raise ExportError(
+            f"{site.name}: torch.export cannot follow its code: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _first_row(graph: BlockGraph, site: BlockSite, call: Call) -> Call:
+def _first_row(site: BlockSite, states: States, call: Call) -> Call:
     """The call with the first row of the batch alone; outputs that are no states are dropped."""
     leaves = tuple(
         leaf.narrow(site.batch_dims[at], 0, 1) if isinstance(leaf, Tensor) and at in site.batch_dims else leaf
         for at, leaf in enumerate(call.leaves)
     )
-    dims = [site.batch_dims[graph.leaves[index]] for index in graph.states]
+    dims = [site.batch_dims[at] for _, at in states.pairs]
     outputs = tuple(state.narrow(dim, 0, 1) for state, dim in zip(_states(call), dims, strict=True))
     return Call(leaves, call.spec, outputs, call.output_spec)
 
@@ -187,12 +223,14 @@ def _states(call: Call) -> list[Tensor]:
 def _compare(site: BlockSite, what: str, graph: BlockGraph, weights: Sequence[Tensor], call: Call) -> None:
     inputs = [leaf for leaf in (call.leaves[at] for at in graph.leaves) if isinstance(leaf, Tensor)]
     try:
-        states = graph.module(*weights, *_as_taken(graph, graph.inputs, inputs))
+        states = graph.run(graph.module, weights, _as_taken(graph, graph.inputs, inputs))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ExportError(f"{site.name}: the graph fails on {what}: {error}") from error
     for index, (given, wanted) in enumerate(zip(states, _states(call), strict=True)):
         if given.shape != wanted.shape or given.dtype != wanted.dtype:
             raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
+        if hollow(given):
+            continue
         distance = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
         if not distance <= _TOLERANCE[wanted.dtype]:
             raise ExportError(f"{site.name}: state {index} of the graph is off by {distance:.1e} on {what}")

@@ -1,7 +1,7 @@
 """The passes in order: from a model and example inputs to one graph per kind of block.
 
-    discover -> states -> dedupe -> export -> real -> mlp          (`analyse`)
-    widths -> guards -> lower                                      (passes.assemble)
+    discover -> states -> dedupe -> export -> real -> heads -> mlp -> streams          (`analyse`)
+    widths -> guards -> lower                                                          (passes.assemble)
 
 A block that a pass refuses stays in the glue as it is; its refusal says why.
 """
@@ -17,11 +17,14 @@ from passes.dedupe import group_blocks
 from passes.discover import discover
 from passes.export import ExportError, export_block, validate
 from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Report, States
+from passes.heads import one_head
 from passes.mlp import find_sites
 from passes.real import complex_to_real
 from passes.states import find_states
+from passes.streams import check_names, choose_sites
+from passes.weightless import weightless
 
-ORDER = ("discover", "states", "dedupe", "export", "real", "mlp", "widths", "guards", "lower")
+ORDER = ("discover", "states", "dedupe", "export", "real", "heads", "mlp", "streams", "widths", "guards", "lower")
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,25 @@ class Analysis:
 
 
 def analyse(
-    model: nn.Module, inputs: Mapping[str, object] | Sequence[Mapping[str, object]], timestep: str | None = None
+    model: nn.Module,
+    inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
+    timestep: str | None = None,
+    narrow: Sequence[str] | None = None,
 ) -> Analysis:
     """Find the blocks of `model`, their states, graphs and MLP sites.
 
     `inputs` are keyword arguments of the model's forward, one mapping per shape bucket; `timestep`
-    names the argument that holds the timestep where its name does not tell.
+    names the argument that holds the timestep where its name does not tell. `narrow` names the states
+    whose MLPs are sites (see passes.streams); without it all are.
+
+    Raises StreamError where `narrow` names a state that no block has.
     """
     discovery, found = discover(model, inputs, timestep)
     reports = [found]
     grouped: list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]] = []
     for sites in group_blocks(discovery.blocks):
-        grouped += _export_group(sites, discovery, reports)
+        grouped += _export_group(sites, discovery, reports, narrow)
+    check_names((graph for graph, *_ in grouped), narrow)
     kept = {site.name for *_, members in grouped for site in members}
     blocks = tuple(site for site in discovery.blocks if site.name in kept)
     position = {site.name: index for index, site in enumerate(blocks)}
@@ -74,7 +84,7 @@ def analyse(
 
 
 def _export_group(
-    sites: Sequence[BlockSite], discovery: Discovery, reports: list[Report]
+    sites: Sequence[BlockSite], discovery: Discovery, reports: list[Report], narrow: Sequence[str] | None
 ) -> list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]]:
     """Graphs that together cover `sites`: one, unless a member does not compute what the first does."""
     first, *others = sites
@@ -91,18 +101,30 @@ def _export_group(
     members, strangers = [first], list[BlockSite]()
     for site in others:
         (members if _computes(graph, site) else strangers).append(site)
-    apart = _export_group(strangers, discovery, reports) if strangers else []
+    apart = _export_group(strangers, discovery, reports, narrow) if strangers else []
     module, real = complex_to_real(graph.module)
     reports += [exported, real]
     if real.refused:
         return apart
+    module, heads = one_head(module)
+    reports.append(heads)
     graph = replace(graph, module=module)
     mlps, narrowed = find_sites(graph)
-    reports.append(narrowed)
-    return [(graph, states, mlps, members), *apart]
+    chosen, streams = choose_sites(graph, mlps, narrow)
+    reports += [_within(first, narrowed), _within(first, streams)]
+    return [(graph, states, chosen, members), *apart]
+
+
+def _within(site: BlockSite, report: Report) -> Report:
+    """The report with what it left alone named in the model instead of in the block."""
+    refused = (Refusal(f"{site.name}.{refusal.where}", refusal.reason) for refusal in report.refused)
+    return replace(report, refused=tuple(refused))
 
 
 def _computes(graph: BlockGraph, site: BlockSite) -> bool:
+    """Whether the graph gives what the block of `site` gives; without numbers, what `group_blocks` compared is all."""
+    if weightless(site.module):
+        return True
     try:
         validate(graph, site)
     except ExportError:

@@ -1,11 +1,13 @@
 """The arguments of a model's forward as a flat set of tensors and plain constants.
 
-Lists, tuples and dicts are flattened to dotted names (``x.0``); leaves are tensors or scalars.
+Lists, tuples and dicts are flattened to dotted names (``x.0``), and made of them again; leaves are tensors or scalars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +21,25 @@ IGNORED = frozenset({"return_dict"})
 """Arguments that only say how the result is wrapped."""
 
 
+OTHERS = "**"
+"""Stands among the names of a forward's arguments for all others, where it takes any."""
+
+
+def argument_names(forward: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the arguments of `forward`, in order; OTHERS comes last where it takes others by keyword."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return (*names, OTHERS) if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
+
+
 def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
     """Positional and keyword arguments by name; InputError for one the model does not take."""
-    if len(args) > len(arguments):
-        raise InputError(f"forward takes {len(arguments)} arguments, got {len(args)} by position")
-    given = dict(zip(arguments, args, strict=False))
+    own = [name for name in arguments if name != OTHERS]
+    if len(args) > len(own):
+        raise InputError(f"forward takes {len(own)} arguments, got {len(args)} by position")
+    given = dict(zip(own, args, strict=False))
     for name, value in kwargs.items():
-        if name not in arguments:
+        if name not in own and OTHERS not in arguments:
             raise InputError(f"forward takes no argument {name!r}; it takes {', '.join(arguments)}")
         if name in given:
             raise InputError(f"argument {name!r} is given twice")
@@ -58,6 +72,26 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
             _flatten(f"{name}.{key}", item, tensors, constants)
     else:
         raise InputError(f"argument {name!r} is a {type(value).__name__}: neither a tensor nor plain data")
+
+
+def unflatten(values: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments by name, of leaves by dotted name; what has the keys 0, 1, ... becomes a list."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *path, last = name.split(".")
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return {name: _lists(value) for name, value in tree.items()}
+
+
+def _lists(value: Any) -> Any:
+    if type(value) is not dict:
+        return value
+    items = {key: _lists(item) for key, item in value.items()}
+    numbers = [str(index) for index in range(len(items))]
+    return [items[key] for key in numbers] if items and items.keys() == set(numbers) else items
 
 
 def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:

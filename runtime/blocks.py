@@ -8,9 +8,10 @@ from torch import Tensor
 
 from runtime import engines
 from runtime.engines import Bound, Kernel
-from runtime.errors import BundleError, EditError
+from runtime.errors import BundleError, EditError, InnerShapeError
 from runtime.program import Program
 from runtime.routing import Routers
+from runtime.rows import RowByRow
 from runtime.spec import Block, Plan
 
 
@@ -20,10 +21,11 @@ class ReadyBlock:
     def __init__(self, plan: Plan, bound: Sequence[Bound], name: str = "") -> None:
         self.name = name
         self.plan = plan
-        self.bound = tuple(bound)
         self.states = plan.states
         self.time = plan.time
         self.batch_dims = tuple(given.batch_dim for given in plan.inputs)
+        apart = [RowByRow(one, self.batch_dims, plan.states) for one in bound] if plan.single_row else None
+        self.bound: tuple[Bound, ...] = tuple(apart or bound)
         self.state_dims = tuple(self.batch_dims[index] or 0 for index in plan.states)
         self._variants: dict[float, int] = {}
 
@@ -39,6 +41,20 @@ class ReadyBlock:
     def rows(self, inputs: Sequence[Tensor]) -> int:
         """Rows of the batch in a call with `inputs`."""
         return inputs[self.states[0]].shape[self.state_dims[0]]
+
+    def check_shapes(self, inputs: Sequence[Tensor]) -> None:
+        """InnerShapeError where an input, its rows aside, has another shape than the plan was made for."""
+        for tensor, given in zip(inputs, self.plan.inputs, strict=True):
+            pairs = enumerate(zip(given.shape, tensor.shape, strict=True))
+            if any(want not in (None, have) for dim, (want, have) in pairs if dim != given.batch_dim):
+                raise InnerShapeError(
+                    f"{given.name} of block {self.name} is {tuple(tensor.shape)}, compiled for {given.shape}: that "
+                    "depends on what the model's inputs hold, so compile with inputs of both kinds"
+                )
+
+    def calls(self, rows: int) -> int:
+        """Calls of the engine that compute `rows` rows."""
+        return rows if self.plan.single_row else 1
 
     def rows_first(self, states: Sequence[Tensor]) -> list[Tensor]:
         """`states` with the rows of the batch as dimension 0, as routers read them."""

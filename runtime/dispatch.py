@@ -59,6 +59,8 @@ class Dispatch:
         """The states of `block` after it, from its tensor inputs in plan order."""
         ready = self._blocks[block]
         states = [inputs[index] for index in ready.states]
+        if self._copies:  # the model's own Python runs between the blocks
+            ready.check_shapes(inputs)
         with self._engine.hosting(sum(state.numel() for state in states)):
             return self._answer(block, ready, inputs, states)
 
@@ -169,7 +171,7 @@ class Dispatch:
     def _compute(self, ready: ReadyBlock, width: float, inputs: Sequence[Tensor], rows: int) -> list[Tensor]:
         variant = ready.variant_for(width)
         after = ready.bound[variant](inputs)
-        self._engine_calls += 1
+        self._engine_calls += ready.calls(rows)
         self._count(ready, 1.0, rows, variant)
         return after
 
@@ -182,7 +184,7 @@ class Dispatch:
         done = None if variant is None else self._costs.get((plan.id, variant))
         if done is not None:
             self._flops += rows * done.flops
-            self._bytes += done.weight_bytes + rows * done.row_bytes
+            self._bytes += ready.calls(rows) * done.weight_bytes + rows * done.row_bytes
 
 
 def _check_held(bank: Residuals, rows: Sequence[int]) -> None:

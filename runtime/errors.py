@@ -27,5 +27,9 @@ class ShapeError(InputError):
     """The input shapes (or constants) are none of those that were compiled."""
 
 
+class InnerShapeError(ShapeError):
+    """A block was called with other shapes than it was compiled for: they depend on what its model's inputs hold."""
+
+
 class BusyError(EditError):
     """The same request is running in another thread."""

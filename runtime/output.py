@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from torch import Tensor
+Part = Any
+"""A tensor, or a list of one tensor for each sample."""
 
 
 class Config(dict[str, Any]):
@@ -26,21 +27,21 @@ class Config(dict[str, Any]):
 class Output:
     """Outputs of a forward by attribute (``.sample``), by name and by position."""
 
-    def __init__(self, items: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, items: Iterable[tuple[str, Part]]) -> None:
         self._items = dict(items)
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Part:
         try:
             return self.__dict__["_items"][name]
         except KeyError:
             raise AttributeError(f"the output has no {name!r}") from None
 
-    def __getitem__(self, key: int | str) -> Tensor:
+    def __getitem__(self, key: int | str) -> Part:
         return self._items[key] if isinstance(key, str) else self.to_tuple()[key]
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
+    def to_tuple(self) -> tuple[Part, ...]:
         """The outputs in order."""
         return tuple(self._items.values())

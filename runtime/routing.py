@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime.router import sinusoid
+from runtime.router import activated, read_streams, rows_of_steps, sinusoid
 from runtime.spec import RouterConfig
 
 
@@ -22,6 +22,7 @@ class FoldedRouter:
     def __init__(self, config: RouterConfig, parameters: Mapping[str, Tensor]) -> None:
         self._eps = config.eps
         self._activation = getattr(F, config.activation)
+        self._time_activation = config.time_activation
         self._weight = parameters["hidden.weight"]
         self._bias = parameters["hidden.bias"]
         self._heads = torch.cat([parameters["gate.weight"], parameters["width.weight"]])
@@ -36,17 +37,18 @@ class FoldedRouter:
     def __call__(self, states: Sequence[Tensor], time: Tensor) -> Tensor:
         """Logits (B, 1 + |S|) of the gate and the widths.
 
-        `states` are (B, L_i, D), `time` (B, E) or (1, E); the result has the router's dtype.
+        `states` are all of the block's (`runtime.router.read_streams` are read), `time` is (B, E) or (1, E); the result
+        has the router's dtype.
         """
         weight, bias = self._modulated(time)
-        hidden = self._pool(states, weight, bias)
+        hidden = self._pool(read_streams(states), weight, bias)
         return F.linear(hidden, self._heads, self._heads_bias)
 
     def _modulated(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """(1 + gamma) W (B, H_r, D) and delta W + b (B, H_r), of equation 4 put into 5."""
         if not self._modulation:
             return self._weight[None], self._bias[None]
-        modulation = time.to(self._weight.dtype)
+        modulation = activated(time.to(self._weight.dtype), self._time_activation)
         for weight, bias in self._modulation:
             modulation = F.linear(modulation, weight, bias)
         gamma, delta = modulation.chunk(2, dim=1)
@@ -63,11 +65,11 @@ class FoldedRouter:
         return (total / sum(stream.shape[1] for stream in streams)).to(weight.dtype)
 
 
-def _project(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _project(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b for tokens (B, L, D), with W (B or 1, H_r, D) and b (B or 1, H_r) of each row's own."""
     if weight.shape[0] == 1:
-        return F.linear(tokens, weight[0], bias[0])
-    return torch.baddbmm(bias[:, None], tokens, weight.transpose(1, 2))
+        return F.linear(stream, weight[0], bias[0])
+    return torch.baddbmm(bias[:, None], stream, weight.transpose(1, 2))
 
 
 class Routers:
@@ -82,9 +84,9 @@ class Routers:
             grouped[int(index)][name] = tensor
         self._routers = [FoldedRouter(config, own) for own in grouped]
 
-    def embed(self, timestep: Tensor) -> Tensor:
-        """Sinusoidal embedding (B, time_dim) of `timestep` (B,) or ()."""
-        return sinusoid(timestep.reshape(-1), self.config.time_dim)
+    def embed(self, timestep: Tensor, rows: int) -> Tensor:
+        """Sinusoidal embedding (rows, time_dim) or (1, time_dim) of the timestep of a batch of `rows`."""
+        return sinusoid(rows_of_steps(timestep, rows), self.config.time_dim)
 
     def __call__(self, block: int, states: Sequence[Tensor], time: Tensor) -> Tensor:
         """Logits (B, 1 + |S|) of `block`'s router."""

@@ -17,15 +17,19 @@ SCHEMA = 1
 class RouterConfig:
     """Form of a router (paper section 3.2, equations 4-6); all routers of a model share it.
 
+    A router reads the states of its block that are as wide as the first, joined along tokens.
     `hidden` is H_r. `activation` names a function of `torch.nn.functional`. `modulation` is
     "full" (time embedding -> 2D), "low_rank" (through `rank`) or "none" (gamma = delta = 0, the
-    router sees time only through the tokens). `time_dim` is the width of the sinusoidal embedding
-    used for blocks whose inputs hold no time embedding. `widths` is S, ascending, ending in 1.
+    router sees time only through the tokens). `time_activation` names a function of
+    `torch.nn.functional` that the time embedding goes through before that; None leaves it
+    as it is. `time_dim` is the width of the sinusoidal embedding used for blocks whose inputs hold
+    no time embedding. `widths` is S, ascending, ending in 1.
     """
 
     hidden: int = 128
     activation: str = "silu"
     modulation: str = "full"
+    time_activation: str | None = None
     rank: int = 16
     time_dim: int = 256
     eps: float = 1e-6
@@ -65,7 +69,8 @@ class Plan:
 
     Called as ``plan(*weights, *inputs) -> tuple(states)``: output k continues input
     ``inputs[states[k]]`` with equal shape and dtype. `time` indexes the input that is the time
-    embedding (B, E) of the router, None where the block has none. Files of a variant:
+    embedding (B, E) of the router, None where the block has none. With `single_row` it takes one row
+    of the batch per call (shapes have 1 where they would have the batch). Files of a variant:
     ``plans/<id>-w<percent>.onnx`` and ``plans/<id>-w<percent>.pt2``.
     """
 
@@ -76,6 +81,7 @@ class Plan:
     time: int | None
     weights: tuple[str, ...]
     variants: tuple[Variant, ...]
+    single_row: bool = False
 
     def variant_at(self, width: float) -> int:
         """Index of the variant for `width`; the full one where the plan has no MLP to narrow."""
@@ -127,8 +133,8 @@ class Glue:
 
     `file` is ``glue/<id>.pt2``, called as ``glue(*weights, *inputs) -> tuple(outputs)``; None for
     a hosted glue (the model's own forward). `constants` are the non-tensor arguments it was traced
-    with. `outputs` names what the model gives; empty where it gives one bare tensor. `flops` is the
-    work of the glue itself per row, `costs` that of the blocks.
+    with. `outputs` names what the model gives: nothing where that is one bare tensor, positions where it
+    is a tuple and nothing else. `flops` is the work of the glue itself per row, `costs` that of the blocks.
     """
 
     id: str
@@ -153,7 +159,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All a bundle says of itself. `arguments` are the names of the model's forward, in order."""
+    """All a bundle says of itself. `arguments` are the names of the model's forward, in order.
+
+    `attributes` are the model's own plain ones beside its configuration, which some pipelines read.
+    """
 
     schema: int
     model: str
@@ -169,3 +178,4 @@ class Manifest:
     policy: Policy
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)

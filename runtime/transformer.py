@@ -15,7 +15,7 @@ from runtime import arguments, bundle, pt2
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
 from runtime.dispatch import Costs, Dispatch
-from runtime.errors import EditError, InputError
+from runtime.errors import EditError, InnerShapeError, InputError
 from runtime.guard import answering
 from runtime.output import Config, Output
 from runtime.policy import Decider, RoutingPolicy
@@ -125,8 +125,11 @@ class CompiledTransformer(nn.Module):
         """Context manager: calls inside belong to the request `name`, whatever thread they are in."""
         return named_request(str(name))
 
-    def cache_context(self, name: str) -> Any:
-        """Context manager: calls inside use the residuals of the cache context `name` (diffusers)."""
+    def cache_context(self, name: str, **progress: object) -> Any:
+        """Context manager: calls inside use the residuals of the cache context `name` (diffusers).
+
+        `progress` is what a pipeline tells of where its loop is; the timestep of the calls says it all.
+        """
         return cache_context(name)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
@@ -149,13 +152,18 @@ class CompiledTransformer(nn.Module):
         Raises InputError for an unknown, missing or unusable argument, ShapeError for shapes or
         constants that were not compiled (unless there is a tracer).
         """
-        if self._loaded is None:
-            if args:
-                raise InputError("the first call of a lazily compiled transformer takes keyword arguments only")
-            given = dict(kwargs)
-        else:
-            given = arguments.named(self._loaded.program.manifest.arguments, args, kwargs)
+        given = arguments.named(self._argument_names(kwargs) if args or self._loaded else tuple(kwargs), args, kwargs)
         _refuse_adapters(given)
+        try:
+            return self._call(given)
+        except InnerShapeError:
+            if self._tracer is None:
+                raise
+        with self._lock:
+            self._trace(self._tracer, given)
+        return self._call(given)
+
+    def _call(self, given: Mapping[str, object]) -> Any:
         tensors, constants = arguments.flatten(given)
         loaded, glue = self._find(given, tensors, constants)
         arguments.check_tensors(glue, tensors, loaded.device)
@@ -185,9 +193,9 @@ class CompiledTransformer(nn.Module):
         outputs = loaded.glue(glue)(*(tensors[i.name] for i in glue.inputs))
         if not glue.outputs:
             return outputs[0]
-        if given.get("return_dict", True):
-            return Output(zip(glue.outputs, outputs, strict=True))
-        return tuple(outputs)
+        named = arguments.unflatten(dict(zip(glue.outputs, outputs, strict=True)))
+        plain = all(name.isdigit() for name in named)
+        return tuple(named.values()) if plain or not given.get("return_dict", True) else Output(named.items())
 
     def _find(
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
@@ -198,13 +206,16 @@ class CompiledTransformer(nn.Module):
             with self._lock:
                 found = _search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
                 if found is None:
-                    self._loaded = _Loaded(self._tracer(given), self.engine)
-                    self._requests.clear()  # its blocks may be counted otherwise
+                    self._trace(self._tracer, given)
                     found = _search(self._loaded, tensors, constants)
         if found is None:
             glues = () if self._loaded is None else self._loaded.program.manifest.glues
             raise arguments.explain(glues, tensors, constants)
         return found
+
+    def _trace(self, tracer: Tracer, given: Mapping[str, object]) -> None:
+        self._loaded = _Loaded(tracer(given), self.engine)
+        self._requests.clear()  # its blocks may be counted otherwise
 
     def _count(self, done: Counters, glue: Glue, rows: int) -> None:
         own = rows * glue.flops
@@ -235,6 +246,30 @@ class CompiledTransformer(nn.Module):
         with self._lock:
             self._loaded = _Loaded(replace(program, weights=weights, routers=routers), self.engine)
         self._requests.clear()
+
+    def _argument_names(self, kwargs: Mapping[str, object]) -> tuple[str, ...]:
+        """What the forward takes; as long as nothing tells, what it is given by name."""
+        if self._loaded is not None:
+            return self._loaded.program.manifest.arguments
+        return tuple(kwargs) if self._eager[0] is None else arguments.argument_names(self._eager[0].forward)
+
+    def __getattr__(self, name: str) -> Any:
+        """What pipelines read from a model: its plain attributes, its configuration, and its parts without weights.
+
+        The last are known only as long as the model is beside the program. AttributeError for all else: a method
+        or a part of the model would act on weights that are not those that run.
+        """
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        if self._loaded is not None:
+            manifest = self._loaded.program.manifest
+            for known in (manifest.attributes, manifest.config):
+                if name in known:
+                    return known[name]
+        part = getattr(self._eager[0], name, None)
+        if isinstance(part, nn.Module) and next(part.parameters(), None) is None:
+            return part
+        raise AttributeError(f"a compiled transformer has no attribute {name!r}")
 
     def _eager_value(self, name: str) -> Any:
         if self._eager[0] is None:

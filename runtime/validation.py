@@ -63,6 +63,10 @@ def _check_plan(plan: Plan) -> None:
     _need(bool(plan.states), f"{where} has no states")
     for index in (*plan.states, *(() if plan.time is None else (plan.time,))):
         _need(0 <= index < len(plan.inputs), f"{where} has no input {index}")
+    _need(
+        not plan.single_row or all(plan.inputs[index].batch_dim is not None for index in plan.states),
+        f"{where} takes one row per call, but one of its states has no rows",
+    )
     _check_widths([variant.width for variant in plan.variants], where)
     for variant in plan.variants:
         _need(
@@ -103,6 +107,10 @@ def _check_weights(keys: Sequence[str], weights: Mapping[str, Tensor], where: st
 
 def _check_router(router: RouterConfig) -> None:
     _need(router.activation in ACTIVATIONS, f"the router's activation {router.activation!r} is none that is known")
+    _need(
+        router.time_activation is None or router.time_activation in ACTIVATIONS,
+        f"the router's time_activation {router.time_activation!r} is none that is known",
+    )
     _need(
         router.modulation in {"full", "low_rank", "none"}, f"the router's modulation {router.modulation!r} is not known"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ CHANGES = [
     (put("dtype", to="float33"), "the model.*float33"),
     (put("widths", to=[0.5, 0.25, 1.0]), "widths of the manifest"),
     (put("router", "activation", to="dropout"), "dropout"),
+    (put("router", "time_activation", to="dropout"), "time_activation 'dropout'"),
     (put("router", "modulation", to="none at all"), "none at all"),
     (put("router", "widths", to=[0.25, 0.5]), "widths of the router"),
     (put("router", to=None), "no router is described"),
@@ -68,3 +70,14 @@ def test_what_does_not_fit_is_named(saved: Path, change: Callable[[Any], None], 
     finally:
         (saved / "manifest.json").write_text(whole)
     bundle.load(saved)
+
+
+def test_a_router_written_before_time_had_an_activation_has_none(saved: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "model.edit"
+    shutil.copytree(saved, copied)
+    manifest = json.loads((copied / bundle.MANIFEST).read_text())
+    del manifest["router"]["time_activation"]
+    (copied / bundle.MANIFEST).write_text(json.dumps(manifest))
+    router = bundle.load(copied).manifest.router
+    assert router is not None
+    assert router.time_activation is None

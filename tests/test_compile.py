@@ -179,8 +179,8 @@ def test_dry_run_reports_plans_and_refusals() -> None:
     assert full.hidden == (512, 512)
     assert report.router_parameters > 0
     refused = {refusal.where for _, refusal in report.refused}
-    assert "norm1.linear.weight" in refused
-    assert "norm1.linear.weight" in str(report)
+    assert "transformer_blocks.0.norm1.linear.weight" in refused
+    assert "transformer_blocks.0.norm1.linear.weight" in str(report)
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime.router import Router, sinusoid
+from runtime.router import Router, rows_of_steps, sinusoid
 from runtime.spec import RouterConfig
 
 
@@ -80,7 +80,16 @@ def test_sinusoid_is_distinct_and_bounded():
     assert (embedding[1] - embedding[2]).norm() > 1
 
 
-@pytest.mark.parametrize("change", [{"modulation": "film"}, {"activation": "no_such"}])
+def test_a_timestep_for_every_row():
+    assert rows_of_steps(torch.tensor([3, 1]), 2).tolist() == [3, 1]
+    assert rows_of_steps(torch.tensor([[3.0, 1.0], [0.0, 4.0]]), 2).tolist() == [2, 2]
+    assert rows_of_steps(torch.tensor([9.0, 3.0, 0.0]), 2).tolist() == [4]
+    assert rows_of_steps(torch.tensor(5), 2).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "change", [{"modulation": "film"}, {"activation": "no_such"}, {"time_activation": "none_such"}]
+)
 def test_unknown_forms_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change.values()))):
         Router(RouterConfig(**change), 8, 8)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,20 @@ def test_folded_equals_the_router(modulation: str, activation: str, tokens: tupl
         torch.testing.assert_close(logits, torch.cat([gate[:, None], width], 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("modulation", ["full", "low_rank"])
+def test_the_time_embedding_goes_through_its_activation(modulation: str) -> None:
+    plain = RouterConfig(hidden=16, modulation=modulation, rank=4)
+    config = replace(plain, time_activation="relu")
+    router = randomised(Router(config, D, E))
+    states, time = [torch.randn(2, 30, D)], torch.randn(2, E)
+    with torch.no_grad():
+        gate, width = router(states, time)
+        folded, of_relu = FoldedRouter(config, router.state_dict()), FoldedRouter(plain, router.state_dict())
+        torch.testing.assert_close(folded(states, time), torch.cat([gate[:, None], width], 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(folded(states, time), of_relu(states, time.clamp(min=0)))
+        assert not torch.allclose(folded(states, time), of_relu(states, time), rtol=1e-2)
+
+
 def test_strided_states_are_read_as_they_are() -> None:
     config = RouterConfig(hidden=16)
     router = randomised(Router(config, D, E))
@@ -41,6 +57,18 @@ def test_strided_states_are_read_as_they_are() -> None:
         gate, _ = router([joined], time)
         logits = FoldedRouter(config, router.state_dict())(parts, time)
     torch.testing.assert_close(logits[:, 0], gate, rtol=1e-4, atol=1e-5)
+
+
+def test_dimensions_between_rows_and_channels_are_tokens() -> None:
+    config = RouterConfig(hidden=16)
+    router = randomised(Router(config, D, E))
+    tall, flat, time = torch.randn(2, 3, 4, D), torch.randn(2, 5, D), torch.randn(2, E)
+    with torch.no_grad():
+        expected = router([tall.flatten(1, 2), flat], time)
+        gate, width = router([tall, flat], time)
+        logits = FoldedRouter(config, router.state_dict())([tall, flat], time)
+    torch.testing.assert_close(gate, expected[0])
+    torch.testing.assert_close(logits, torch.cat([gate[:, None], width], 1), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -70,9 +98,9 @@ def test_routers_belong_to_their_blocks() -> None:
     parameters = {f"{i}.{name}": t for i, r in enumerate(routers) for name, t in r.state_dict().items()}
     folded = Routers(config, 12, parameters)
     states, timestep = [torch.randn(2, 5, D)], torch.tensor([0.7, 0.3])
-    torch.testing.assert_close(folded.embed(timestep), sinusoid(timestep, 6))
+    torch.testing.assert_close(folded.embed(timestep, 2), sinusoid(timestep, 6))
     for index in (1, 10, 11):
         with torch.no_grad():
-            gate, _ = routers[index](states, folded.embed(timestep))
-            logits = folded(index, states, folded.embed(timestep))
+            gate, _ = routers[index](states, folded.embed(timestep, 2))
+            logits = folded(index, states, folded.embed(timestep, 2))
         torch.testing.assert_close(logits[:, 0], gate, rtol=1e-4, atol=1e-5)
