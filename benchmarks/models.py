@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -62,7 +62,7 @@ def compile_class(name: str) -> Row:
     try:
         checked = check(name)
     except Exception as error:
-        return Row(name, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        return Row(name, " ".join(f"{type(error).__name__}: {error}".split())[:300])
     analysis, manifest = checked.analysis, checked.manifest
     return Row(
         name,
@@ -110,9 +110,12 @@ def _refusals(reports: Iterable[Report], analysis: Analysis) -> Iterable[tuple[s
             yield from ((r.where, r.reason.splitlines()[0]) for r in report.refused if r.where not in found)
 
 
-def render(rows: list[Row], machine: Mapping[str, str], left_out: Mapping[str, str]) -> str:
+def render(
+    rows: list[Row], machine: Mapping[str, str], left_out: Mapping[str, str], missing: Sequence[str] = ()
+) -> str:
     """docs/models.md."""
     done = [row for row in rows if row.error is None]
+    seconds = median([row.seconds for row in done] or [0.0])
     alone = sum(row.standalone for row in done)
     lines = [
         "# Models",
@@ -124,7 +127,7 @@ def render(rows: list[Row], machine: Mapping[str, str], left_out: Mapping[str, s
         "",
         f"**{len(done)} of {len(rows)} compile, {alone} of them standalone** (the bundle needs no model code; in the "
         f"others the model's own forward hosts the guards). Compiling for both engines took a median of "
-        f"{median(row.seconds for row in done):.0f} s ({summary(machine)}, one core per model).",
+        f"{seconds:.0f} s ({summary(machine)}, one core per model).",
         "",
         "MLPs: hidden channels in each kind of block; a GLU is made by two maps, a fused MLP is read together with "
         "other channels. FLOPs left: at FLUX's budget, half of the blocks at a mean width of 0.6; tiny models have "
@@ -133,6 +136,7 @@ def render(rows: list[Row], machine: Mapping[str, str], left_out: Mapping[str, s
         "| class | blocks | states | MLPs | plans | bundle | FLOPs left |",
         "|---|---|---|---|---|---|---|",
         *map(_line, rows),
+        *(f"| {name} | not run yet | | | | | |" for name in missing),
         "",
         "## Left as they are",
         "",
@@ -179,6 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("classes", nargs="*", metavar="CLASS")
     asked = parser.parse_args().classes or sorted(CASES)
+    unknown = [name for name in asked if name not in CASES]
+    if unknown:
+        parser.error(f"the zoo has no {unknown[0]}")
     held = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = {row["name"]: Row(**row) for row in held if row["name"] in CASES and row["name"] not in asked}
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -187,15 +194,19 @@ def main() -> None:
         for future in as_completed([pool.submit(compile_class, name) for name in asked]):
             row = future.result()
             rows[row.name] = row
+            write(rows, LEFT_OUT, sorted(set(CASES) - set(rows)))
             progress.console.print(f"{row.name}: {row.error or f'{row.plans} plans, {row.seconds:.0f} s'}")
             progress.advance(task)
-    ordered = [rows[name] for name in sorted(rows)]
-    machine = describe_machine()
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
-    DOCUMENT.write_text(render(ordered, machine, LEFT_OUT))
-    failed = [row for row in ordered if row.error is not None]
-    console.print(f"{len(ordered) - len(failed)} of {len(ordered)} compile; wrote {DOCUMENT.relative_to(ROOT)}")
+    failed = [row for row in rows.values() if row.error is not None]
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} compile; wrote {DOCUMENT.relative_to(ROOT)}")
     sys.exit(1 if failed else 0)
+
+
+def write(rows: Mapping[str, Row], left_out: Mapping[str, str], missing: Sequence[str]) -> None:
+    """Both files, from the rows so far; `missing` classes have none yet."""
+    ordered, machine = [rows[name] for name in sorted(rows)], describe_machine()
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
+    DOCUMENT.write_text(render(ordered, machine, left_out, missing))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
         return f"leaf {inputs} of its arguments does not hold one row per sample in one dimension"
     outputs = _packings([call.outputs for call in calls], batches, strict=False)
     assert not isinstance(outputs, int)
+    if any(packing is not None and packing.shared for packing in outputs):
+        return "returns rows that all samples share: no sample could skip it alone"
     return Adapter(inputs, outputs, calls[0].spec)
 
 

@@ -1,7 +1,7 @@
 """An exported program as a plain graph: functional operators, and placeholders with readable names.
 
 Removed: runtime assertions (what they assert was seen to hold in every recorded run) and what only
-they used; slices of everything. Rewritten: ``view(x, s) = reshape(x, s)``, which asks nothing of
+they used; slices of everything; squeezes of nothing. Rewritten: ``view(x, s) = reshape(x, s)``, which asks nothing of
 strides. Refused: a program that writes to an input or a buffer, and one that calls a graph within the
 graph.
 """
@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 CONSTANT = "constant."
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain_range")
+_SQUEEZES = (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
@@ -58,6 +59,9 @@ def _clean(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target is torch.ops.aten.slice.Tensor and tuple(node.args[2:]) == (0, sys.maxsize):
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in _SQUEEZES and node.meta["val"].dim() == node.args[0].meta["val"].dim():
+            node.replace_all_uses_with(node.args[0])  # nothing to squeeze, but ONNX would insist
             graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = torch.ops.aten.reshape.default

@@ -254,6 +254,16 @@ def test_other_forms_are_refused(odd: Callable[[Tensor], Tensor]) -> None:
     assert "leaf 2 of its arguments does not hold one row per sample" in refused[0]
 
 
+def test_shared_rows_in_a_result_are_refused() -> None:
+    def call(block: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
+        ones = torch.ones(1, DIM)
+        return block(torch.cat([torch.ones(1, TOKENS, DIM), x]), torch.cat([ones, vector]))[1:]
+
+    found, refused = around(Mlp(), call)
+    assert found == ()
+    assert "rows that all samples share" in refused[0]
+
+
 def call_of(*leaves: Tensor) -> Call:
     leaf, spec = pytree.tree_flatten((leaves, {}))
     return Call(tuple(leaf), spec, (leaves[0],), pytree.tree_flatten(leaves[0])[1])

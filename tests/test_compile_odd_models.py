@@ -11,7 +11,7 @@ from runtime.errors import InnerShapeError
 from runtime.transformer import CompiledTransformer
 from tests.models import PlainDiT, noise, randomised
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* has no routers:UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* has no routers:UserWarning")]
 
 
 class Trimmed(PlainDiT):
