@@ -66,7 +66,7 @@ def compile_class(name: str) -> Row:
     analysis, manifest = checked.analysis, checked.manifest
     return Row(
         name,
-        lists=Counter(site.name.rpartition(".")[0] for site in analysis.discovery.blocks),
+        lists=dict(Counter(site.name.rpartition(".")[0] for site in analysis.discovery.blocks)),
         states=tuple(dict.fromkeys(", ".join(_streams(group)) for group in analysis.groups)),
         mlps=tuple(dict.fromkeys(", ".join(map(kind_of, group.sites)) or "none" for group in analysis.groups)),
         plans=len(manifest.plans),
