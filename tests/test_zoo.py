@@ -14,7 +14,7 @@ from benchmarks.models import DOCUMENT, flops_left, kind_of
 from tests.catalogue import check
 from tests.zoo import CASES, LEFT_OUT
 
-QUICK = ("WanTransformer3DModel", "PriorTransformer", "SanaTransformer2DModel")
+QUICK = ("WanTransformer3DModel", "PriorTransformer")
 
 
 def all_classes() -> set[str]:
