@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -189,10 +188,9 @@ def main() -> None:
     held = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = {row["name"]: Row(**row) for row in held if row["name"] in CASES and row["name"] not in asked}
     os.environ["OMP_NUM_THREADS"] = "1"
-    with Progress() as progress, ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with Progress() as progress, get_context("spawn").Pool(2, maxtasksperchild=8) as pool:
         task = progress.add_task("compiling", total=len(asked))
-        for future in as_completed([pool.submit(compile_class, name) for name in asked]):
-            row = future.result()
+        for row in pool.imap_unordered(compile_class, asked):
             rows[row.name] = row
             write(rows, LEFT_OUT, sorted(set(CASES) - set(rows)))
             progress.console.print(f"{row.name}: {row.error or f'{row.plans} plans, {row.seconds:.0f} s'}")
