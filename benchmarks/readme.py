@@ -61,9 +61,10 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("flux_mid.json"))}
-    README.write_text(with_figures(README.read_text(), [figures(results) for results in found.values()]))
-    sys.stdout.write(f"{README}: figures of {', '.join(found) or 'no results'}\n")
+    path = RESULTS / "flux_mid.json"
+    tables = [figures(json.loads(path.read_text()))] if path.exists() else []
+    README.write_text(with_figures(README.read_text(), tables))
+    sys.stdout.write(f"{README}: figures of {path.stem if tables else 'no results'}\n")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from passes.check import check_open, check_widths, glue_outputs, hosted_outputs
 from passes.cost import glue_flops, hosted_flops, variant_cost
 from passes.dedupe import plan_id
 from passes.export import weight_values
-from passes.graph import Discovery, PlanGraph, Refusal, Report, Run
+from passes.graph import PlanGraph, Report, Run
 from passes.guards import (
     GlueGraph,
     GuardError,
     guard_glue,
     guarded_copy,
+    hosted_report,
     moving_dims,
     tensor_arguments,
 )
@@ -122,7 +123,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
     guarded = guarded_copy(discovery, [group.states for group in owners], [group.graph for group in owners])
     open_gates = partial(_full_width, planned, blocks, dict(weights))
     glues, reports = [], []
-    for bucket, (given, doubled) in enumerate(_bucket_runs(discovery)):
+    for bucket, (given, doubled) in enumerate(discovery.buckets):
         costs = _costs(planned, bucket)
         try:
             graph, shown, report = guard_glue(guarded, given, doubled)
@@ -130,7 +131,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
             for run in (doubled, given):
                 check_open(hosted_outputs(guarded, run), run, discovery.model, open_gates)
             glues.append(_hosted(guarded, f"{bucket}", given, doubled, costs))
-            reports.append(Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),)))
+            reports.append(hosted_report(error))
             continue
         for run in {id(run): run for run in (shown, given)}.values():
             check_open(glue_outputs(graph, run), run, discovery.model, open_gates)
@@ -154,7 +155,7 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
     leaves, single = group.graph.leaves, group.graph.row_dims is not None
     inputs = []
     for name, leaf in zip(group.graph.inputs, leaves, strict=True):
-        (*seen,) = (as_real(call.leaves[leaf]) for call in site.calls)
+        seen = [as_real(call.leaves[leaf]) for call in site.calls]
         if single:
             seen = [one_row([value], [site.batch_dims.get(leaf)])[0] for value in seen]
         shape = tuple(
@@ -219,12 +220,6 @@ def _full_width(
 ) -> list[Tensor]:
     item = next(item for item in planned if item.plan.id == blocks[index].plan)
     return item.graph.block.run(item.graph.variants[-1], [weights[key] for key in blocks[index].weights], inputs)
-
-
-def _bucket_runs(discovery: Discovery) -> list[tuple[Run, Run]]:
-    """(as given, doubled) for each bucket."""
-    half = len(discovery.runs) // 2
-    return list(zip(discovery.runs[:half], discovery.runs[half:], strict=True))
 
 
 def _costs(planned: Sequence[Planned], bucket: int) -> tuple[Cost, ...]:

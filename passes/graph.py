@@ -84,6 +84,12 @@ class Discovery:
     timestep: str
     samples: Samples | None = None
 
+    @property
+    def buckets(self) -> tuple[tuple[Run, Run], ...]:
+        """(as given, doubled) for each shape bucket."""
+        half = len(self.runs) // 2
+        return tuple(zip(self.runs[:half], self.runs[half:], strict=True))
+
 
 @dataclass(frozen=True)
 class States:

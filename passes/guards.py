@@ -28,7 +28,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from passes.adapt import split_leaves
-from passes.graph import BlockGraph, Call, Discovery, Report, Run, States
+from passes.graph import BlockGraph, Call, Discovery, Refusal, Report, Run, States
 from passes.packing import Adapter, Samples
 from passes.real import as_real
 from runtime.arguments import flatten
@@ -130,6 +130,11 @@ def guard_glue(guarded: nn.Module, given: Run, doubled: Run) -> tuple[GlueGraph,
                 return glue, doubled, report
     glue, report = _export_glue(guarded, given, {})
     return glue, given, report
+
+
+def hosted_report(error: GuardError) -> Report:
+    """That the model itself serves as glue, since its glue could not be exported."""
+    return Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),))
 
 
 def moving_dims(run: Run, other: Run) -> dict[str, list[int]]:

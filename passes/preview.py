@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.graph import Refusal, Report
-from passes.guards import GuardError, guard_glue, guarded_copy
+from passes.graph import Report
+from passes.guards import GuardError, guard_glue, guarded_copy, hosted_report
 from passes.pipeline import Analysis
 
 
@@ -13,10 +13,10 @@ def preview_glue(analysis: Analysis) -> tuple[Report, ...]:
         return ()
     owners = [analysis.groups[owner] for owner in analysis.group_of]
     guarded = guarded_copy(analysis.discovery, [group.states for group in owners], [group.graph for group in owners])
-    reports, runs = [], analysis.discovery.runs
-    for given, doubled in zip(runs[: len(runs) // 2], runs[len(runs) // 2 :], strict=True):
+    reports = []
+    for given, doubled in analysis.discovery.buckets:
         try:
             reports.append(guard_glue(guarded, given, doubled)[-1])
         except GuardError as error:
-            reports.append(Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),)))
+            reports.append(hosted_report(error))
     return tuple(reports)
