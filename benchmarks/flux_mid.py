@@ -97,7 +97,7 @@ class Shape:
         return {name: tensor.to(model.dtype) for name, tensor in tensors.items()} | ids | {"return_dict": False}
 
 
-MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text=128, steps=6, repeats=2)
+MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text=128, steps=6, repeats=4)
 SMALL = Shape("flux-small", double=1, single=2, heads=2, head_dim=32, side=4, text=8, steps=3, repeats=2)
 
 
@@ -166,7 +166,7 @@ class DispatchCost:
     """P3: what a guard costs when its block is skipped, in microseconds.
 
     `routed_us` with the router, `unrouted_us` without (the guard alone), `glue_ms` the glue with guards that answer at
-    once, which both are less of.
+    once. Each round's glue is taken from the same round's steps, so that a machine that drifts does not show.
     """
 
     routed_us: float
@@ -188,10 +188,9 @@ def dispatch_cost(compiled: CompiledTransformer, inputs: dict[str, Any], repeats
     calls = {name: [partial(skipping, policy)] for name, policy in policies.items()}
     calls["glue"] = [partial(_glue_alone(compiled), inputs)]
     with torch.no_grad():
-        seconds = interleaved(calls, 20 * repeats, warmup=3)
-    median = {name: Spread.of(values).median for name, values in seconds.items()}
-    per_guard = {name: (median[name] - median["glue"]) / guards * 1e6 for name in policies}
-    return DispatchCost(per_guard["routed"], per_guard["unrouted"], median["glue"] * 1e3)
+        seconds = interleaved(calls, 25 * repeats, warmup=3)
+    per_guard = {name: Spread.of(seconds[name] - seconds["glue"]).median / guards * 1e6 for name in policies}
+    return DispatchCost(per_guard["routed"], per_guard["unrouted"], Spread.of(seconds["glue"]).median * 1e3)
 
 
 def against_inductor(
@@ -295,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy model: shows that the code runs, nothing more")
     parser.add_argument("--inductor", action="store_true", help="P6: also compare with torch.compile (minutes)")
-    parser.add_argument("--runs", nargs="+", default=["float32:onnxruntime", "float32:torch"])
+    parser.add_argument("--runs", nargs="+", default=["float32:onnxruntime", "float32:torch", "float32:torch:low_rank"])
     parser.add_argument("--steps", type=int, help="steps of a request")
     parser.add_argument("--repeats", type=int, help="timed requests")
     parser.add_argument("--output", type=Path, default=RESULTS)

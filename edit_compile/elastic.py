@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, fill_routers, find_layout
 from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
+from passes.experts import dense_experts
 from passes.packing import Packing
 from runtime.policy import RoutingPolicy
 from runtime.router import Router, rows_of_steps, sinusoid
@@ -78,6 +79,7 @@ class ElasticTransformer(nn.Module):
         self.routing: Routing | None = None
         self._forward: _Forward | None = None
         self._handles: list[RemovableHandle] = []
+        self._experts: dict[str, nn.Module] = {}
 
     @property
     def timestep(self) -> str | None:
@@ -128,12 +130,15 @@ class ElasticTransformer(nn.Module):
 
     def _hook(self) -> None:
         self._unhook()
+        self._experts = {}
         for index, block in enumerate(self.layout.blocks if self.layout else ()):
             module = self.model.get_submodule(block.name)
             self._handles.append(module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True))
+            for name in block.experts:
+                self._experts[f"{block.name}.{name}"] = module.get_submodule(name)
             for mask in block.masks:
                 down = module.get_submodule(mask.module)
-                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask, block)))
+                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask)))
             self._handles.append(module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +152,8 @@ class ElasticTransformer(nn.Module):
         assert self.layout is not None
         self._forward = _Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
         try:
-            output = self.model(**kwargs)
+            with dense_experts(self._experts):
+                output = self.model(**kwargs)
             self.routing = self._forward.routing(self.config.widths)
         finally:
             self._forward = None
@@ -225,13 +231,10 @@ class _BeforeBlock:
 
 
 class _BeforeDown:
-    """Masks the hidden channels at the input of an MLP's down-projection (equation 13).
+    """Masks the hidden channels at the input of an MLP's down-projection (equation 13)."""
 
-    Its rows are those of the block's states: a row's mask applies to every row of its sample.
-    """
-
-    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput, layout: BlockLayout) -> None:
-        self.elastic, self.mask, self.rows = elastic, mask, layout.packing(0)
+    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput) -> None:
+        self.elastic, self.mask = elastic, mask
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         forward = self.elastic._forward
@@ -239,9 +242,9 @@ class _BeforeDown:
             return None
         (value,) = args
         choice = forward.choices[-1][1]
-        dim, rows = self.rows.dim, len(choice)
+        dim, rows = self.mask.packing.dim, len(choice)
         size = value.shape[dim]
-        if size != rows and not (self.rows.folded and size % rows == 0):
+        if size != rows and not (self.mask.packing.folded and size % rows == 0):
             raise ElasticError(
                 f"{self.mask.module}: its input {tuple(value.shape)} does not have the {rows} rows of the batch as "
                 f"dimension {dim}, so that it cannot be masked per row"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from passes.graph import BlockSite, MlpSite, States
+from passes.adapt import packings_within
+from passes.experts import dense_experts
+from passes.graph import BlockSite, MlpSite
 from passes.packing import Packing, Samples
-from passes.pipeline import Analysis, analyse
+from passes.pipeline import Analysis, Group, analyse
 
 _PLAIN = Packing()
 
@@ -24,13 +26,15 @@ class MaskedInput:
     """Hidden channels of one MLP at the input of its down-projection.
 
     `module` is the down-projection's name inside the block; channels start .. start + hidden of its input, along
-    dimension `dim` (-1 for a linear, 1 for a convolution), are the MLP's hidden channels in order.
+    dimension `dim` (-1 for a linear, 1 for a convolution), are the MLP's hidden channels in order. `packing` tells how
+    that input holds the batch.
     """
 
     module: str
     start: int
     hidden: int
     dim: int = -1
+    packing: Packing = _PLAIN
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class BlockLayout:
     input leaf) of each token stream, `dim` is D of the first (routers read the streams of that width). `time` is the
     input leaf of the time embedding (B, `time_dim`), None where the router gets a sinusoidal embedding of the timestep,
     `time_dim` channels wide. `packings` tell how each state holds the batch (one row per sample in dimension 0 where
-    there are none), `time_packing` how the time embedding does.
+    there are none), `time_packing` how the time embedding does. `experts` names the modules whose experts all run on
+    every token, as in the block's graph (see passes.experts), so that channels can be masked per sample.
     """
 
     name: str
@@ -53,6 +58,7 @@ class BlockLayout:
     masks: tuple[MaskedInput, ...]
     packings: tuple[Packing, ...] = ()
     time_packing: Packing = _PLAIN
+    experts: tuple[str, ...] = ()
 
     def packing(self, state: int) -> Packing:
         """How state number `state` holds the batch."""
@@ -78,9 +84,10 @@ class Layout:
                 **{
                     **block,
                     "states": tuple((int(a), int(b)) for a, b in block["states"]),
-                    "masks": tuple(MaskedInput(**mask) for mask in block["masks"]),
+                    "masks": tuple(_mask_from_json(mask) for mask in block["masks"]),
                     "packings": tuple(Packing(**packing) for packing in block.get("packings", ())),
                     "time_packing": Packing(**block.get("time_packing", {})),
+                    "experts": tuple(block.get("experts", ())),
                 }
             )
             for block in data["blocks"]
@@ -114,11 +121,11 @@ def layout_of(analysis: Analysis, time_dim: int) -> Layout:
         refused = [refusal for report in analysis.reports for refusal in report.refused]
         reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refused) or "no candidates"
         raise ElasticError(f"no elastic block found in {type(analysis.discovery.model).__name__} ({reasons})")
+    masks = [_group_masks(analysis, group) for group in analysis.groups]
     blocks = []
     for index, site in enumerate(analysis.discovery.blocks):
-        group = analysis.groups[analysis.group_of[index]]
-        masks = tuple(mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp))
-        blocks.append(_block_layout(site, group.states, masks, time_dim))
+        own = analysis.group_of[index]
+        blocks.append(_block_layout(site, analysis.groups[own], masks[own], time_dim))
     return Layout(analysis.discovery.timestep, tuple(blocks), analysis.discovery.samples)
 
 
@@ -133,9 +140,9 @@ def fill_routers(routers: Sequence[nn.Module], layout: Layout, tensors: Sequence
             raise ElasticError(f"the router's parameters do not fit {block.name}: {error}") from error
 
 
-def _block_layout(site: BlockSite, states: States, masks: tuple[MaskedInput, ...], time_dim: int) -> BlockLayout:
+def _block_layout(site: BlockSite, group: Group, masks: tuple[MaskedInput, ...], time_dim: int) -> BlockLayout:
     leaves = site.calls[0].leaves
-    streams = [_shape(leaves[source]) for _, source in states.pairs]
+    streams = [_shape(leaves[source]) for _, source in group.states.pairs]
     if any(len(shape) < 3 for shape in streams):
         raise ElasticError(f"{site.name}: streams {streams} are not (B, ..., D), so that no router can read them")
     if site.time is not None:
@@ -143,16 +150,47 @@ def _block_layout(site: BlockSite, states: States, masks: tuple[MaskedInput, ...
     # Positions and packings of the block's own call: hooks see that, not the adapted block's.
     inputs = site.adapter.inputs if site.adapter else [Packing(site.batch_dims.get(at, 0)) for at in range(len(leaves))]
     origins = site.adapter.origins if site.adapter else range(len(leaves))
-    pairs = tuple((output, origins[source]) for output, source in states.pairs)
+    pairs = tuple((output, origins[source]) for output, source in group.states.pairs)
     packings = tuple(inputs[source] or _PLAIN for _, source in pairs)
     time = None if site.time is None else origins[site.time]
     time_packing = _PLAIN if time is None else inputs[time] or _PLAIN
-    return BlockLayout(site.name, len(inputs), pairs, streams[0][-1], time, time_dim, masks, packings, time_packing)
+    return BlockLayout(
+        site.name,
+        len(inputs),
+        pairs,
+        streams[0][-1],
+        time,
+        time_dim,
+        masks,
+        packings,
+        time_packing,
+        group.graph.experts,
+    )
 
 
 def _shape(leaf: object) -> tuple[int, ...]:
     assert isinstance(leaf, Tensor)
     return tuple(leaf.shape)
+
+
+def _group_masks(analysis: Analysis, group: Group) -> tuple[MaskedInput, ...]:
+    """The masks of a group's blocks, found in the first of them."""
+    site = analysis.discovery.blocks[group.members[0]]
+    masks = [mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp)]
+    names = [f"{site.name}.{mask.module}" for mask in masks]
+    with dense_experts({name: site.module.get_submodule(name) for name in group.graph.experts}):
+        packings = packings_within(analysis.discovery, names)
+    for name in names:
+        if name not in packings or packings[name].shared:
+            raise ElasticError(
+                f"{name}: how its input holds the batch cannot be told, so that it cannot be masked for each sample: "
+                "leave its stream out with narrow="
+            )
+    return tuple(replace(mask, packing=packings[name]) for mask, name in zip(masks, names, strict=True))
+
+
+def _mask_from_json(data: Mapping[str, Any]) -> MaskedInput:
+    return MaskedInput(**{**data, "packing": Packing(**data.get("packing", {}))})
 
 
 def _masks(block: nn.Module, weights: Mapping[str, str], site: MlpSite) -> list[MaskedInput]:

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.graph import Call, Run
+from passes.graph import Call, Discovery, Run
 from passes.packing import Adapter, Packing
-from passes.record import undisturbed
+from passes.record import record, undisturbed
 from passes.weightless import hollow
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -66,6 +66,23 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
     if any(packing is not None and packing.shared for packing in outputs):
         return "returns rows that all samples share: no sample could skip it alone"
     return Adapter(inputs, outputs, calls[0].spec)
+
+
+def packings_within(discovery: Discovery, modules: Sequence[str]) -> dict[str, Packing]:
+    """How what each of `modules` is called with first holds the batch; those where it cannot be told are left out.
+
+    Runs the model twice, as given and doubled.
+    """
+    model, runs = discovery.model, discovery.runs
+    watched = {name: model.get_submodule(name) for name in modules}
+    with undisturbed(model):
+        given, doubled = (record(model, run.kwargs, watched)[0] for run in (runs[0], runs[len(runs) // 2]))
+    found = {
+        name: _packing(given[name].leaves[0], doubled[name].leaves[0], runs[0].batch)
+        for name in modules
+        if name in given and name in doubled
+    }
+    return {name: packing for name, packing in found.items() if isinstance(packing, Packing)}
 
 
 def unpacked(adapter: Adapter, call: Call, samples: int) -> Call:

@@ -6,7 +6,8 @@ input is symbolic exactly where it carries the batch or was seen with two sizes;
 batch of two or more, so that no size-one rule is frozen in. The graph is made plain (passes.plain) and
 then run against every recorded call and against a single row of the last one: where the block's code
 pins a dimension that varies, that is where it shows. Where it pins the batch alone (a loop over rows), the
-graph of one row does all, since rows are independent, f(X)[r] = f(X[r:r+1]); else the export is refused.
+graph of one row does all, since rows are independent, f(X)[r] = f(X[r:r+1]); where the code routes tokens to experts,
+the graph of all experts (passes.experts); else the export is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from passes.experts import dense_experts, find_experts
 from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.plain import CONSTANT, PlainError, plain
@@ -56,15 +58,43 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
     moving = {at: _moving_dims(site, at) for at in tensors}
     example = _example(site, runs)
-    graph, flex = _graph(site, states, example, moving)
     try:
-        validate(graph, site)
+        graph, flex = _faithful(site, states, example, moving)
     except ExportError as error:
-        graph, flex = _row_graph(site, states, example, moving, error)
+        graph, flex = _without_routing(site, states, example, moving, error)
     operators = sum(node.op == "call_function" for node in graph.module.graph.nodes)
     done = f"{site.name}: {operators} operators, {len(graph.weights)} weights, inputs {', '.join(graph.inputs)}"
     done += "" if graph.row_dims is None else ", one row per call, since its code pins the batch"
+    done += f", all experts of {', '.join(graph.experts)} on every token" if graph.experts else ""
     return graph, Report("export", (done, *(f"{site.name}: {line}" for line in flex)))
+
+
+def _faithful(
+    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """The validated graph of `call`, and what was done to its attention."""
+    graph, flex = _graph(site, states, call, moving)
+    try:
+        validate(graph, site)
+    except ExportError as error:
+        return _row_graph(site, states, call, moving, error)
+    return graph, flex
+
+
+def _without_routing(
+    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]], error: ExportError
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """The validated graph of `call` with all experts on every token; where that is none either, `error`."""
+    experts = find_experts(site.module)
+    if not experts:
+        raise error
+    try:
+        with dense_experts(experts):
+            graph, flex = _faithful(site, states, call, moving)
+    except ExportError as other:
+        told = f"{error} (nor is there a graph with all experts of {', '.join(experts)} on every token: {other})"
+        raise ExportError(told) from error
+    return replace(graph, experts=tuple(experts)), flex
 
 
 def _graph(

@@ -107,6 +107,7 @@ class BlockGraph:
     `leaves[i]` is the position of input i among the call's leaves; `states[k]` indexes `inputs`:
     output k continues it. Nodes carry ``meta["val"]`` (fake tensors). Where `row_dims` is there the graph
     takes one row of the batch per call, and `row_dims` is the dimension of each input that carries it.
+    `experts` names the modules inside the block whose routed experts it sums up (see passes.experts).
     """
 
     module: fx.GraphModule
@@ -115,6 +116,7 @@ class BlockGraph:
     leaves: tuple[int, ...]
     states: tuple[int, ...]
     row_dims: tuple[int | None, ...] | None = None
+    experts: tuple[str, ...] = ()
 
     def run(self, module: fx.GraphModule, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """The states that `module`, this graph in some form, gives for inputs of any batch."""
