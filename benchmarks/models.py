@@ -25,7 +25,9 @@ from rich.progress import Progress
 
 from edit_compile.machine import describe_machine, summary
 from passes.graph import MlpSite, Report
+from passes.onnx_format import LowerError
 from passes.pipeline import Analysis, Group
+from runtime.errors import EngineError
 from runtime.spec import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +40,10 @@ console = Console()
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one class; `error` is None where it compiled and agreed with eager."""
+    """What became of one class; `error` is None where it compiled and agreed with eager.
+
+    `torch_only` says why onnxruntime does not run it, None where it does.
+    """
 
     name: str
     error: str | None = None
@@ -50,6 +55,7 @@ class Row:
     flops_left: float = 1.0
     seconds: float = 0.0
     refused: tuple[tuple[str, str], ...] = ()
+    torch_only: str | None = None
 
 
 def compile_class(name: str) -> Row:
@@ -58,10 +64,15 @@ def compile_class(name: str) -> Row:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    torch_only: str | None = None
     try:
-        checked = check(name)
+        try:
+            checked = check(name)
+        except (EngineError, LowerError) as error:
+            torch_only = _told(error)
+            checked = check(name, ("torch",))
     except Exception as error:
-        return Row(name, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return Row(name, f"{type(error).__name__}: {_told(error)}")
     analysis, manifest = checked.analysis, checked.manifest
     return Row(
         name,
@@ -73,7 +84,12 @@ def compile_class(name: str) -> Row:
         flops_left=flops_left(manifest),
         seconds=checked.seconds,
         refused=tuple(_refusals(checked.reports, analysis)),
+        torch_only=torch_only,
     )
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def kind_of(site: MlpSite) -> str:
@@ -124,9 +140,9 @@ def render(
         "with eager: all gates open, every width against the masked model, a sequence of skips, reuses and widths "
         "against an oracle; the elastic model's routers get gradients. Made by `make models`.",
         "",
-        f"**{len(done)} of {len(rows)} compile, {alone} of them standalone** (the bundle needs no model code; in the "
-        f"others the model's own forward hosts the guards). Compiling for both engines took a median of "
-        f"{seconds:.0f} s ({summary(machine)}, one core per model).",
+        f"**{len(done)} of {len(rows)} compile, {alone} of them standalone** (the bundle needs no model code; in "
+        f"the others the model's own forward hosts the guards){_torch_only(done)}. Compiling for both engines took a "
+        f"median of {seconds:.0f} s ({summary(machine)}, one core per model).",
         "",
         "MLPs: hidden channels in each kind of block; a GLU is made by two maps, a fused MLP is read together with "
         "other channels. FLOPs left: at FLUX's budget, half of the blocks at a mean width of 0.6; tiny models have "
@@ -150,6 +166,11 @@ def render(
     return "\n".join(lines) + "\n"
 
 
+def _torch_only(done: Sequence[Row]) -> str:
+    apart = sum(row.torch_only is not None for row in done)
+    return f"; {apart} on the torch engine only" if apart else ""
+
+
 def _line(row: Row) -> str:
     if row.error is not None:
         return f"| {row.name} | - | - | - | - | fails | - |"
@@ -158,13 +179,16 @@ def _line(row: Row) -> str:
     return (
         "| "
         + " | ".join(map(str, cells))
-        + f" | {'standalone' if row.standalone else 'hosted'} | {row.flops_left:.0%} |"
+        + f" | {'standalone' if row.standalone else 'hosted'}{', torch only' if row.torch_only else ''}"
+        + f" | {row.flops_left:.0%} |"
     )
 
 
 def _reasons(row: Row) -> Iterable[str]:
     if row.error is not None:
         yield f"- **{row.name}** fails: {row.error}"
+    if row.torch_only is not None:
+        yield f"- {row.name} does not run on onnxruntime: {row.torch_only}"
     for reason, places in _grouped(row.refused).items():
         yield f"- {row.name}: {', '.join(f'`{place}`' for place in places)}: {reason}"
 
