@@ -58,6 +58,12 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
     """
     half = len(calls) // 2
     batches = [run.batch for run in runs[:half]]
+    for at, leaves in enumerate(zip(*(call.leaves for call in calls), strict=True)):
+        if len({isinstance(leaf, Tensor) for leaf in leaves}) > 1:
+            return (
+                f"leaf {at} of its arguments is a tensor for some of the given inputs only: give all a tensor (a mask "
+                "that hides nothing, say), or none"
+            )
     inputs = _packings([call.leaves for call in calls], batches)
     if isinstance(inputs, int):
         return f"leaf {inputs} of its arguments does not hold one row per sample in one dimension"

@@ -264,7 +264,7 @@ def test_shared_rows_in_a_result_are_refused() -> None:
     assert "rows that all samples share" in refused[0]
 
 
-def call_of(*leaves: Tensor) -> Call:
+def call_of(*leaves: Tensor | None) -> Call:
     leaf, spec = pytree.tree_flatten((leaves, {}))
     return Call(tuple(leaf), spec, (leaves[0],), pytree.tree_flatten(leaves[0])[1])
 
@@ -280,6 +280,12 @@ def test_buckets_agree_in_shared_rows_but_not_in_the_fold() -> None:
     assert held(lambda batch, bucket: batch * (2 + bucket)).inputs == (Packing(folded=True),)
     assert "one row per sample" in held(lambda batch, bucket: batch + bucket)
     assert "one row per sample" in held(lambda batch, bucket: batch * bucket + 1)
+
+
+def test_an_argument_that_is_a_tensor_in_one_bucket_only_is_named() -> None:
+    runs = [Run({}, batch, bucket) for batch in (2, 4) for bucket in (0, 1)]
+    calls = [call_of(noise(run.batch, 3), noise(run.batch, 3) if run.bucket else None) for run in runs]
+    assert "leaf 1 of its arguments is a tensor for some of the given inputs only" in find_adapter(calls, runs)
 
 
 def test_leading_rows_may_hold_infinity() -> None:
