@@ -10,7 +10,6 @@ from torch import Tensor
 
 import edit_compile
 from edit_compile import CompiledTransformer
-from edit_compile.compiler import CompileError
 from runtime.trace import COMPUTED
 from tests.pipelines_zoo import PIPELINES, STEPS, Made
 
@@ -23,13 +22,8 @@ WIDTHS = (1.0,)
 pytestmark = pytest.mark.filterwarnings("ignore:.* has no routers:UserWarning")
 
 
-REFUSED = {"hidream_image": "torch.export cannot follow the experts of its blocks"}
-"""Pipelines whose transformer is refused at the first call, and why."""
-
-
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    slow = [] if name in QUICK else [pytest.mark.slow]
-    return [*slow, pytest.mark.xfail(raises=CompileError, reason=REFUSED[name])] if name in REFUSED else slow
+    return [] if name in QUICK else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in PIPELINES])
