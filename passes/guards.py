@@ -241,19 +241,15 @@ def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict
     nodes = module.graph.find_nodes(op="placeholder")[skip:]
     for node, name, dims in zip(nodes, names, free, strict=True):
         for dim in dims or ():
-            if not _is_free(node.meta["val"].shape[dim]):
+            if not is_free(node.meta["val"].shape[dim]):
                 return {}
             kept[name] = dim
     return kept
 
 
-def _is_free(size: int | torch.SymInt) -> bool:
+def is_free(size: int | torch.SymInt) -> bool:
     """Whether a size is a symbol still: an export may pin one and keep its wrapper."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-
-
-def _outputs(module: fx.GraphModule) -> tuple[fx.Node, ...]:
-    return tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _count_guards(module: fx.GraphModule) -> int:
