@@ -113,11 +113,14 @@ class _Counting:
         _samples.set(self.samples.count(kwargs))
 
 
-def guard_glue(guarded: nn.Module, given: Run, doubled: Run) -> tuple[GlueGraph, Run, Report]:
+def guard_glue(
+    guarded: nn.Module, given: Run, doubled: Run, fits: Callable[[GlueGraph, Run], bool] = lambda glue, run: True
+) -> tuple[GlueGraph, Run, Report]:
     """Export the glue of a guarded model, and say at the shapes of which run.
 
     The two runs are of one bucket: dimensions that differ between them are left dynamic. Where the export
-    cannot keep them so, and where arguments list something for each sample, the glue fits the given batch only.
+    cannot keep them so, where the graph pins the batch nevertheless (made from `doubled`, it does not `fits` the
+    given run), and where arguments list something for each sample, the glue fits the given batch only.
 
     Raises:
         GuardError: torch.export cannot follow the model's own forward.
@@ -126,7 +129,7 @@ def guard_glue(guarded: nn.Module, given: Run, doubled: Run) -> tuple[GlueGraph,
     if tensors.keys() == others.keys() and constants == as_given:
         with suppress(GuardError):
             glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given))
-            if glue.batch_dims:
+            if glue.batch_dims and fits(glue, given):
                 return glue, doubled, report
     glue, report = _export_glue(guarded, given, {})
     return glue, given, report

@@ -132,6 +132,29 @@ def test_glue_that_cannot_keep_the_batch_free_fits_the_given_batch(model: nn.Mod
     torch.testing.assert_close(output, model(**given.kwargs))
 
 
+class Chunked(nn.Module):
+    """Works on five rows at a time, so that the number of its parts follows from the batch."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        parts = [part * 2 for part in x.flatten(0, 1).split(5)]
+        return torch.cat(parts).view_as(x) + timestep[:, None]
+
+
+def test_glue_that_pins_the_batch_unsaid_fits_the_given_batch() -> None:
+    given, doubled = (Run({"x": torch.ones(n, 3), "timestep": torch.ones(n)}, n, 0) for n in (4, 8))
+
+    def fits(glue: GlueGraph, run: Run) -> bool:
+        try:
+            (output,) = glue_outputs(glue, run)()
+        except IndexError:
+            return False
+        return torch.equal(output, Chunked()(**run.kwargs))
+
+    glue, shown, _ = guard_glue(Chunked(), given, doubled, fits)
+    assert shown is given and not glue.batch_dims
+    assert fits(glue, given)
+
+
 class Sized(nn.Module):
     """Takes a size per sample as plain numbers, which the graph fixes."""
 
