@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from passes.constant import known_counts
 from passes.experts import dense_experts, find_experts
 from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
@@ -100,8 +101,9 @@ def _without_routing(
 def _graph(
     site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]
 ) -> tuple[BlockGraph, tuple[str, ...]]:
-    """The graph of `call`, not validated, and what was done to its attention."""
+    """The graph of `call`, not validated, and what was done to what it read from tensors and to its attention."""
     program = _trace(site, states, call, moving)
+    counts = known_counts(program.graph_module)
     flex = dense_attention(program.graph_module)
     if flex.refused:
         raise ExportError(f"{site.name}: {flex.refused[0].reason}")
@@ -111,7 +113,7 @@ def _graph(
         raise ExportError(f"{site.name}: {error}") from error
     inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
     positions = tuple(list(moving).index(at) for _, at in states.pairs)
-    return BlockGraph(module, weights, inputs, tuple(moving), positions), flex.done
+    return BlockGraph(module, weights, inputs, tuple(moving), positions), (*counts, *flex.done)
 
 
 def _row_graph(
