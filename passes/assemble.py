@@ -119,7 +119,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
     blocks, weights = _blocks(analysis, planned)
     makers = {}
     for item in planned:
-        makers.update(lower_plan(item.graph, item.plan, item.examples[0]))
+        makers.update(lower_plan(item.graph, item.plan))
     owners = [planned[owner].group for owner in analysis.group_of]
     guarded = guarded_copy(discovery, [group.states for group in owners], [group.graph for group in owners])
     open_gates = partial(_full_width, planned, blocks, dict(weights))
@@ -138,7 +138,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
         check_open(glue_outputs(graph, shown), shown, discovery.model, open_gates)
         glues.append(_standalone(graph, f"{bucket}", shown, costs))
         weights.update({name: value.clone() for name, value in graph.weights.items()})
-        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph, tensor_arguments(shown.kwargs)[1])
+        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph)
         reports.append(report)
     manifest = replace(
         source.manifest(widths),

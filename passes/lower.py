@@ -6,21 +6,21 @@ Weights are inputs in both, so all blocks of a plan share its files and no file 
 them. Files are made when they are first asked for: a process that runs one engine lowers for one
 engine, and saving a bundle lowers what is still missing.
 
-torch.export traces a plan at full width alone. A narrower variant has the same operators on other sizes, so
-that its graph need not be traced, only told its shapes (`_narrower`).
+A variant has the operators of the block, which was traced, on other sizes: it is told its shapes, not traced
+again. So is the glue, which is as it was exported but for the order of its inputs.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
@@ -30,6 +30,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from passes.cost import weight_stand_ins
 from passes.graph import PlanGraph
@@ -63,13 +64,12 @@ class Files(Mapping[str, bytes]):
         return len(self._makers)
 
 
-def lower_plan(graph: PlanGraph, plan: Plan, inputs: Sequence[Tensor]) -> dict[str, Callable[[], bytes]]:
-    """Makers of the plan's files; `inputs` are example inputs with a batch of at least two."""
+def lower_plan(graph: PlanGraph, plan: Plan) -> dict[str, Callable[[], bytes]]:
+    """Makers of the plan's files."""
     makers: dict[str, Callable[[], bytes]] = {}
-    full = _Export(graph, len(plan.variants) - 1, plan, inputs)
-    narrow = [_Export(graph, index, plan, inputs, full) for index in range(len(plan.variants) - 1)]
-    for index, export in enumerate([*narrow, full]):
-        for suffix, maker in (("pt2", export.pt2), ("onnx", export.onnx)):
+    for index in range(len(plan.variants)):
+        lowered = _Lowered(graph, index, plan)
+        for suffix, maker in (("pt2", lowered.pt2), ("onnx", lowered.onnx)):
             name = plan_file(plan, index, suffix)
             makers[name] = partial(_once, name, maker)
     return makers
@@ -81,77 +81,67 @@ def _once(name: str, maker: Callable[[], bytes]) -> bytes:
     return _lowered[name]
 
 
-def lower_glue(glue: GlueGraph, inputs: Sequence[Tensor]) -> bytes:
+def lower_glue(glue: GlueGraph) -> bytes:
     """The glue as a .pt2 file that holds no weights."""
-    free = [{glue.batch_dims[name]: Dim.AUTO} if name in glue.batch_dims else None for name in glue.inputs]
-    weights = list(glue.weights.values())
-    return pt2.dump(_reexport(glue.module, [*weights, *inputs], [None] * len(weights) + free))
+    free = {name: (dim,) for name, dim in glue.batch_dims.items()}
+    return pt2.dump(_program(glue.module, [free.get(name, ()) for name in glue.inputs]))
 
 
-class _Export:
-    """One variant of a plan, exported once for both formats; a narrow one from its plan's `full` width."""
+class _Lowered:
+    """One variant of a plan as a program, made once for both formats."""
 
-    def __init__(
-        self, graph: PlanGraph, index: int, plan: Plan, inputs: Sequence[Tensor], full: _Export | None = None
-    ) -> None:
-        self.graph, self.index, self.plan, self.inputs, self.full = graph, index, plan, inputs, full
-        self.program: ExportedProgram | None = None
+    def __init__(self, graph: PlanGraph, index: int, plan: Plan) -> None:
+        self.graph, self.index, self.plan = graph, index, plan
 
-    def exported(self) -> ExportedProgram:
-        if self.program is None:
-            weights = weight_stand_ins(self.graph, self.index)
-            module = self.graph.variants[self.index]
-            if self.full is not None:
-                self.program = _narrower(self.full.exported(), module, weights)
-            else:
-                free = [
-                    {d: Dim.AUTO for d, size in enumerate(spec.shape) if size is None} or None
-                    for spec in self.plan.inputs
-                ]
-                self.program = _reexport(module, [*weights, *self.inputs], [None] * len(weights) + free)
-        return self.program
+    @functools.cached_property
+    def program(self) -> ExportedProgram:
+        weights = weight_stand_ins(self.graph, self.index)
+        module = _sized(self.graph.variants[self.index], weights)
+        free = [tuple(d for d, size in enumerate(spec.shape) if size is None) for spec in self.plan.inputs]
+        return _program(module, free)
 
     def pt2(self) -> bytes:
-        return pt2.dump(self.exported())
+        return pt2.dump(self.program)
 
     def onnx(self) -> bytes:
         names = [*self.plan.weights, *(spec.name for spec in self.plan.inputs)]
         states = [f"state_{k}" for k in range(len(self.plan.states))]
-        return to_onnx(self.exported(), names, states, f"plan {self.plan.id}")
+        return to_onnx(self.program, names, states, f"plan {self.plan.id}")
 
 
-def _reexport(module: fx.GraphModule, args: Sequence[Tensor], free: Sequence[dict | None]) -> ExportedProgram:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, tuple(args), dynamic_shapes=tuple(free), strict=False)
-    _check_free(program, free)
-    return program
-
-
-def _check_free(program: ExportedProgram, free: Sequence[dict | None]) -> None:
-    for node, dims in zip(program.graph.find_nodes(op="placeholder"), free, strict=True):
-        fixed = [d for d in dims or () if not is_free(node.meta["val"].shape[d])]
-        if fixed:
-            raise LowerError(f"dimension {fixed[0]} of {node.name} has to stay free, but its export fixed it")
-
-
-def _narrower(full: ExportedProgram, module: fx.GraphModule, weights: Sequence[Tensor]) -> ExportedProgram:
-    """`module`, a narrower variant of the exported one, as if it had been exported: `weights` tell its sizes."""
-    inputs = [node.meta["val"] for node in full.graph.find_nodes(op="placeholder")][len(weights) :]
-    free = [dict.fromkeys(d for d, size in enumerate(value.shape) if is_free(size)) for value in inputs]
-    mode = inputs[0].fake_mode
+def _sized(module: fx.GraphModule, weights: Sequence[Tensor]) -> fx.GraphModule:
+    """A copy of `module` whose nodes know what they give when the leading placeholders are `weights`."""
     module = copy.deepcopy(module)
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")][len(weights) :]
+    mode = inputs[0].fake_mode
     fakes = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
     with torch.no_grad():
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes, *inputs)
-    outputs: Any = module.graph.output_node().args[0]
-    taken = [TensorArgument(node.name) for node in module.graph.find_nodes(op="placeholder")]
+    return module
+
+
+def _program(module: fx.GraphModule, free: Sequence[Sequence[int]]) -> ExportedProgram:
+    """`module`, whose nodes know what they give, as if it had been exported.
+
+    `free` are the dimensions of its last placeholders, those of inputs, that must be symbols; else LowerError.
+    """
+    taken = module.graph.find_nodes(op="placeholder")
+    for node, dims in zip(taken[len(taken) - len(free) :], free, strict=True):
+        fixed = [d for d in dims if not is_free(node.meta["val"].shape[d])]
+        if fixed:
+            raise LowerError(f"dimension {fixed[0]} of {node.name} has to stay free, but its export fixed it")
+    given: Any = module.graph.output_node().args[0]
     signature = ExportGraphSignature(
-        [InputSpec(InputKind.USER_INPUT, argument, None) for argument in taken],
-        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in taken],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in given],
     )
-    program = ExportedProgram(
-        module, module.graph, signature, {}, full.range_constraints, full.module_call_graph, constants={}
-    )
-    _check_free(program, [None] * len(weights) + [dims or None for dims in free])
-    return program
+    arguments, results = pytree.tree_structure(((0,) * len(taken), {})), pytree.tree_structure((0,) * len(given))
+    call = ModuleCallEntry("", ModuleCallSignature([], [], arguments, results))
+    return ExportedProgram(module, module.graph, signature, {}, _ranges(taken), [call], constants={})
+
+
+def _ranges(taken: Sequence[fx.Node]) -> dict[Any, Any]:
+    """What is known of the sizes that are symbols."""
+    sizes = [size for node in taken for size in node.meta["val"].shape if is_free(size)]
+    symbols = {symbol: size.node.shape_env for size in sizes for symbol in size.node.expr.free_symbols}
+    return {symbol: environment.var_to_range[symbol] for symbol, environment in symbols.items()}

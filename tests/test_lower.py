@@ -27,7 +27,7 @@ def test_files_are_made_once_and_only_when_asked_for() -> None:
 
 def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_numbers() -> None:
     (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
-    files = Files(lower_plan(planned.graph, planned.plan, planned.examples[0]))
+    files = Files(lower_plan(planned.graph, planned.plan))
     stem = f"plans/{planned.plan.id}-w050"
     weights = [torch.randn(w.shape) * 0.1 for w in weight_stand_ins(planned.graph, 0)]
     inputs = [
@@ -63,10 +63,10 @@ def test_models_of_one_make_are_lowered_once() -> None:
     files = []
     for seed in (0, 1):
         (planned,), _ = plan_groups(analyse(*tiny_dit(seed=seed)), (0.5, 1.0))
-        made = Files(lower_plan(planned.graph, planned.plan, planned.examples[0]))
+        made = Files(lower_plan(planned.graph, planned.plan))
         files.append({name: made[name] for name in made if name.endswith(".pt2")})
     first, second = files
     assert first.keys() == second.keys()
     assert all(first[name] is second[name] for name in first)
     (other,), _ = plan_groups(analyse(*tiny_dit(side=4)), (0.5, 1.0))
-    assert not set(lower_plan(other.graph, other.plan, other.examples[0])) & set(first)
+    assert not set(lower_plan(other.graph, other.plan)) & set(first)
