@@ -8,7 +8,8 @@ Along one dimension, a tensor of a batch of B samples may have
 
 A given run and its doubled run tell which: k = (size(2B) - size(B)) / B and r = 2 size(B) - size(2B). Numbers
 decide: the samples' rows of the given run lead those of the doubled run, the shared rows are the same in both.
-k may differ between shape buckets, r may not.
+k may differ between shape buckets, r may not. Where nothing can be doubled (passes.doubling), the model takes one
+sample whose tokens are rows (L, D): B = 1, and k = L for whatever a block returns in the shape that it came in.
 
 An *adapted* block is a shallow copy (parameters and names stay the same objects) whose forward packs what it gets
 per sample, calls the block's own forward, and unpacks what that returns. What is adapted must not depend on where
@@ -58,6 +59,8 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
     """
     half = len(calls) // 2
     batches = [run.batch for run in runs[:half]]
+    if lone(runs):
+        return _one_sample(calls)
     for at, leaves in enumerate(zip(*(call.leaves for call in calls), strict=True)):
         if len({isinstance(leaf, Tensor) for leaf in leaves}) > 1:
             return (
@@ -74,12 +77,19 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
     return Adapter(inputs, outputs, calls[0].spec)
 
 
+def lone(runs: Sequence[Run]) -> bool:
+    """Whether the runs are of a model that takes one sample without a batch dimension."""
+    return runs[len(runs) // 2].batch == runs[0].batch
+
+
 def packings_within(discovery: Discovery, modules: Sequence[str]) -> dict[str, Packing]:
     """How what each of `modules` is called with first holds the batch; those where it cannot be told are left out.
 
     Runs the model twice, as given and doubled.
     """
     model, runs = discovery.model, discovery.runs
+    if lone(runs):
+        return dict.fromkeys(modules, Packing(folded=True))
     watched = {name: model.get_submodule(name) for name in modules}
     with undisturbed(model):
         given, doubled = (record(model, run.kwargs, watched)[0] for run in (runs[0], runs[len(runs) // 2]))
@@ -170,6 +180,27 @@ class _PerSample:
             ],
             spec,
         )
+
+
+def _one_sample(calls: Sequence[Call]) -> Adapter | str:
+    """The adapter of a block whose calls hold the rows (L, D) of one sample."""
+    found: set[tuple[tuple[Packing | None, ...], ...]] = set()
+    for call in calls:
+        streams = _rows(call.leaves) & _rows(call.outputs)
+        found.add(tuple(tuple(_whole(leaf, streams) for leaf in side) for side in (call.leaves, call.outputs)))
+    if len(found) > 1:
+        return "which of its arguments are tokens differs between the given inputs"
+    ((inputs, outputs),) = found
+    return Adapter(inputs, outputs, calls[0].spec)
+
+
+def _rows(leaves: Sequence[object]) -> set[torch.Size]:
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return {leaf.shape for leaf in tensors if leaf.ndim == 2 and leaf.is_floating_point()}
+
+
+def _whole(leaf: object, streams: set[torch.Size]) -> Packing | None:
+    return Packing(folded=True) if isinstance(leaf, Tensor) and leaf.shape in streams else None
 
 
 def _packings(

@@ -1,13 +1,14 @@
 """Find the transformer blocks of a model by running it.
 
 A *block* is an entry of a ``nn.ModuleList``, called exactly once per forward, that has parameters,
-is more than a single layer, and returns a float tensor of tokens (three or more dimensions) of the
-shape and dtype of one of its inputs. Lists inside a block are its own affair; lists inside an entry
-that is no block are looked at.
+is more than a single layer, and returns a float tensor of tokens of the shape and dtype of one of its
+inputs. Tokens have three or more dimensions; where nothing in the model has, two: rows of samples.
+Lists inside a block are its own affair; lists inside an entry that is no block are looked at.
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
-timestep. From these:
+timestep. A model of rows whose batch cannot be doubled takes one sample (passes.adapt): instead of
+being doubled, that one is disturbed. From these:
 
     d carries the batch in a leaf   <=>  size(d) alone grows from the given run to the doubled run,
                                          from B to 2B, or as passes.adapt says
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.adapt import adapted, check_alone, find_adapter, leads, unpacked
-from passes.doubling import batches_of, doublings, opaque, other_steps, told_by
+from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
+from passes.doubling import batches_of, disturbed_all, doublings, opaque, other_steps, told_by
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
@@ -93,6 +94,7 @@ def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, n
     if not candidates:
         return {}, [Refusal(type(model).__name__, "has no nn.ModuleList, among whose entries blocks are looked for")]
     glimpses = survey(model, kwargs, candidates)
+    dims = 3 if any(_keeps_shape(glimpse, 3) for seen in glimpses.values() for glimpse in seen) else 2
     watched: dict[str, nn.Module] = {}
     refused: list[Refusal] = []
     settled: list[str] = []
@@ -100,8 +102,9 @@ def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, n
         if any(name.startswith(f"{outer}.") for outer in settled):
             continue
         seen = glimpses[name]
-        if not any(_keeps_shape(glimpse) for glimpse in seen):
-            refused.append(Refusal(name, _no_tokens(seen)))
+        if not any(_keeps_shape(glimpse, dims) for glimpse in seen):
+            reason = "returns no tensor of tokens shaped like an input" if seen else "was not called"
+            refused.append(Refusal(name, reason))
             continue
         settled.append(name)
         objection = _objection(module, seen)
@@ -122,20 +125,11 @@ def _candidates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
                 yield f"{name}.{key}" if name else key, child
 
 
-def _keeps_shape(glimpse: Glimpse, dims: int = 3) -> bool:
+def _keeps_shape(glimpse: Glimpse, dims: int) -> bool:
     return any(
         len(shape) >= dims and dtype.is_floating_point and (shape, dtype) in glimpse.inputs
         for shape, dtype in glimpse.outputs
     )
-
-
-def _no_tokens(seen: Sequence[Glimpse]) -> str:
-    """Why a module that no call shows to keep the shape of its tokens is no block."""
-    if not seen:
-        return "was not called"
-    if any(_keeps_shape(glimpse, dims=2) for glimpse in seen):
-        return "returns no tensor of tokens shaped like an input, only (N, D): rows of one packed sample, or vectors"
-    return "returns no tensor of tokens shaped like an input"
 
 
 def _objection(module: nn.Module, seen: Sequence[Glimpse]) -> str | None:
@@ -204,12 +198,23 @@ def _double_run(
         if different is None:
             return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
         reasons.append(different)
+    if _only_rows(first):
+        kwargs = disturbed_all(given, step)
+        return Run(given, 1, bucket), Run(kwargs, 1, bucket), _Observation(*record(model, kwargs, watched))
     told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
     raise DiscoveryError(f"bucket {bucket}: the batch of {batches[0]} could not be doubled ({reasons[0]}{told})")
 
 
+def _only_rows(observation: _Observation) -> bool:
+    """Whether there are blocks, and all that they return are rows (N, D)."""
+    outputs = [leaf for call in observation.calls.values() for leaf in call.outputs if isinstance(leaf, Tensor)]
+    return bool(outputs) and all(leaf.ndim == 2 for leaf in outputs)
+
+
 def _samples(runs: Sequence[Run]) -> Samples | None:
     """The first place of the arguments that tells the batch in every bucket."""
+    if lone(runs):
+        return Samples((), None)
     half = len(runs) // 2
     pairs = zip(runs[:half], runs[half:], strict=True)
     first, *others = ([*told_by(given.kwargs, doubled.kwargs, given.batch)] for given, doubled in pairs)

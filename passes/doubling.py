@@ -79,6 +79,12 @@ def disturbed(value: Tensor) -> Tensor:
     return value + 0.25 * value.flip(-1) if value.is_floating_point() else value
 
 
+def disturbed_all(kwargs: Mapping[str, object], timestep: str) -> dict[str, object]:
+    """The same shapes with every float tensor disturbed, at another timestep."""
+    changed = pytree.tree_map_only(Tensor, disturbed, dict(kwargs))
+    return {**changed, timestep: other_steps(kwargs[timestep])}
+
+
 def other_steps(steps: object) -> object:
     """Timesteps within the range of the given ones, none of them equal to its own."""
     if isinstance(steps, Tensor) and steps.is_floating_point():

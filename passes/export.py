@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from passes.adapt import lone
 from passes.constant import known_counts
 from passes.experts import dense_experts, find_experts
 from passes.flex import dense_attention
@@ -195,10 +196,8 @@ def _moving_dims(site: BlockSite, at: int) -> tuple[int, ...]:
 
 
 def _example(site: BlockSite, runs: Sequence[Run]) -> Call:
-    """The largest call with a batch of two or more."""
-    calls = [call for call, run in zip(site.calls, runs, strict=True) if run.batch >= 2]
-    if not calls:
-        raise ExportError(f"{site.name}: no run has a batch of two or more")
+    """The largest call with a batch of two or more; of a model that takes one sample, the largest."""
+    calls = [call for call, run in zip(site.calls, runs, strict=True) if run.batch >= 2 or lone(runs)]
     return max(calls, key=lambda call: sum(leaf.numel() for leaf in call.leaves if isinstance(leaf, Tensor)))
 
 

@@ -86,6 +86,7 @@ class Samples:
     """Where a model's keyword arguments tell how many samples they hold.
 
     `path` leads to a tensor whose dimension `dim` it is, or to a list of one entry per sample where `dim` is None.
+    Without a path they always hold one.
     """
 
     path: tuple[str | int, ...]
@@ -93,7 +94,7 @@ class Samples:
 
     def count(self, kwargs: Mapping[str, object]) -> int:
         """How many there are."""
-        value: Any = kwargs
+        value: Any = kwargs if self.path else [kwargs]
         for key in self.path:
             value = value[key]
         size: int = len(value) if self.dim is None else value.shape[self.dim]

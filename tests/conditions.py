@@ -77,21 +77,21 @@ class Idle(Model):
         return self.layers[0](x, vector)
 
 
-class PackedBlock(Block):
+class PooledBlock(Block):
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         return x + self.modulate(vector) * self.mlp(x)
 
 
-class Packed(Model):
-    """Its blocks see rows (B L, D), not tokens."""
+class Pooled(Model):
+    """Its blocks see a vector (B, D) of each sample, not tokens."""
 
-    block = PackedBlock
+    block = PooledBlock
 
     def run(self, x: Tensor, vector: Tensor) -> Tensor:
-        rows, size = x.flatten(0, 1), x.shape[:2]
+        pooled = x.mean(1)
         for layer in self.layers:
-            rows = layer(rows, vector.repeat_interleave(size[1], 0))
-        return rows.unflatten(0, size)
+            pooled = layer(pooled, vector)
+        return x + pooled[:, None]
 
 
 class Moody(Model):

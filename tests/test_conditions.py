@@ -20,7 +20,7 @@ MISSED = {
     "called twice": (c.Repeating, "layers.1", "called 2 times in one forward"),
     "not called": (c.Idle, "layers.1", "was not called"),
     "tokens change shape": (c.Shrunk, "layers.0", "returns no tensor of tokens shaped like an input"),
-    "no tokens but rows": (c.Packed, "layers.0", "only (N, D): rows of one packed sample"),
+    "no tokens but vectors": (c.Pooled, "layers.0", "returns no tokens that carry the batch"),
     "no parameters": (lambda: of(c.Empty), "layers.0", "has no parameters"),
     "a single layer": (c.Layer, "layers.1", "is a single layer"),
     "writes into its input": (lambda: of(c.Writing), "layers.0", "writes into its inputs"),

@@ -188,7 +188,7 @@ def test_a_list_of_vector_projections_is_refused() -> None:
     def call(layer: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
         return x + layer(vector)[:, None]
 
-    assert "no tensor of tokens" in reasons(Host(nn.Linear(DIM, DIM), call=call))["layers.0"]
+    assert "single layer" in reasons(Host(nn.Linear(DIM, DIM), call=call))["layers.0"]
 
 
 def test_tampered_blocks_are_refused() -> None:
@@ -218,17 +218,6 @@ def test_rows_that_mix_are_an_error() -> None:
 
     with pytest.raises(DiscoveryError, match="rows of one sample changed"):
         discover(Host(Residual(), call=call), host_inputs())
-
-
-def test_tokens_without_a_batch_are_refused_by_name() -> None:
-    def call(layer: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
-        return layer(x.flatten(0, 1), vector).reshape(x.shape)
-
-    class Packed(Residual):
-        def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-            return x + self.inner[0](x)
-
-    assert "one packed sample" in reasons(Host(Packed(), call=call))["layers.0"]
 
 
 def test_glue_that_writes_into_an_output_is_recorded_as_it_was() -> None:

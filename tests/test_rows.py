@@ -1,0 +1,157 @@
+"""Models whose tokens are rows (N, D): of all samples together, or of one sample without a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edit_compile.compiler import Tracer
+from passes.discover import DiscoveryError, discover
+from passes.packing import Packing, Samples
+from runtime.transformer import CompiledTransformer
+from tests.catalogue import follow_decisions, train_routers
+from tests.models import noise, randomised
+from tests.zoo import Case
+
+DIM, HIDDEN = 8, 24
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Residual(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Block(nn.Module):
+    """Two streams of one sample, words (N, DIM) and pixels (M, DIM), the pixels looking at both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.pixels = Mlp(), Mlp()
+
+    def forward(self, words: Tensor, pixels: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        seen = torch.cat([words, pixels])
+        heads = ((pixels + table) @ seen.T).softmax(-1)
+        return words + self.words(words.cumsum(0)), pixels + self.pixels(heads @ seen)
+
+
+class OneSample(nn.Module):
+    """Takes one sample: words (N, DIM), pixels (M, DIM), a timestep for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, words: Tensor, pixels: Tensor, timestep: Tensor) -> Tensor:
+        table = torch.arange(len(pixels) * DIM).view(-1, DIM).cos()
+        pixels = pixels + timestep[:, None].cos()
+        for layer in self.layers:
+            words, pixels = layer(words, pixels, table)
+        return torch.cat([words, pixels])
+
+
+def one_sample(words: int = 4, pixels: int = 6) -> dict[str, Tensor]:
+    return {"words": noise(words, DIM), "pixels": noise(pixels, DIM, seed=2), "timestep": torch.full((pixels,), 0.7)}
+
+
+class Rows(nn.Module):
+    """Takes a batch, but its blocks see the rows (B L, DIM) of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Residual() for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        rows = (x + timestep[:, None, None].cos()).flatten(0, 1)
+        for layer in self.layers:
+            rows = layer(rows)
+        return rows.view_as(x)
+
+
+def batched() -> dict[str, Tensor]:
+    return {"x": noise(2, 5, DIM), "timestep": torch.tensor([0.8, 0.3])}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "samples"),
+    [(OneSample(), one_sample(), Samples((), None)), (Rows(), batched(), Samples(("x",), 0))],
+    ids=["one sample", "rows of all samples"],
+)
+def test_rows_are_tokens_of_samples(model: nn.Module, inputs: Mapping[str, Any], samples: Samples) -> None:
+    case = Case(randomised(model), dict(inputs))
+    tracer = Tracer(case.model, (0.25, 0.5, 1.0), None)
+    program = tracer.trace(case.inputs)
+    assert tracer.analysis is not None
+    discovery = tracer.analysis.discovery
+    assert len(discovery.blocks) == 2 and discovery.samples == samples
+    (adapter,) = {site.adapter.inputs[0] for site in discovery.blocks if site.adapter}
+    assert adapter == Packing(folded=True)
+    assert all(glue.file is not None for glue in program.manifest.glues)
+    for engine in ("torch", "onnxruntime"):
+        compiled = CompiledTransformer(program, engine, host=tracer.host)
+        tracer.prove(compiled)
+        follow_decisions(compiled, tracer.analysis, case)
+    train_routers(case, tracer.analysis)
+
+
+def test_one_sample_at_two_sizes() -> None:
+    tracer = Tracer(randomised(OneSample()), (0.5, 1.0), None)
+    compiled = CompiledTransformer(tracer.trace([one_sample(), one_sample(words=3, pixels=9)]), "torch")
+    tracer.prove(compiled)
+    assert len(tracer.analysis.groups) == 1 if tracer.analysis else False
+
+
+def test_vectors_beside_tokens_are_no_tokens() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.layers = nn.ModuleList([Residual()]), nn.ModuleList([Residual()])
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            vector = self.time[0](timestep[:, None].cos().expand(-1, DIM))
+            return self.layers[0](x + vector[:, None])
+
+    found, report = discover(randomised(Tokens()), batched())
+    assert [site.name for site in found.blocks] == ["layers.0"]
+    assert ("time.0", "returns no tensor of tokens shaped like an input") in [
+        (r.where, r.reason) for r in report.refused
+    ]
+
+
+def test_one_vector_per_sample_is_no_token() -> None:
+    class Vectors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Residual()])
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.layers[0](x.mean(1) + timestep[:, None].cos())
+
+    found, report = discover(randomised(Vectors()), batched())
+    assert found.blocks == ()
+    assert report.refused[0].reason == "returns no tokens that carry the batch"
+
+
+def test_a_batch_of_tokens_that_cannot_be_doubled_is_not_taken_for_one_sample() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Residual()])
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.layers[0](x + timestep[:, None, None].cos() - x.mean(0))
+
+    with pytest.raises(DiscoveryError, match="rows of one sample changed at"):
+        discover(randomised(Mixing()), batched())
