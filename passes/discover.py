@@ -7,8 +7,8 @@ Lists inside a block are its own affair; lists inside an entry that is no block 
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
-timestep. A model of rows whose batch cannot be doubled takes one sample (passes.adapt): instead of
-being doubled, that one is disturbed. From these:
+timestep. A model of rows takes one sample (passes.adapt) where nothing can be doubled and nothing that
+was gave a block several rows for each; instead of being doubled, that one is disturbed. From these:
 
     d carries the batch in a leaf   <=>  size(d) alone grows from the given run to the doubled run,
                                          from B to 2B, or as passes.adapt says
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
-from passes.doubling import batches_of, disturbed_all, doublings, opaque, other_steps, told_by
+from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
@@ -188,6 +188,7 @@ def _double_run(
     if not batches:
         raise DiscoveryError(f"bucket {bucket}: neither {step} nor any float tensor has a batch dimension")
     reasons: list[str] = []
+    lone = _only_rows(first) and not any(opaque(given))
     for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size)):
         try:
             second = _Observation(*record(model, kwargs, watched))
@@ -198,7 +199,8 @@ def _double_run(
         if different is None:
             return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
         reasons.append(different)
-    if _only_rows(first):
+        lone = lone and not (entries_alone(given, kwargs, batch) and _gained_tokens(first, second, batch))
+    if lone:
         kwargs = disturbed_all(given, step)
         return Run(given, 1, bucket), Run(kwargs, 1, bucket), _Observation(*record(model, kwargs, watched))
     told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
@@ -209,6 +211,16 @@ def _only_rows(observation: _Observation) -> bool:
     """Whether there are blocks, and all that they return are rows (N, D)."""
     outputs = [leaf for call in observation.calls.values() for leaf in call.outputs if isinstance(leaf, Tensor)]
     return bool(outputs) and all(leaf.ndim == 2 for leaf in outputs)
+
+
+def _gained_tokens(first: _Observation, second: _Observation, batch: int) -> bool:
+    """Whether `batch` more samples gave a block several more rows each: then there is a batch."""
+    for name, call in first.calls.items():
+        pairs = zip(call.outputs, second.calls[name].outputs if name in second.calls else (), strict=False)
+        grown = (len(b) - len(a) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+        if any(more > batch and more % batch == 0 for more in grown):
+            return True
+    return False
 
 
 def _samples(runs: Sequence[Run]) -> Samples | None:

@@ -112,6 +112,13 @@ def told_by(given: object, doubled: object, batch: int) -> Iterator[Samples]:
                 yield Samples((key, *place.path), place.dim)
 
 
+def entries_alone(given: object, doubled: object, batch: int) -> bool:
+    """Whether every tensor of `doubled` that is larger than in `given` has twice its `batch` entries."""
+    pairs = zip(pytree.tree_leaves(given), pytree.tree_leaves(doubled), strict=False)
+    tensors = ((a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim)
+    return all(size in (other, batch) for a, b in tensors for size, other in zip(a.shape, b.shape, strict=True))
+
+
 def opaque(kwargs: Mapping[str, object]) -> Iterator[str]:
     """What no pass can double: arguments that hold an object which is neither a tensor nor plain data."""
     plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -144,6 +144,32 @@ def test_one_vector_per_sample_is_no_token() -> None:
     assert report.refused[0].reason == "returns no tokens that carry the batch"
 
 
+class Joined(Mlp):
+    """Every row looks at all rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward((x @ x.T).softmax(-1) @ x)
+
+
+def test_a_batch_whose_rows_mix_is_not_taken_for_one_sample() -> None:
+    model = Rows()
+    model.layers = nn.ModuleList([Joined()])
+    with pytest.raises(DiscoveryError, match=r"rows of one sample changed at layers\.0"):
+        discover(randomised(model), batched())
+
+
+def test_what_an_object_may_hide_is_not_taken_for_one_sample() -> None:
+    class Cached(Rows):
+        def forward(self, x: Tensor, timestep: Tensor, cache: object) -> Tensor:
+            return super().forward(x * cache.value, timestep)  # type: ignore[attr-defined]
+
+    class Cache:
+        value = torch.linspace(1, 2, 2)[:, None, None]
+
+    with pytest.raises(DiscoveryError, match="cache holds a Cache, which cannot be doubled"):
+        discover(randomised(Cached()), batched() | {"cache": Cache()})
+
+
 def test_a_batch_of_tokens_that_cannot_be_doubled_is_not_taken_for_one_sample() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
