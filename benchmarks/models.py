@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -89,7 +90,8 @@ def compile_class(name: str) -> Row:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    plain = re.sub(r"\x1b\[\d*m", "", str(error))
+    return " ".join(plain.split())[:200]
 
 
 def kind_of(site: MlpSite) -> str:

@@ -121,7 +121,7 @@ def layout_of(analysis: Analysis, time_dim: int) -> Layout:
         refused = [refusal for report in analysis.reports for refusal in report.refused]
         reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refused) or "no candidates"
         raise ElasticError(f"no elastic block found in {type(analysis.discovery.model).__name__} ({reasons})")
-    masks = [_group_masks(analysis, group) for group in analysis.groups]
+    masks = _masks_of(analysis)
     blocks = []
     for index, site in enumerate(analysis.discovery.blocks):
         own = analysis.group_of[index]
@@ -173,12 +173,17 @@ def _shape(leaf: object) -> tuple[int, ...]:
     return tuple(leaf.shape)
 
 
-def _group_masks(analysis: Analysis, group: Group) -> tuple[MaskedInput, ...]:
-    """The masks of a group's blocks, found in the first of them."""
-    site = analysis.discovery.blocks[group.members[0]]
-    masks = [mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp)]
-    names = [f"{site.name}.{mask.module}" for mask in masks]
-    with dense_experts({name: site.module.get_submodule(name) for name in group.graph.experts}):
+def _masks_of(analysis: Analysis) -> list[tuple[MaskedInput, ...]]:
+    """The masks of each group's blocks, found in the first of them."""
+    firsts = [analysis.discovery.blocks[group.members[0]] for group in analysis.groups]
+    pairs = list(zip(firsts, analysis.groups, strict=True))
+    found = {
+        site.name: [mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp)]
+        for site, group in pairs
+    }
+    experts = {f"{s.name}.{name}": s.module.get_submodule(name) for s, group in pairs for name in group.graph.experts}
+    names = [f"{block}.{mask.module}" for block, masks in found.items() for mask in masks]
+    with dense_experts(experts):
         packings = packings_within(analysis.discovery, names)
     for name in names:
         if name not in packings or packings[name].shared:
@@ -186,7 +191,10 @@ def _group_masks(analysis: Analysis, group: Group) -> tuple[MaskedInput, ...]:
                 f"{name}: how its input holds the batch cannot be told, so that it cannot be masked for each sample: "
                 "leave its stream out with narrow="
             )
-    return tuple(replace(mask, packing=packings[name]) for mask, name in zip(masks, names, strict=True))
+    return [
+        tuple(replace(mask, packing=packings[f"{block}.{mask.module}"]) for mask in masks)
+        for block, masks in found.items()
+    ]
 
 
 def _mask_from_json(data: Mapping[str, Any]) -> MaskedInput:

@@ -85,20 +85,21 @@ def lone(runs: Sequence[Run]) -> bool:
 def packings_within(discovery: Discovery, modules: Sequence[str]) -> dict[str, Packing]:
     """How what each of `modules` is called with first holds the batch; those where it cannot be told are left out.
 
-    Runs the model twice, as given and doubled.
+    Repeats the runs of `discovery`.
     """
     model, runs = discovery.model, discovery.runs
     if lone(runs):
         return dict.fromkeys(modules, Packing(folded=True))
+    if not modules:
+        return {}
     watched = {name: model.get_submodule(name) for name in modules}
     with undisturbed(model):
-        given, doubled = (record(model, run.kwargs, watched)[0] for run in (runs[0], runs[len(runs) // 2]))
-    found = {
-        name: _packing(given[name].leaves[0], doubled[name].leaves[0], runs[0].batch)
-        for name in modules
-        if name in given and name in doubled
-    }
-    return {name: packing for name, packing in found.items() if isinstance(packing, Packing)}
+        calls = [record(model, run.kwargs, watched)[0] for run in runs]
+    called = [name for name in modules if all(name in call for call in calls)]
+    leaves = [[call[name].leaves[0] for name in called] for call in calls]
+    found = _packings(leaves, [run.batch for run in runs[: len(runs) // 2]], strict=False)
+    assert not isinstance(found, int)
+    return {name: packing for name, packing in zip(called, found, strict=True) if packing is not None}
 
 
 def unpacked(adapter: Adapter, call: Call, samples: int) -> Call:
@@ -196,7 +197,7 @@ def _one_sample(calls: Sequence[Call]) -> Adapter | str:
 
 def _rows(leaves: Sequence[object]) -> set[torch.Size]:
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return {leaf.shape for leaf in tensors if leaf.ndim == 2 and leaf.is_floating_point()}
+    return {leaf.shape for leaf in tensors if leaf.ndim == 2 and leaf.shape[0] > 1 and leaf.is_floating_point()}
 
 
 def _whole(leaf: object, streams: set[torch.Size]) -> Packing | None:

@@ -39,10 +39,10 @@ def known_counts(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _fill(node: Any) -> Any:
-    """The integer with which all of `node` is filled; None where it is not."""
+    """The integer with which all of `node` is filled; None where it is not (narrower types may wrap around)."""
     while node.target in _PLACES:
         node = node.args[0]
-    if node.target is not _aten.full.default or node.meta["val"].is_floating_point():
+    if node.target is not _aten.full.default or node.meta["val"].dtype is not torch.int64:
         return None
     value = node.args[1]
     return value if isinstance(value, int | fx.Node) else None

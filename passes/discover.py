@@ -7,8 +7,9 @@ Lists inside a block are its own affair; lists inside an entry that is no block 
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
-timestep. A model of rows takes one sample (passes.adapt) where nothing can be doubled and nothing that
-was gave a block several rows for each; instead of being doubled, that one is disturbed. From these:
+timestep. A model of rows takes one sample (passes.adapt) where nothing can be doubled, nothing that was
+gave a block several rows for each, and all timesteps are one; instead of being doubled, that sample is
+disturbed. From these:
 
     d carries the batch in a leaf   <=>  size(d) alone grows from the given run to the doubled run,
                                          from B to 2B, or as passes.adapt says
@@ -29,7 +30,7 @@ from passes.doubling import batches_of, disturbed_all, doublings, entries_alone,
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
-from passes.weightless import changed_by, same
+from passes.weightless import changed_by, hollow, same
 from runtime.errors import EditError
 
 _STEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
@@ -78,6 +79,8 @@ def discover(
         else:
             sites.append(site)
     done = tuple(_sentence(site) for site in sites)
+    if lone(runs):
+        done = ("the inputs are taken as one sample, since nothing in them can be doubled", *done)
     return Discovery(model, runs, tuple(sites), step, samples), Report("discover", done, tuple(refused))
 
 
@@ -188,7 +191,7 @@ def _double_run(
     if not batches:
         raise DiscoveryError(f"bucket {bucket}: neither {step} nor any float tensor has a batch dimension")
     reasons: list[str] = []
-    lone = _only_rows(first) and not any(opaque(given))
+    lone = _only_rows(first) and _one_time(given[step]) and not any(opaque(given))
     for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size)):
         try:
             second = _Observation(*record(model, kwargs, watched))
@@ -205,6 +208,11 @@ def _double_run(
         return Run(given, 1, bucket), Run(kwargs, 1, bucket), _Observation(*record(model, kwargs, watched))
     told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
     raise DiscoveryError(f"bucket {bucket}: the batch of {batches[0]} could not be doubled ({reasons[0]}{told})")
+
+
+def _one_time(steps: object) -> bool:
+    """Whether all timesteps are one: tokens of one sample share it."""
+    return not isinstance(steps, Tensor) or hollow(steps) or bool((steps == steps.reshape(-1)[0]).all())
 
 
 def _only_rows(observation: _Observation) -> bool:

@@ -27,6 +27,7 @@ from passes.constant import known_counts
 from passes.experts import dense_experts, find_experts
 from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
+from passes.guards import fits_any
 from passes.plain import CONSTANT, PlainError, plain
 from passes.record import undisturbed
 from passes.weightless import hollow
@@ -77,10 +78,21 @@ def _faithful(
     """The validated graph of `call`, and what was done to its attention."""
     graph, flex = _graph(site, states, call, moving)
     try:
+        _check_batch(graph, site)
         validate(graph, site)
     except ExportError as error:
         return _row_graph(site, states, call, moving, error)
     return graph, flex
+
+
+def _check_batch(graph: BlockGraph, site: BlockSite) -> None:
+    """ExportError where tracing assumed something of the batch that other batches do not meet."""
+    nodes = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
+    for name, leaf in zip(graph.inputs, graph.leaves, strict=True):
+        dim = site.batch_dims.get(leaf)
+        size = None if dim is None else nodes[name].meta["val"].shape[dim]
+        if isinstance(size, torch.SymInt) and not fits_any(size):
+            raise ExportError(f"{site.name}: its code does something else at other batches than those it was run with")
 
 
 def _without_routing(
@@ -104,7 +116,10 @@ def _graph(
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The graph of `call`, not validated, and what was done to what it read from tensors and to its attention."""
     program = _trace(site, states, call, moving)
-    counts = known_counts(program.graph_module)
+    try:
+        counts = known_counts(program.graph_module)
+    except Exception as error:
+        raise ExportError(f"{site.name}: the counts it reads from tensors do not fit: {error}") from error
     flex = dense_attention(program.graph_module)
     if flex.refused:
         raise ExportError(f"{site.name}: {flex.refused[0].reason}")

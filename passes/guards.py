@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -37,6 +38,10 @@ from runtime.guard import guard
 
 _samples: ContextVar[int] = ContextVar("edit_compile_samples")
 """Samples in the call of a guarded model that is under way."""
+
+
+_OTHERS = (3, 5, 8, 17, 64)
+"""Batches that no run had."""
 
 
 class GuardError(EditError):
@@ -244,7 +249,7 @@ def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict
     nodes = module.graph.find_nodes(op="placeholder")[skip:]
     for node, name, dims in zip(nodes, names, free, strict=True):
         for dim in dims or ():
-            if not is_free(node.meta["val"].shape[dim]):
+            if not fits_any(node.meta["val"].shape[dim]):
                 return {}
             kept[name] = dim
     return kept
@@ -253,6 +258,24 @@ def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict
 def is_free(size: int | torch.SymInt) -> bool:
     """Whether a size is a symbol still: an export may pin one and keep its wrapper."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def fits_any(size: int | torch.SymInt) -> bool:
+    """Whether a size is a symbol of which nothing was assumed in tracing but what other sizes meet as well.
+
+    One size may be an exception, as where code compares it with another.
+    """
+    if not is_free(size):
+        return False
+    environment = size.node.shape_env  # type: ignore[union-attr]
+    symbols = size.node.expr.free_symbols  # type: ignore[union-attr]
+    for assumption in environment.guards:
+        assumed = environment.replace(assumption.expr)
+        if assumed.free_symbols and assumed.free_symbols <= symbols:
+            unmet = [n for n in _OTHERS if assumed.subs(dict.fromkeys(symbols, n)) == sympy.false]
+            if len(unmet) > 1:
+                return False
+    return True
 
 
 def _count_guards(module: fx.GraphModule) -> int:

@@ -96,7 +96,11 @@ class _Lowered:
     @functools.cached_property
     def program(self) -> ExportedProgram:
         weights = weight_stand_ins(self.graph, self.index)
-        module = _sized(self.graph.variants[self.index], weights)
+        try:
+            module = _sized(self.graph.variants[self.index], weights)
+        except Exception as error:
+            width = self.plan.variants[self.index].width
+            raise LowerError(f"plan {self.plan.id} has no shapes at width {width:g}: {error}") from error
         free = [tuple(d for d, size in enumerate(spec.shape) if size is None) for spec in self.plan.inputs]
         return _program(module, free)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from onnxscript import FLOAT, opset18
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from runtime.errors import EditError
@@ -54,8 +55,19 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             )
     except Exception as error:
         raise LowerError(f"{what} has no ONNX form: {error}") from error
+    finally:
+        _settle(program)
     assert model is not None
     return model.model_proto.SerializeToString()
+
+
+def _settle(program: ExportedProgram) -> None:
+    """Drop the unnamed sizes that translating left with the shapes of `program`, which other programs share."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            value.fake_mode.shape_env.pending_fresh_unbacked_symbols.clear()
+            return
 
 
 def _rms_norm(value: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:

@@ -66,7 +66,20 @@ def test_what_is_filled_is_known(counts: Counts) -> None:
         torch.testing.assert_close(output, Cut(counts)(x))
 
 
-@pytest.mark.parametrize("counts", [written, of_the_data])
+def narrow(x: Tensor) -> list[int]:
+    return torch.full((3,), x.shape[0], dtype=torch.int8).tolist()
+
+
+def test_a_truth_value_is_left_to_the_code() -> None:
+    class Asked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.full((1,), 5, dtype=torch.bool)[0].item()
+
+    module = torch.export.export(Asked(), (noise(4, 2),), strict=False).run_decompositions({}).graph_module
+    assert known_counts(module) == ()
+
+
+@pytest.mark.parametrize("counts", [written, of_the_data, narrow])
 def test_what_is_written_or_computed_is_not(counts: Counts) -> None:
     module = traced(counts)
     before = module.code

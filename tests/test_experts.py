@@ -137,18 +137,54 @@ def test_a_mixture_that_weighs_otherwise_is_refused() -> None:
         exported(Mixture(weigh=lambda shares: shares / shares.sum(-1, keepdim=True)))
 
 
-def test_children_that_are_no_gate_are_refused() -> None:
+def test_children_that_are_no_gate_change_nothing() -> None:
     class NoGate(Mixture):
         def __init__(self) -> None:
             super().__init__()
-            self.picker, self.gate = self.gate, nn.Linear(DIM, DIM)
+            self.gate = nn.Linear(DIM, DIM)
             self.shared = nn.Linear(DIM, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.experts[int(x.sum().numpy() > 0)](x)
 
-    with pytest.raises(ExportError, match="NoGate is no mixture of experts"):
+    with pytest.raises(ExportError, match=r"torch\.export cannot follow its code"):
         exported(NoGate())
+
+
+def test_a_mixture_beside_something_like_one_is_found() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.branches = nn.Linear(DIM, 3), nn.ModuleList([nn.Linear(3, DIM), nn.Linear(3, DIM)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(branch(self.into(x)) for branch in self.branches)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixture, self.branches = Mixture(), Branches()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixture(x) + self.branches(x)
+
+    assert "mixture.mixture" in exported(Both())
+
+
+def test_a_mixture_with_parameters_of_its_own_is_none() -> None:
+    mixture = Mixture()
+    mixture.gain = nn.Parameter(torch.ones(1))
+    assert not find_experts(nn.ModuleDict({"inner": mixture}))
+
+
+@torch.no_grad()
+def test_an_expert_that_overflows_where_it_is_not_picked_does_no_harm() -> None:
+    mixture = randomised(Mixture())
+    mixture.gate.scores.bias[3] = -1e9
+    mixture.experts[3].down.bias.fill_(torch.inf)
+    x = noise(2, 5, DIM)
+    with dense_experts({"": mixture}):
+        torch.testing.assert_close(mixture(x), Mixture.forward(mixture, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from edit_compile.compiler import Tracer
 from passes.assemble import plan_groups
 from passes.check import CheckError, check_open, check_widths, glue_outputs
 from passes.export import weight_values
@@ -17,7 +18,8 @@ from passes.graph import Run
 from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
 from passes.pipeline import Analysis, analyse
 from runtime.guard import answering, guard
-from tests.models import tiny_dit, tiny_flux
+from runtime.spec import Manifest
+from tests.models import noise, randomised, tiny_dit, tiny_flux
 
 
 @pytest.fixture(scope="module")
@@ -132,27 +134,56 @@ def test_glue_that_cannot_keep_the_batch_free_fits_the_given_batch(model: nn.Mod
     torch.testing.assert_close(output, model(**given.kwargs))
 
 
-class Chunked(nn.Module):
-    """Works on five rows at a time, so that the number of its parts follows from the batch."""
+class Around(nn.Module):
+    """One block, `glue` before it and `inner` inside it."""
+
+    class Block(nn.Module):
+        def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.inner, self.up, self.down = inner, nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(nn.functional.gelu(self.up(self.inner(x))))
+
+    def __init__(self, glue: Callable[[Tensor], Tensor] = lambda x: x, inner: Callable[[Tensor], Tensor] = lambda x: x):
+        super().__init__()
+        self.glue, self.layers = glue, nn.ModuleList([self.Block(inner)])
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        parts = [part * 2 for part in x.flatten(0, 1).split(5)]
-        return torch.cat(parts).view_as(x) + timestep[:, None]
+        return self.layers[0](self.glue(x) + timestep[:, None, None].cos())
 
 
-def test_glue_that_pins_the_batch_unsaid_fits_the_given_batch() -> None:
-    given, doubled = (Run({"x": torch.ones(n, 3), "timestep": torch.ones(n)}, n, 0) for n in (4, 8))
+def chunked(x: Tensor) -> Tensor:
+    """Works on seven rows at a time, so that the number of its parts follows from the batch."""
+    return torch.cat([part * 2 for part in x.flatten(0, 1).split(7)]).view_as(x)
 
-    def fits(glue: GlueGraph, run: Run) -> bool:
-        try:
-            (output,) = glue_outputs(glue, run)()
-        except IndexError:
-            return False
-        return torch.equal(output, Chunked()(**run.kwargs))
 
-    glue, shown, _ = guard_glue(Chunked(), given, doubled, fits)
-    assert shown is given and not glue.batch_dims
-    assert fits(glue, given)
+def otherwise(x: Tensor) -> Tensor:
+    """Does something else at batches that no run had."""
+    return x * 2 if x.shape[0] > 6 else x
+
+
+def made_of(model: nn.Module) -> Manifest:
+    inputs = {"x": noise(2, 5, 8), "timestep": torch.tensor([0.8, 0.3])}
+    return Tracer(randomised(model), (0.5, 1.0), None).trace(inputs).manifest
+
+
+def test_glue_and_blocks_without_assumptions_take_any_batch() -> None:
+    manifest = made_of(Around())
+    assert manifest.glues[0].inputs[0].shape == (None, 5, 8)
+    assert not manifest.plans[0].single_row
+
+
+@pytest.mark.parametrize("glue", [chunked, otherwise])
+def test_glue_that_pins_the_batch_unsaid_fits_the_given_batch(
+    glue: Callable[[Tensor], Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert made_of(Around(glue)).glues[0].inputs[0].shape == (2, 5, 8)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_block_that_pins_the_batch_unsaid_runs_row_by_row() -> None:
+    assert made_of(Around(inner=otherwise)).plans[0].single_row
 
 
 class Sized(nn.Module):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 
 import onnx
+import pytest
 import torch
+from torch import Tensor, nn
 
+from edit_compile.compiler import Tracer
+from passes import lower
 from passes.assemble import plan_groups
 from passes.cost import variant_cost, weight_stand_ins
 from passes.lower import Files, lower_plan
 from passes.pipeline import analyse
 from runtime import pt2
-from tests.models import tiny_dit
+from runtime.transformer import CompiledTransformer
+from tests.models import noise, randomised, tiny_dit
 from tests.sessions import open_session
 
 
@@ -70,3 +75,37 @@ def test_models_of_one_make_are_lowered_once() -> None:
     assert all(first[name] is second[name] for name in first)
     (other,), _ = plan_groups(analyse(*tiny_dit(side=4)), (0.5, 1.0))
     assert not set(lower_plan(other.graph, other.plan)) & set(first)
+
+
+class Rolled(nn.Module):
+    """A block that rolls its channels by a number that it reads from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        n = places.sum().item()
+        torch._check(n >= 0)
+        torch._check(n <= x.shape[1])
+        return x + self.down(nn.functional.gelu(self.up(torch.cat([x[:, n:], x[:, :n]], 1))))
+
+
+class Rolling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Rolled()])
+
+    def forward(self, x: Tensor, timestep: Tensor, places: Tensor) -> Tensor:
+        return self.layers[0](x + timestep[:, None, None].cos(), places)
+
+
+@pytest.mark.parametrize("engines", [("onnxruntime",), ("torch", "onnxruntime")])
+def test_what_one_width_leaves_behind_does_not_reach_the_next(engines: tuple[str, ...]) -> None:
+    places = torch.tensor([1, 2]) if len(engines) > 1 else torch.tensor([1, 1])
+    inputs = {"x": noise(3, 7, 8), "timestep": torch.tensor([0.8, 0.3, 0.1]), "places": places}
+    lower._lowered.clear()
+    tracer = Tracer(randomised(Rolling()), (0.25, 0.5, 1.0), None)
+    program = tracer.trace(inputs)
+    for engine in engines:
+        tracer.prove(CompiledTransformer(program, engine, host=tracer.host))

@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        frames = (x + vector[:, None]).unflatten(1, (FRAMES, -1))
+        frames = (x + vector[:, None]).unflatten(1, (-1, 5))
         rows = frames if self.by_sample else frames.transpose(0, 1)
         out = self.down(torch.nn.functional.gelu(self.up(rows.flatten(0, 1)))).unflatten(0, rows.shape[:2])
         return x + (out if self.by_sample else out.transpose(0, 1)).flatten(1, 2)
@@ -51,8 +51,8 @@ class Model(nn.Module):
         return x
 
 
-def inputs(rows: int = 4) -> dict[str, Tensor]:
-    x = noise(rows, FRAMES * 5, DIM) + 3 * noise(rows, 1, 1, seed=5)
+def inputs(rows: int = 4, frames: int = FRAMES) -> dict[str, Tensor]:
+    x = noise(rows, frames * 5, DIM) + 3 * noise(rows, 1, 1, seed=5)
     return {"x": x, "timestep": torch.linspace(0.1, 0.9, rows)}
 
 
@@ -73,6 +73,14 @@ def test_a_sample_has_its_own_width_in_every_frame() -> None:
     for row in range(len(together)):
         alone = model(**{name: tensor[row : row + 1] for name, tensor in given.items()})
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_frame_in_the_first_shapes_hides_nothing() -> None:
+    model = elasticize(randomised(Model()), [inputs(frames=1), inputs()], config=RouterConfig(hidden=8)).eval()
+    assert all(mask.packing.folded for block in model.layout.blocks for mask in block.masks)
+    for given in (inputs(frames=1), inputs()):
+        torch.testing.assert_close(model(**given), model.model(**given))
 
 
 def test_rows_of_one_sample_that_are_not_together_are_refused() -> None:

@@ -170,6 +170,38 @@ def test_what_an_object_may_hide_is_not_taken_for_one_sample() -> None:
         discover(randomised(Cached()), batched() | {"cache": Cache()})
 
 
+def test_samples_at_timesteps_of_their_own_are_not_taken_for_one() -> None:
+    class Lengths(nn.Module):
+        """Two samples of 3 and 4 rows in one sequence."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Joined()])
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            steps = timestep.repeat_interleave(torch.tensor([3, 4]))[:, None]
+            return torch.cat([self.layers[0](x + steps.cos())])
+
+    with pytest.raises(DiscoveryError, match="could not be doubled"):
+        discover(randomised(Lengths()), {"x": noise(7, DIM), "timestep": torch.tensor([0.8, 0.3])})
+
+
+def test_a_vector_beside_the_rows_of_one_sample_is_no_token() -> None:
+    class Conditioned(OneSample):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cond = nn.ModuleList([Residual()])
+
+        def forward(self, words: Tensor, pixels: Tensor, timestep: Tensor) -> Tensor:
+            vector = self.cond[0](timestep[:1, None].cos().expand(1, DIM))
+            return super().forward(words + vector, pixels + vector, timestep)
+
+    found, report = discover(randomised(Conditioned()), one_sample())
+    assert [site.name for site in found.blocks] == ["layers.0", "layers.1"]
+    assert [refusal.where for refusal in report.refused] == ["cond.0"]
+    assert "taken as one sample" in report.done[0]
+
+
 def test_a_batch_of_tokens_that_cannot_be_doubled_is_not_taken_for_one_sample() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
