@@ -144,7 +144,7 @@ def render(
         "",
         f"**{len(done)} of {len(rows)} compile, {alone} of them standalone** (the bundle needs no model code; in "
         f"the others the model's own forward hosts the guards){_torch_only(done)}. Compiling for both engines took a "
-        f"median of {seconds:.0f} s ({summary(machine)}, one core per model).",
+        f"median of {seconds:.0f} s of CPU time ({summary(machine)}, one core per model).",
         "",
         "MLPs: hidden channels in each kind of block; a GLU is made by two maps, a fused MLP is read together with "
         "other channels. FLOPs left: at FLUX's budget, half of the blocks at a mean width of 0.6; tiny models have "

@@ -51,7 +51,7 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
     found = run["comparison"]
     ratio = found["ratio"]
     return (
-        f"{name}, {run['dtype']}, {run['engine']}",
+        f"{name}, {run['dtype']}, {run['engine']}" + ("" if run["modulation"] == "full" else ", low-rank routers"),
         f"{found['eager_ms']['median']:.0f}",
         f"{found['compiled_ms']['median']:.0f}",
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",

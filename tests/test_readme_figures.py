@@ -11,6 +11,7 @@ RESULTS = {
     "runs": [
         {
             "dtype": "float32",
+            "modulation": "full",
             "engine": "torch",
             "comparison": {
                 "eager_ms": SPREAD | {"median": 900.0},
