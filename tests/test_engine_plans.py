@@ -93,7 +93,7 @@ def test_widths_are_views_of_one_copy(engine: str, monkeypatch: pytest.MonkeyPat
     made = engines.make(engine)
     kernel = type(made.load(programs.DOUBLE, 0, programs.plan_files()))
     original = kernel.bind
-    monkeypatch.setattr(kernel, "bind", lambda self, given: bound_weights.extend(given) or original(self, given))
+    monkeypatch.setattr(kernel, "bind", lambda self, given, block: bound_weights.extend(given) or original(self, given))
     program = programs.make()
     ReadyBlocks(program, engine)
     stored = {w.data_ptr(): w for w in program.weights.values()}
