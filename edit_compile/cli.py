@@ -236,17 +236,22 @@ def plot(
 
 
 def _inputs_for(compiled: Any, path: Path | None) -> dict[str, Any]:
-    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for."""
+    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for; where the bundle runs."""
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
     from edit_compile.loading import load_inputs
     from edit_compile.verify import random_inputs
 
-    return load_inputs(path) if path else random_inputs(compiled.program.manifest)
+    given = load_inputs(path) if path else random_inputs(compiled.program.manifest)
+    moved: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(compiled.device), given)
+    return moved
 
 
 def _model_like(compiled: Any, where: str) -> Any:
     from edit_compile.loading import load_model, parse_dtype
 
-    return load_model(where, parse_dtype(compiled.program.manifest.dtype))
+    return load_model(where, parse_dtype(compiled.program.manifest.dtype)).to(compiled.device)
 
 
 def _dense(model: Any) -> Any:
