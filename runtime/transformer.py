@@ -296,7 +296,8 @@ class _Loaded:
         self.blocks = ReadyBlocks(program, engine)
         self.config = Config(manifest.config)
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+        tensors = (*program.weights.values(), *program.routers.values())
+        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
         self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
 

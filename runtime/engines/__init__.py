@@ -66,12 +66,17 @@ def make(name: str, program: Program | None = None) -> Engine:
 
 
 def placed(name: str, program: Program) -> Program:
-    """`program` with its tensors where the engine called `name` runs; EngineError where there is no such device."""
+    """`program` with its tensors where the engine called `name` runs; EngineError where there is no such device.
+
+    Weights that engines hold themselves stay where they are.
+    """
     if name.removesuffix("-packed") not in ("tensorrt", "tensorrt-rtx"):
         return program
     if not torch.cuda.is_available():
         raise EngineError(no_gpu(name))
-    weights = {key: tensor.cuda() for key, tensor in program.weights.items()}
+    packed = name.endswith("-packed")
+    inside = {key for block in program.manifest.blocks for key in block.weights} if packed else set()
+    weights = {key: tensor if key in inside else tensor.cuda() for key, tensor in program.weights.items()}
     routers = {key: tensor.cuda() for key, tensor in program.routers.items()}
     return replace(program, weights=weights, routers=routers)
 

@@ -88,8 +88,10 @@ class _Kernel:
         self._shared = None if owner.packed else owner.open(plan, variant, "")
 
     def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
-        """Weights are bound by address: they must be contiguous and on the GPU."""
-        engine, profiles = self._shared or self._owner.open(self._plan, self._variant, block)
+        """Weights are bound by address, contiguous and on the GPU; where they are packed, those given are not read."""
+        if self._shared is None:
+            return _Bound(self._owner, *self._owner.open(self._plan, self._variant, block), self._plan, ())
+        engine, profiles = self._shared
         for name, weight in zip(self._plan.weights, weights, strict=True):
             if not weight.is_cuda or not weight.is_contiguous():
                 raise EngineError(
@@ -115,7 +117,7 @@ class _Bound:
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._lock = threading.Lock()
         self._taken = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        for name, weight in zip(plan.weights, weights, strict=True):
+        for name, weight in zip(plan.weights, weights, strict=bool(weights)):
             if name in self._taken:
                 self._context.set_tensor_address(name, weight.data_ptr())
 
@@ -125,29 +127,20 @@ class _Bound:
         states = [torch.empty_like(given[self._plan.inputs[index].name]) for index in self._plan.states]
         device = states[0].device
         with self._lock, _enqueueing(device) as stream:
-            if len(self._profiles) > 1:
-                wanted = profile_for(self._profiles, {name: tuple(t.shape) for name, t in given.items()})
-                if wanted != context.active_optimization_profile:
-                    context.set_optimization_profile_async(wanted, stream)
+            wanted = profile_for(self._profiles, {name: tuple(t.shape) for name, t in given.items()})
+            if wanted != context.active_optimization_profile:
+                context.set_optimization_profile_async(wanted, stream)
             memory = _memory(device, stream, self._engine.device_memory_size_v2)
             context.set_device_memory(memory.data_ptr(), memory.numel())
             for name, tensor in given.items():
                 if name in self._taken:
-                    if not context.set_input_shape(name, tuple(tensor.shape)):
-                        raise self._refused(given)
+                    context.set_input_shape(name, tuple(tensor.shape))
                     context.set_tensor_address(name, tensor.data_ptr())
             for index, tensor in enumerate(states):
                 context.set_tensor_address(f"state_{index}", tensor.data_ptr())
             if not context.execute_async_v3(stream):
                 raise EngineError(f"{self._owner.name} could not enqueue plan {self._plan.id}: see the log")
         return states
-
-    def _refused(self, given: Mapping[str, Tensor]) -> EngineError:
-        try:
-            profile_for(self._profiles, {name: tuple(tensor.shape) for name, tensor in given.items()})
-        except EngineError as error:
-            return error
-        return EngineError(f"{self._owner.name} refuses the shapes of plan {self._plan.id}: see the log")
 
 
 @contextmanager
