@@ -163,9 +163,15 @@ def test_a_plan_that_does_not_load_is_named() -> None:
         engines.make("onnxruntime").load(programs.DOUBLE, 0, files)
 
 
-def test_no_such_engine() -> None:
+@pytest.mark.parametrize("name", ["openvino", "torch-packed"])
+def test_no_such_engine(name: str) -> None:
     with pytest.raises(EngineError, match="onnxruntime, torch"):
-        CompiledTransformer(programs.make(), "openvino")
+        CompiledTransformer(programs.make(), name)
+
+
+def test_an_engine_of_bundles_needs_one() -> None:
+    with pytest.raises(EngineError, match="edit-compile build"):
+        engines.make("tensorrt-rtx")
 
 
 @pytest.mark.parametrize(

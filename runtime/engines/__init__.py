@@ -17,6 +17,8 @@ from runtime.spec import Plan
 NAMES = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
 """`tensorrt-packed` and `tensorrt-rtx-packed` are the last two with weights inside their engines."""
 
+_ON_GPU = ("tensorrt", "tensorrt-rtx")
+
 
 class Bound(Protocol):
     """A variant of a plan with one block's weights; may be called from several threads."""
@@ -58,7 +60,9 @@ def make(name: str, program: Program | None = None) -> Engine:
 
         return OnnxRuntimeEngine()
     library = name.removesuffix("-packed")
-    if library in NAMES and program is not None:
+    if library in _ON_GPU:
+        if program is None:
+            raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
         from runtime.engines.tensorrt import TensorRTEngine
 
         return TensorRTEngine(library, "shared" if library == name else "packed", program)
@@ -70,7 +74,7 @@ def placed(name: str, program: Program) -> Program:
 
     Weights that engines hold themselves stay where they are.
     """
-    if name.removesuffix("-packed") not in ("tensorrt", "tensorrt-rtx"):
+    if name.removesuffix("-packed") not in _ON_GPU:
         return program
     if not torch.cuda.is_available():
         raise EngineError(no_gpu(name))
