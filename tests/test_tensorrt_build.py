@@ -19,7 +19,6 @@ from runtime.engines.tensorrt_profiles import profile_for, profiles_of
 from runtime.errors import EngineError
 from runtime.spec import Plan, PlanInput
 from tests import programs, tensorrt_cases
-from tests.conftest import Compiled
 
 SMS = ("sm_80", "sm_89", "sm_120")
 
@@ -40,11 +39,6 @@ def test_every_plan_builds_at_every_width_for_every_gpu(rtx: Library, precision:
     assert all(len(engine) > 10_000 for engine, _ in built)
     assert len({engine for engine, _ in built}) == len(wanted), "two targets or widths have the same engine"
     assert not any(timings for _, timings in built), "a timing cache would make TensorRT-RTX look for a GPU"
-
-
-def test_a_real_model_builds_at_every_width(rtx: Library, flux: Compiled) -> None:
-    for job in jobs(flux.program, rtx, targets(rtx, ["sm_89"])):
-        assert len(make(job, flux.program, rtx)[0]) > 10_000
 
 
 def test_packed_engines_hold_their_weights(rtx: Library) -> None:
@@ -77,14 +71,6 @@ def test_two_buckets_build_as_two_profiles(rtx: Library) -> None:
     (target,) = targets(rtx, ["sm_89"])
     both, one_alone = (build(rtx, target, onnx, profiles_of(p))[0] for p in (plan, replace(plan, buckets=(one,))))
     assert len(both) > 1.5 * len(one_alone)
-
-
-def test_a_compiled_program_tells_its_buckets(flux: Compiled) -> None:
-    for plan in flux.program.manifest.plans:
-        for given, shape in zip(plan.inputs, plan.buckets[0], strict=True):
-            assert [dim for dim, size in enumerate(shape) if size is None] == [
-                dim for dim in (given.batch_dim,) if dim is not None and given.shape[dim] is None
-            ]
 
 
 def test_a_bundle_that_does_not_tell_its_buckets_is_refused() -> None:
