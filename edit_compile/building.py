@@ -11,7 +11,7 @@ from rich.table import Table
 
 from runtime import bundle, engines
 
-FILES = {"onnxruntime": "onnx", "torch": "pt2", "tensorrt": "onnx"}
+FILES = {"onnxruntime": "onnx", "torch": "pt2"}
 
 
 @dataclass(frozen=True)

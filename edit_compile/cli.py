@@ -25,7 +25,7 @@ Bundle = Annotated[Path, typer.Argument(help="folder of a compiled bundle")]
 Model = Annotated[str, typer.Argument(help="elastic folder, saved diffusers model, or path/to/file.py:ClassName")]
 ModelOption = Annotated[str, typer.Option("--model", help="the model it was compiled from, as for `compile`")]
 Inputs = Annotated[Path | None, typer.Option(help="safetensors file with the forward's keyword arguments")]
-Engine = Annotated[str, typer.Option(help="onnxruntime or torch")]
+Engine = Annotated[str, typer.Option(help="onnxruntime or torch, or, once built, tensorrt or tensorrt-rtx")]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
 Budget = Annotated[
     str | None,
@@ -126,12 +126,33 @@ def compile_model(
 
 @app.command()
 @plain_errors
-def build(bundle: Bundle, engine: Engine = "onnxruntime") -> None:
-    """Build every plan of a bundle at every width on this machine, and show what each costs."""
-    from edit_compile.building import build as run
-    from edit_compile.building import table_of
+def build(
+    bundle: Bundle,
+    engine: Annotated[str, typer.Option(help="onnxruntime, torch, tensorrt or tensorrt-rtx")] = "onnxruntime",
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU to build for, as sm_120; once per GPU; default: the one here")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="rows of a batch that TensorRT engines take at most; default: 4")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="shared: one engine per plan and width; packed: one per block and width")
+    ] = None,
+) -> None:
+    """Build every plan of a bundle at every width, and show what each costs; TensorRT's are kept in the bundle."""
+    from edit_compile import building, engine_building
+    from edit_compile.loading import UserError
+    from runtime.engines.tensorrt_library import MODULES
+    from runtime.engines.tensorrt_profiles import MAX_BATCH
 
-    console.print(table_of(run(bundle, engine), engine))
+    if engine in MODULES:
+        rows = MAX_BATCH if max_batch is None else max_batch
+        made = engine_building.build_engines(bundle, engine, target or (), weights or "shared", rows)
+        console.print(engine_building.table_of(made, engine))
+        return
+    if target or max_batch is not None or weights is not None:
+        raise UserError(f"--target, --max-batch and --weights are for {' and '.join(MODULES)}, not for {engine!r}")
+    console.print(building.table_of(building.build(bundle, engine), engine))
 
 
 @app.command()
@@ -215,17 +236,22 @@ def plot(
 
 
 def _inputs_for(compiled: Any, path: Path | None) -> dict[str, Any]:
-    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for."""
+    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for; where the bundle runs."""
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
     from edit_compile.loading import load_inputs
     from edit_compile.verify import random_inputs
 
-    return load_inputs(path) if path else random_inputs(compiled.program.manifest)
+    given = load_inputs(path) if path else random_inputs(compiled.program.manifest)
+    moved: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(compiled.device), given)
+    return moved
 
 
 def _model_like(compiled: Any, where: str) -> Any:
     from edit_compile.loading import load_model, parse_dtype
 
-    return load_model(where, parse_dtype(compiled.program.manifest.dtype))
+    return load_model(where, parse_dtype(compiled.program.manifest.dtype)).to(compiled.device)
 
 
 def _dense(model: Any) -> Any:

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("edit-compile", "torch", "numpy", "onnxruntime", "onnxruntime-gpu", "diffusers", "transformers", "onnx")
+LIBRARIES = (
+    "edit-compile",
+    "torch",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt_rtx_cu13",
+    "diffusers",
+    "transformers",
+    "onnx",
+)
 
 
 def describe_machine() -> dict[str, str]:

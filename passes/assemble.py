@@ -176,7 +176,8 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
         inputs.append(PlanInput(name, _dtype(seen[0]), shape, site.batch_dims.get(leaf)))
     kind = type(site.module).__name__
     time = leaves.index(site.time) if site.time is not None else None
-    sizes = [tuple(value.shape) for example in _examples(analysis, group) for value in example]
+    examples = _examples(analysis, group)
+    sizes = [tuple(value.shape) for example in examples for value in example]
     dtypes = [node.meta["val"].dtype for node in graph.variants[-1].graph.find_nodes(op="placeholder")]
     return Plan(
         id=plan_id(graph, (kind, inputs, time, sizes, dtypes)),
@@ -189,7 +190,22 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
             Variant(width, tuple(piece.rows[v] for piece in graph.pieces)) for v, width in enumerate(graph.widths)
         ),
         single_row=single,
+        buckets=_buckets(examples, inputs),
     )
+
+
+def _buckets(
+    examples: Sequence[Sequence[Tensor]], inputs: Sequence[PlanInput]
+) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
+    """The sets of shapes of `examples`, each once, without the batch where that is free."""
+    shapes = [
+        tuple(
+            tuple(None if d == spec.batch_dim and spec.shape[d] is None else size for d, size in enumerate(value.shape))
+            for value, spec in zip(example, inputs, strict=True)
+        )
+        for example in examples
+    ]
+    return tuple(dict.fromkeys(shapes))
 
 
 def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...]:

@@ -76,7 +76,7 @@ class ReadyBlocks:
 
     def __init__(self, program: Program, engine: str) -> None:
         manifest = program.manifest
-        loader = engines.make(engine)
+        loader = engines.make(engine, program)
         plans = {plan.id: plan for plan in manifest.plans}
         kernels = {
             plan.id: [loader.load(plan, variant, program.files) for variant in range(len(plan.variants))]
@@ -97,7 +97,8 @@ class ReadyBlocks:
         weights = [program.weights[key] for key in block.weights]
         bound = []
         for kernel, variant in zip(kernels, plan.variants, strict=True):
-            bound.append(kernel.bind([_head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]))
+            heads = [_head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]
+            bound.append(kernel.bind(heads, block.name))
         return ReadyBlock(plan, bound, block.name)
 
 

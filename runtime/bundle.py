@@ -4,9 +4,10 @@
     weights.safetensors      one copy, a width is a prefix of rows
     routers.safetensors      absent when there are none
     glue/*.pt2  plans/*      graphs
+    engines/*/*              built from plans for one GPU (runtime.engines.tensorrt_cache); not of the manifest
 
 Nothing in a bundle is unpickled or run while it is read. Files that the manifest does not name are
-never read.
+never read here. A bundle saved anew has no engines.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def load(path: str | Path, *, verify: bool = True) -> Program:
         weights=_read_tensors(folder, WEIGHTS, manifest),
         routers=_read_tensors(folder, ROUTERS, manifest) if ROUTERS in manifest.files else {},
         files={name: (folder / name).read_bytes() for name in graphs},
+        folder=folder,
     )
     check(program)
     return program

@@ -5,14 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime import bundle
+from runtime.engines.tensorrt_cache import built
+from runtime.engines.tensorrt_library import gpu_here
 from runtime.policy import Decider
 from runtime.transformer import CompiledTransformer
 
 
-def load(path: str | Path, engine: str = "onnxruntime", policy: Decider | None = None) -> CompiledTransformer:
+def load(path: str | Path, engine: str | None = None, policy: Decider | None = None) -> CompiledTransformer:
     """The compiled transformer of the bundle at `path`.
 
-    `engine` runs its plans, "onnxruntime" or "torch"; `policy` replaces the bundle's own. Raises BundleError where
-    the bundle is damaged or foreign, EngineError where the engine cannot run it here.
+    `engine` runs its plans (see `runtime.transformer.CompiledTransformer`). Without one it is what the bundle's engines
+    were built with, and "onnxruntime" for a bundle that holds none: engines of another GPU are refused rather than
+    replaced by a CPU's in silence. `policy` replaces the bundle's own. Raises BundleError where the bundle is damaged
+    or foreign, EngineError where the engine cannot run it here.
     """
-    return CompiledTransformer(bundle.load(path), engine=engine, policy=policy)
+    return CompiledTransformer(bundle.load(path), engine=engine or built_engine(Path(path)), policy=policy)
+
+
+def built_engine(folder: Path) -> str:
+    """Name of the engine that the bundle's own engines are for, those for the GPU here before others."""
+    here = gpu_here()
+    records = sorted(
+        (record.key for record in built(folder)),
+        key=lambda key: (here is None or key.capability != here.capability, key.weights == "packed", key.library),
+    )
+    if not records:
+        return "onnxruntime"
+    return records[0].library + ("-packed" if records[0].weights == "packed" else "")

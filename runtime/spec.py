@@ -70,8 +70,9 @@ class Plan:
     Called as ``plan(*weights, *inputs) -> tuple(states)``: output k continues input
     ``inputs[states[k]]`` with equal shape and dtype. `time` indexes the input that is the time
     embedding (B, E) of the router, None where the block has none. With `single_row` it takes one row
-    of the batch per call (shapes have 1 where they would have the batch). Files of a variant:
-    ``plans/<id>-w<percent>.onnx`` and ``plans/<id>-w<percent>.pt2``.
+    of the batch per call (shapes have 1 where they would have the batch). `buckets` are the sets of shapes that it was
+    compiled for: one shape per input, None at the batch alone. Files of a variant: ``plans/<id>-w<percent>.onnx`` and
+    ``plans/<id>-w<percent>.pt2``.
     """
 
     id: str
@@ -82,6 +83,7 @@ class Plan:
     weights: tuple[str, ...]
     variants: tuple[Variant, ...]
     single_row: bool = False
+    buckets: tuple[tuple[tuple[int | None, ...], ...], ...] = ()
 
     def variant_at(self, width: float) -> int:
         """Index of the variant for `width`; the full one where the plan has no MLP to narrow."""

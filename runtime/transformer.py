@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from runtime import arguments, bundle, pt2
+from runtime import arguments, bundle, engines, pt2
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
 from runtime.dispatch import Costs, Dispatch
@@ -33,7 +33,7 @@ class CompiledTransformer(nn.Module):
 
     Args:
         program: what to run; None to have `tracer` make it at the first call.
-        engine: "onnxruntime", "torch" or "tensorrt".
+        engine: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx"; the last two with "-packed" for weights inside.
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: called with the arguments of a call that nothing was compiled for; gives a program
             that was. Without it such a call is a ShapeError.
@@ -290,12 +290,14 @@ class _Loaded:
     """A program with everything made from it for one engine."""
 
     def __init__(self, program: Program, engine: str) -> None:
+        program = engines.placed(engine, program)
         manifest = program.manifest
         self.program = program
         self.blocks = ReadyBlocks(program, engine)
         self.config = Config(manifest.config)
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self.device = next((w.device for w in program.weights.values()), torch.device("cpu"))
+        tensors = (*program.weights.values(), *program.routers.values())
+        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
         self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
 

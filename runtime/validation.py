@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.errors import BundleError
 from runtime.program import Program
-from runtime.spec import Block, Glue, Manifest, Plan, RouterConfig
+from runtime.spec import Block, Glue, Manifest, Plan, PlanInput, RouterConfig
 
 ACTIVATIONS = frozenset(
     (
@@ -67,12 +67,25 @@ def _check_plan(plan: Plan) -> None:
         not plan.single_row or all(plan.inputs[index].batch_dim is not None for index in plan.states),
         f"{where} takes one row per call, but one of its states has no rows",
     )
+    for bucket in plan.buckets:
+        _need(
+            len(bucket) == len(plan.inputs) and all(map(_fits, bucket, plan.inputs)),
+            f"{where} was compiled for the shapes {bucket}, which its inputs do not have",
+        )
     _check_widths([variant.width for variant in plan.variants], where)
     for variant in plan.variants:
         _need(
             len(variant.rows) == len(plan.weights) and min(variant.rows, default=0) >= 0,
             f"{where} has {len(plan.weights)} weights, its variant {variant.width:g} rows {variant.rows}",
         )
+
+
+def _fits(shape: tuple[int | None, ...], given: PlanInput) -> bool:
+    """Whether `shape` is one of `given`, with nothing free but the batch."""
+    return len(shape) == len(given.shape) and all(
+        want in (None, have) and (have is not None or dim == given.batch_dim)
+        for dim, (have, want) in enumerate(zip(shape, given.shape, strict=True))
+    )
 
 
 def _check_block(block: Block, plans: Mapping[str, Plan], weights: Mapping[str, Tensor]) -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_compile.cli import app
+from edit_compile.cli import _inputs_for, _model_like, app
 from edit_compile.loading import UserError, load_inputs, load_object, parse_dtype, parse_numbers, save_inputs
 from runtime.transformer import CompiledTransformer
 from tests import programs
@@ -48,6 +49,13 @@ def test_verify_ends_with_1_where_the_numbers_differ(bundle: Path) -> None:
     where = bundle.parent / "dense.py"
     assert "passed" in run("verify", bundle, "--model", f"{where}:Dense", "--engine", "torch")
     assert "FAILED" in run("verify", bundle, "--model", f"{where}:other", "--engine", "torch", code=1)
+
+
+def test_model_and_inputs_go_where_the_bundle_runs(bundle: Path) -> None:
+    compiled = SimpleNamespace(device=torch.device("meta"), program=programs.make())
+    assert all(tensor.is_meta for tensor in _inputs_for(compiled, None).values())
+    model = _model_like(compiled, f"{bundle.parent / 'dense.py'}:Dense")
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_bench_writes_figures_and_bars(bundle: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from edit_compile import (
     ShapeError,
 )
 from edit_compile.compiler import check_widths
+from runtime.engines.tensorrt_jobs import jobs, make
+from runtime.engines.tensorrt_library import open_library, targets
 from runtime.trace import COMPUTED, REUSED, SKIPPED
 from tests.conftest import WIDTHS, Compiled
 from tests.flux_oracle import FluxOracle
@@ -218,3 +220,19 @@ def _check_decisions(compiled: CompiledTransformer, oracle: FluxOracle) -> None:
     assert ours == sorted(oracle.log)
     assert {entry[3] for entry in oracle.log} == {"skip", "reuse", "compute"}
     assert len({entry[4] for entry in oracle.log} - {0.0}) >= 3
+
+
+def test_plans_tell_the_shapes_they_were_compiled_for(flux: Compiled) -> None:
+    for plan in flux.program.manifest.plans:
+        (bucket,) = plan.buckets
+        for given, shape in zip(plan.inputs, bucket, strict=True):
+            assert [dim for dim, size in enumerate(shape) if size is None] == ([] if given.batch_dim is None else [0])
+
+
+def test_tensorrt_builds_every_plan_at_every_width(flux: Compiled) -> None:
+    """Here, where the model's plans are lowered anyway; in the precisions of GPUs it is a slow test."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx_cu13 is not installed (see the Makefile)")
+    library = open_library("tensorrt-rtx")
+    built = [make(job, flux.program, library)[0] for job in jobs(flux.program, library, targets(library, ["sm_89"]))]
+    assert len(built) == 8
+    assert all(len(engine) > 100_000 for engine in built)

@@ -93,7 +93,7 @@ def test_widths_are_views_of_one_copy(engine: str, monkeypatch: pytest.MonkeyPat
     made = engines.make(engine)
     kernel = type(made.load(programs.DOUBLE, 0, programs.plan_files()))
     original = kernel.bind
-    monkeypatch.setattr(kernel, "bind", lambda self, given: bound_weights.extend(given) or original(self, given))
+    monkeypatch.setattr(kernel, "bind", lambda self, given, block: bound_weights.extend(given) or original(self, given))
     program = programs.make()
     ReadyBlocks(program, engine)
     stored = {w.data_ptr(): w for w in program.weights.values()}
@@ -163,9 +163,15 @@ def test_a_plan_that_does_not_load_is_named() -> None:
         engines.make("onnxruntime").load(programs.DOUBLE, 0, files)
 
 
-def test_no_such_engine() -> None:
+@pytest.mark.parametrize("name", ["openvino", "torch-packed"])
+def test_no_such_engine(name: str) -> None:
     with pytest.raises(EngineError, match="onnxruntime, torch"):
-        CompiledTransformer(programs.make(), "openvino")
+        CompiledTransformer(programs.make(), name)
+
+
+def test_an_engine_of_bundles_needs_one() -> None:
+    with pytest.raises(EngineError, match="edit-compile build"):
+        engines.make("tensorrt-rtx")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from runtime.errors import EngineError
+from runtime.program import Program
 from runtime.spec import Plan
 
-NAMES = ("onnxruntime", "torch", "tensorrt")
+NAMES = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+"""`tensorrt-packed` and `tensorrt-rtx-packed` are the last two with weights inside their engines."""
+
+_ON_GPU = ("tensorrt", "tensorrt-rtx")
 
 
 class Bound(Protocol):
@@ -24,8 +30,8 @@ class Bound(Protocol):
 class Kernel(Protocol):
     """A loaded variant of a plan."""
 
-    def bind(self, weights: Sequence[Tensor]) -> Bound:
-        """Fix the weights, each already cut to its leading `Variant.rows`; they are not copied."""
+    def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
+        """Fix the weights of the block of that name, each already cut to its leading `Variant.rows`, without a copy."""
 
 
 class Engine(Protocol):
@@ -40,8 +46,11 @@ class Engine(Protocol):
         """Entered around all that one guard does on the host, for states of `elements` numbers in all."""
 
 
-def make(name: str) -> Engine:
-    """The engine called `name`; EngineError if there is none or its library is missing."""
+def make(name: str, program: Program | None = None) -> Engine:
+    """The engine called `name`, for the plans of `program` (which those of TensorRT need).
+
+    EngineError if there is none or its library is missing.
+    """
     if name == "torch":
         from runtime.engines.pytorch import TorchEngine
 
@@ -50,14 +59,35 @@ def make(name: str) -> Engine:
         from runtime.engines.ort import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine()
-    if name == "tensorrt":
-        try:
-            from runtime.engines.tensorrt import TensorRTEngine  # type: ignore[import-not-found, unused-ignore]
-        except ImportError as error:
-            raise EngineError(f"the tensorrt engine is not usable here ({error}); use engine='torch'") from error
-        engine: Engine = TensorRTEngine()
-        return engine
+    library = name.removesuffix("-packed")
+    if library in _ON_GPU:
+        if program is None:
+            raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
+        from runtime.engines.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(library, "shared" if library == name else "packed", program)
     raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}")
+
+
+def placed(name: str, program: Program) -> Program:
+    """`program` with its tensors where the engine called `name` runs; EngineError where there is no such device.
+
+    Weights that engines hold themselves stay where they are.
+    """
+    if name.removesuffix("-packed") not in _ON_GPU:
+        return program
+    if not torch.cuda.is_available():
+        raise EngineError(no_gpu(name))
+    packed = name.endswith("-packed")
+    inside = {key for block in program.manifest.blocks for key in block.weights} if packed else set()
+    weights = {key: tensor if key in inside else tensor.cuda() for key, tensor in program.weights.items()}
+    routers = {key: tensor.cuda() for key, tensor in program.routers.items()}
+    return replace(program, weights=weights, routers=routers)
+
+
+def no_gpu(name: str) -> str:
+    """What to say where the engine called `name` is to run and there is no GPU."""
+    return f"engine {name!r} runs on a GPU, and torch sees none here: engine='onnxruntime' and 'torch' run on the CPU"
 
 
 def plan_file(plan: Plan, variant: int, suffix: str) -> str:

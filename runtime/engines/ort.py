@@ -89,7 +89,7 @@ class _Kernel:
         self.taken = frozenset(given.name for given in session.get_inputs())
         self.states = plan.states
 
-    def bind(self, weights: Sequence[Tensor]) -> Bound:
+    def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
         """Weights are bound by address: they must be contiguous and on the CPU."""
         for name, weight in zip(self.weights, weights, strict=True):
             if weight.device.type != "cpu":

@@ -33,7 +33,7 @@ class _Kernel:
         self._data, self._name = data, name
         self._graphs: dict[torch.device | None, Callable[..., tuple[Tensor, ...]]] = {}
 
-    def bind(self, weights: Sequence[Tensor]) -> Bound:
+    def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
         device = weights[0].device if weights else None
         if device not in self._graphs:
             self._graphs[device] = pt2.load(self._data, self._name, device)
