@@ -1,7 +1,7 @@
 """What a bundle says: the frozen data that compiler and runtime share.
 
 Everything here is plain data, written to and read from ``manifest.json`` by msgspec. A *plan* is
-the code of one kind of block (two in FLUX), a *variant* that code at one MLP width, a *block* one
+the code of one kind of block, a *variant* that code at one MLP width, a *block* one
 place in the model that runs a plan with its own weights, a *glue* the rest of the model at one set
 of input shapes.
 """
