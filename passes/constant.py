@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -51,5 +52,5 @@ def _fill(node: Any) -> Any:
 def _propagate(module: fx.GraphModule) -> None:
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
-    with torch.no_grad():
+    with torch.no_grad(), enable_python_dispatcher():  # some operators know symbols in Python alone
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)

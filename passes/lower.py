@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -119,7 +120,7 @@ def _sized(module: fx.GraphModule, weights: Sequence[Tensor]) -> fx.GraphModule:
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")][len(weights) :]
     mode = inputs[0].fake_mode
     fakes = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
-    with torch.no_grad():
+    with torch.no_grad(), enable_python_dispatcher():  # some operators know symbols in Python alone
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes, *inputs)
     return module
 
