@@ -40,7 +40,7 @@ def fail(message: str) -> NoReturn:
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors a user can cause into one line; EDIT_COMPILE_DEBUG=1 shows the traceback."""
+    """Turn errors into one line, those that no message was meant for too; EDIT_COMPILE_DEBUG=1 shows the traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -49,10 +49,14 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         )  # torch copying its own pytree specs
         try:
             command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
         except Exception as error:
-            if os.environ.get("EDIT_COMPILE_DEBUG") or not isinstance(error, _expected()):
+            if os.environ.get("EDIT_COMPILE_DEBUG"):
                 raise
-            fail(" ".join(str(error).split()))
+            told = " ".join(str(error).split())
+            expected = isinstance(error, _expected())
+            fail(told if expected else f"{type(error).__name__}: {told} (EDIT_COMPILE_DEBUG=1 shows where)")
 
     return wrapped
 

@@ -64,6 +64,8 @@ def discover(
     if not buckets:
         raise DiscoveryError("no inputs were given")
     step = timestep or _step_name(buckets)
+    if any(step not in kwargs for kwargs in buckets):
+        raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
     with undisturbed(model):
         watched, refused = _blocks(model, buckets[0])
         runs, seen = _observe(model, buckets, step, watched)

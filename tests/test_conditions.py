@@ -91,6 +91,11 @@ def test_a_timestep_of_another_name_is_asked_for_and_taken() -> None:
     assert edit_compile.compile(elastic, inputs=inputs, dry_run=True).blocks == 2
 
 
+def test_a_timestep_that_is_no_input_is_named() -> None:
+    with pytest.raises(DiscoveryError, match=r"said to be 'q', but the inputs are .*\bt\b"):
+        edit_compile.compile(c.Model().eval(), inputs=c.inputs(), dry_run=True, timestep="q")
+
+
 def test_an_elastic_model_found_at_its_first_call_keeps_the_name_it_was_given() -> None:
     inputs = c.inputs()
     inputs["clock"] = inputs.pop("t")
