@@ -214,11 +214,12 @@ def main() -> None:
     held = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = {row["name"]: Row(**row) for row in held if row["name"] in CASES and row["name"] not in asked}
     os.environ["OMP_NUM_THREADS"] = "1"
+    machine = describe_machine()
     with Progress() as progress, get_context("spawn").Pool(2, maxtasksperchild=8) as pool:
         task = progress.add_task("compiling", total=len(asked))
         for row in pool.imap_unordered(compile_class, asked):
             rows[row.name] = row
-            write(rows, LEFT_OUT, sorted(set(CASES) - set(rows)))
+            write(rows, machine, LEFT_OUT, sorted(set(CASES) - set(rows)))
             progress.console.print(f"{row.name}: {row.error or f'{row.plans} plans, {row.seconds:.0f} s'}")
             progress.advance(task)
     failed = [row for row in rows.values() if row.error is not None]
@@ -226,9 +227,11 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def write(rows: Mapping[str, Row], left_out: Mapping[str, str], missing: Sequence[str]) -> None:
+def write(
+    rows: Mapping[str, Row], machine: Mapping[str, str], left_out: Mapping[str, str], missing: Sequence[str]
+) -> None:
     """Both files, from the rows so far; `missing` classes have none yet."""
-    ordered, machine = [rows[name] for name in sorted(rows)], describe_machine()
+    ordered = [rows[name] for name in sorted(rows)]
     RESULTS.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
     DOCUMENT.write_text(render(ordered, machine, left_out, missing))
 

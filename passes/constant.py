@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from passes.shapes import tell_shapes
 
 _aten = torch.ops.aten
 _READS = (_aten.item.default, _aten._local_scalar_dense.default)
@@ -35,7 +34,7 @@ def known_counts(module: fx.GraphModule) -> tuple[str, ...]:
         node.replace_all_uses_with(fill)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    _propagate(module)
+    tell_shapes(module, [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")])
     return (f"{len(known)} counts read from tensors are known",)
 
 
@@ -47,10 +46,3 @@ def _fill(node: Any) -> Any:
         return None
     value = node.args[1]
     return value if isinstance(value, int | fx.Node) else None
-
-
-def _propagate(module: fx.GraphModule) -> None:
-    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
-    with torch.no_grad(), enable_python_dispatcher():  # some operators know symbols in Python alone
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)

@@ -32,6 +32,7 @@ from passes.plain import CONSTANT, PlainError, plain
 from passes.record import undisturbed
 from passes.weightless import hollow
 from runtime.errors import EditError
+from runtime.rows import one_row
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -253,13 +254,9 @@ def _trace(site: BlockSite, states: States, call: Call, moving: Mapping[int, tup
 
 def _first_row(site: BlockSite, states: States, call: Call) -> Call:
     """The call with the first row of the batch alone; outputs that are no states are dropped."""
-    leaves = tuple(
-        leaf.narrow(site.batch_dims[at], 0, 1) if isinstance(leaf, Tensor) and at in site.batch_dims else leaf
-        for at, leaf in enumerate(call.leaves)
-    )
-    dims = [site.batch_dims[at] for _, at in states.pairs]
-    outputs = tuple(state.narrow(dim, 0, 1) for state, dim in zip(_states(call), dims, strict=True))
-    return Call(leaves, call.spec, outputs, call.output_spec)
+    leaves = one_row(call.leaves, [site.batch_dims.get(at) for at in range(len(call.leaves))])  # type: ignore[arg-type]
+    outputs = one_row(_states(call), [site.batch_dims[at] for _, at in states.pairs])
+    return Call(tuple(leaves), call.spec, tuple(outputs), call.output_spec)
 
 
 def _states(call: Call) -> list[Tensor]:

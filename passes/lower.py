@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -30,13 +28,13 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from passes.cost import weight_stand_ins
 from passes.graph import PlanGraph
 from passes.guards import GlueGraph, is_free
 from passes.onnx_format import LowerError, to_onnx
+from passes.shapes import tell_shapes
 from runtime import pt2
 from runtime.engines import plan_file
 from runtime.spec import Plan
@@ -120,8 +118,7 @@ def _sized(module: fx.GraphModule, weights: Sequence[Tensor]) -> fx.GraphModule:
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")][len(weights) :]
     mode = inputs[0].fake_mode
     fakes = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
-    with torch.no_grad(), enable_python_dispatcher():  # some operators know symbols in Python alone
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes, *inputs)
+    tell_shapes(module, [*fakes, *inputs])
     return module
 
 

@@ -51,13 +51,13 @@ def survey(
     versions: list[list[int]] = []
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
-        versions.append([_version(tensor) for tensor in _tensors((args, kwargs))])
+        versions.append([_version(tensor) for tensor in tensors_in((args, kwargs))])
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            inputs = _tensors((args, kwargs))
+            inputs = tensors_in((args, kwargs))
             wrote = versions.pop() != [_version(tensor) for tensor in inputs]
-            seen[name].append(Glimpse(_sights(inputs), _sights(_tensors(output)), wrote))
+            seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote))
 
         return hook
 
@@ -122,7 +122,8 @@ def _own(kwargs: Mapping[str, object]) -> dict[str, object]:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(kwargs))
 
 
-def _tensors(tree: object) -> list[Tensor]:
+def tensors_in(tree: object) -> list[Tensor]:
+    """The tensors among the leaves of `tree`, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.graph import BlockSite, Call
+from passes.record import tensors_in
 
 UNCHECKED = (
     "that the rows of a batch do not influence one another",
@@ -79,9 +80,9 @@ def proving_call(site: BlockSite) -> Call:
     Arguments that hold no floats are ones; outputs stay without numbers.
     """
     last = site.calls[-1]
-    if not hollow(*_tensors(last.leaves)):
+    if not hollow(*tensors_in(last.leaves)):
         return last
-    call = min(site.calls, key=lambda call: sum(tensor.numel() for tensor in _tensors(call.leaves)))
+    call = min(site.calls, key=lambda call: sum(tensor.numel() for tensor in tensors_in(call.leaves)))
     leaves = (_filled(leaf, at) if isinstance(leaf, Tensor) else leaf for at, leaf in enumerate(call.leaves))
     return replace(call, leaves=tuple(leaves))
 
@@ -128,8 +129,8 @@ class _Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if any(_memory(tensor) in self._held for tensor in _tensors((args, kwargs))):
-            self._held |= {_memory(tensor): tensor.untyped_storage() for tensor in _tensors(outputs)}
+        if any(_memory(tensor) in self._held for tensor in tensors_in((args, kwargs))):
+            self._held |= {_memory(tensor): tensor.untyped_storage() for tensor in tensors_in(outputs)}
         return outputs
 
     def settled(self, leaves: Sequence[object], given: Sequence[object]) -> Iterator[object]:
@@ -137,10 +138,6 @@ class _Following(TorchDispatchMode):
         for leaf, before in zip(leaves, given, strict=True):
             follows = isinstance(leaf, Tensor) and _memory(leaf) in self._held
             yield leaf if follows or not isinstance(before, Tensor) else before
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 _MAPS = (F.linear, F.conv1d, F.conv2d, F.conv3d)

@@ -97,7 +97,7 @@ class ReadyBlocks:
         weights = [program.weights[key] for key in block.weights]
         bound = []
         for kernel, variant in zip(kernels, plan.variants, strict=True):
-            heads = [_head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]
+            heads = [engines.head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]
             bound.append(kernel.bind(heads, block.name))
         return ReadyBlock(plan, bound, block.name)
 
@@ -108,8 +108,3 @@ def _check_routers(blocks: Sequence[Block], parameters: Iterable[str]) -> None:
     for index, block in enumerate(blocks):
         if str(index) not in routed:
             raise EditError(f"block {block.name} has no router while others have one: give all of them one, or none")
-
-
-def _head(weight: Tensor, rows: int) -> Tensor:
-    """The leading `rows` of `weight`, without a copy."""
-    return weight if weight.dim() == 0 or weight.shape[0] == rows else weight[:rows]

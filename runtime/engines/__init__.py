@@ -102,3 +102,8 @@ def plan_bytes(plan: Plan, variant: int, suffix: str, files: Mapping[str, bytes]
         there = sorted({found.rsplit(".", 1)[-1] for found in files if found.startswith(f"plans/{plan.id}-")})
         raise EngineError(f"engine {engine!r} needs {name}; the program holds {there or 'no'} files of this plan")
     return files[name]
+
+
+def head(weight: Tensor, rows: int) -> Tensor:
+    """The leading `rows` of `weight`, which a variant reads, without a copy; a scalar as it is."""
+    return weight if weight.dim() == 0 or weight.shape[0] == rows else weight[:rows]

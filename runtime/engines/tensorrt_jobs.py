@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from runtime.engines import plan_bytes
+from runtime.engines import head, plan_bytes
 from runtime.engines.tensorrt_build import Report, build
 from runtime.engines.tensorrt_cache import Key
 from runtime.engines.tensorrt_library import Library, Target
@@ -87,8 +87,4 @@ def make(
 def _constants(plan: Plan, variant: int, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A block's weights by the plan's names, cut to the rows that the variant reads."""
     named = zip(plan.weights, block.weights, plan.variants[variant].rows, strict=True)
-    return {name: _head(weights[key], rows) for name, key, rows in named}
-
-
-def _head(weight: Tensor, rows: int) -> Tensor:
-    return weight[:rows] if weight.dim() else weight
+    return {name: head(weights[key], rows) for name, key, rows in named}
