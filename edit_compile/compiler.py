@@ -53,6 +53,7 @@ def compile(
     output: str | Path | None = None,
     dry_run: bool = False,
     timestep: str | None = None,
+    dispatch: str = "host",
 ) -> CompiledTransformer | DryRun:
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
@@ -68,6 +69,7 @@ def compile(
         dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
             which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
+        dispatch: "host", or "device" to take decisions on a GPU (see CompiledTransformer).
 
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
@@ -91,7 +93,7 @@ def compile(
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
     compiled = CompiledTransformer(
-        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model
+        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
     )
     if output is not None:
         tracer.prove(compiled)

@@ -51,6 +51,7 @@ class OnnxRuntimeEngine:
     """
 
     name = "onnxruntime"
+    recordable = False
 
     def __init__(self) -> None:
         self._ort = _shared_library()

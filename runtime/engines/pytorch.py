@@ -17,6 +17,7 @@ class TorchEngine:
     """Runs ``plans/*.pt2``; on CPU or CUDA, in any dtype torch has."""
 
     name = "torch"
+    recordable = True
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Read the variant's graph; BundleError if it is not one."""

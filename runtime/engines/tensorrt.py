@@ -43,6 +43,8 @@ class TensorRTEngine:
     missing, and for engines that are missing, damaged, or of another library version, GPU, precision or plan.
     """
 
+    recordable = True
+
     def __init__(self, name: str, weights: str, program: Program) -> None:
         self.name = name
         self._program = program
