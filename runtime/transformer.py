@@ -201,6 +201,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         self, loaded: Loaded, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor], timestep: Tensor
     ) -> object:
         """The model's output, every decision taken here."""
+        arguments.check_finite(glue, tensors)
 
         def run() -> object:
             if glue.file is not None:
@@ -225,7 +226,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
                 outputs = self._device_runner(
                     glue.id,
                     loaded.glue(glue),
-                    [tensors[given.name] for given in glue.inputs],
+                    {given.name: tensors[given.name] for given in glue.inputs},
                     timestep,
                     policy,
                     loaded.costs[glue.id],

@@ -13,7 +13,7 @@ import torch
 
 from runtime.device import runner
 from runtime.device.policy import STEPS
-from runtime.errors import EditError, PolicyError
+from runtime.errors import EditError, InputError, PolicyError
 from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from runtime.trace import COMPUTED, REUSED, SKIPPED
 from runtime.transformer import CompiledTransformer
@@ -216,6 +216,18 @@ def test_a_router_that_overflows_is_named(recorder: Emulator) -> None:
     call(model, 1.0)
     with pytest.raises(EditError, match=r"router of block .*1.* gives"):
         model.trace  # noqa: B018
+
+
+def test_inputs_that_are_not_finite_are_named(recorder: Emulator) -> None:
+    model = on_device(POLICY)
+    given = programs.inputs(2)
+    given["encoder_hidden_states"][1, 0, 0] = float("inf")
+    model(**given)
+    with pytest.raises(InputError, match="input encoder_hidden_states holds NaN or infinity"):
+        call(model, 0.5)
+    assert len(model.trace) == 0
+    call(model, 0.5)
+    assert done(model) != []
 
 
 class Custom:

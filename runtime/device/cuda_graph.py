@@ -5,11 +5,12 @@ here, and, with a driver that is imitated on a CPU, what is captured and in whic
 
 The graph is captured from one stream, the bodies of its switches from another, one after another, so that all bodies
 share the scratch that torch's allocator keeps for a stream. All of it comes from one private pool: graphs of a recorder
-run one after another, and what must outlive a replay is the caller's own.
+run one after another (`turn`), and what must outlive a replay is the caller's own.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,19 @@ class CudaRecorder:
         self._pool = torch.cuda.MemPool()
         self._kernels = Kernels(device)
         self._warming = False
+        self._turns = threading.Lock()
         self._last = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See Recorder. The host is held up for as long as it takes to enqueue a call, not for its work."""
+        with self._turns:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last.record(stream)
 
     def record(self, work: Work) -> Work:
         """See Recorder. `work` runs once as it is, for what libraries set up at first use, and once to be captured."""
@@ -134,10 +147,7 @@ class CudaRecorder:
         executable = checked(driver.cuGraphInstantiate(graph, 0))
 
         def replay() -> Sequence[Tensor]:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._last)  # graphs share the pool
-            checked(driver.cuGraphLaunch(executable, self._handle(stream)))
-            self._last.record(stream)
+            checked(driver.cuGraphLaunch(executable, self._handle(torch.cuda.current_stream(self._device))))
             return outputs
 
         weakref.finalize(replay, _destroy, driver, executable, graph).atexit = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.arguments import refuse_infinite
 from runtime.blocks import ReadyBlock
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.requests import DeviceRequest, Ledger
@@ -52,11 +53,13 @@ class Reading:
     def write_down(self) -> bool:
         """Fill the request's trace and the tally, once the copy is there; whether nothing may be reused (see requests).
 
-        Raises EditError for a router whose logits are not finite, PolicyError for a step that a schedule lacks.
+        Raises InputError for inputs and EditError for a router's logits that are not finite, PolicyError for a step
+        that a schedule lacks.
         """
         epoch, _, number, untold = map(int, self.values[:4].tolist())
+        finite, logits, decisions = self.step.views(self.values)
+        refuse_infinite([name for name, flag in zip(self.step.names, finite.tolist(), strict=True) if not flag])
         record = self.ledger.record(epoch)
-        logits, decisions = self.step.views(self.values)
         for block in self.step.guarded:
             self._guard(block, number, logits[block].tolist(), decisions[block].int().tolist(), record)
         return bool(untold)

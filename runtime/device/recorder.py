@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,9 @@ class Recorder(Protocol):
     Inside `record` nothing may read a tensor on the host, and every tensor that must be there at a replay has to be
     kept by the caller, save those that the recorded work makes itself.
     """
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Entered around all that a call does on the device: calls of other threads and streams are over by then."""
 
     def record(self, work: Work) -> Work:
         """What replays `work` on the current stream and gives the very tensors that `work` gave.

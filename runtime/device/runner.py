@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class DeviceRunner:
         self._recorder = recorder
         self._shelf = Shelf()
         self._readings: deque[tuple[Reading, Count]] = deque()
-        self._recording, self._writing = threading.Lock(), threading.Lock()
+        self._writing = threading.Lock()
         self._told = False
         self.requests = Requests(lambda name: DeviceRequest(name, traces, self._shelf.give_back))
 
@@ -48,7 +48,7 @@ class DeviceRunner:
         self,
         name: str,
         graph: Graph,
-        inputs: Sequence[Tensor],
+        inputs: Mapping[str, Tensor],
         timestep: Tensor,
         policy: Decider,
         costs: Costs,
@@ -60,21 +60,23 @@ class DeviceRunner:
         """
         self._write_down(wait=False)
         routed = policy.routed and self._blocks.routers is not None
-        signature: Signature = (name, routed, timestep.numel(), *(tuple(given.shape) for given in inputs))
+        signature: Signature = (name, routed, timestep.numel(), *(tuple(given.shape) for given in inputs.values()))
         context = current_context()
 
         def make() -> Step:
-            with self._recording:
-                return Step(self._recorder, self._blocks, graph, inputs, timestep, routed)
+            return Step(self._recorder, self._blocks, graph, inputs, timestep, routed)
 
-        with self.requests.held() as request:
+        with self.requests.held() as request, self._recorder.turn():
             step = request.step(
                 context or UNNAMED, signature, timestep.numel(), lambda: self._shelf.take(signature, make)
             )
             clock = request.clock
             assert clock is not None
             outputs = step.run(
-                inputs, timestep, policy, lambda: clock.advance(self._recorder, step, context is not None)
+                tuple(inputs.values()),
+                timestep,
+                policy,
+                lambda: clock.advance(self._recorder, step, context is not None),
             )
             reading = Reading.begin(step, context or UNNAMED, request, Tally(costs))
         self._readings.append((reading, count))

@@ -7,7 +7,7 @@ what that added. The buffers belong to one cache context of one request at a tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,14 +26,14 @@ class Step:
     """One forward with the shapes of `inputs`, recorded at once. RecordError where it cannot be recorded.
 
     A replay leaves what it decided in one tensor, `whole` (float64), so that one copy brings it to the host: the
-    context's own four numbers (see ``decide.cu``), then what `views` shows. `guarded` are the blocks that the glue asks
-    for, in order, `rows` the rows of the batch.
+    context's own four numbers (see ``decide.cu``), then what `views` shows. `names` are those of the inputs, `guarded`
+    the blocks that the glue asks for, in order, `rows` the rows of the batch.
 
     Args:
         recorder: what records it.
         blocks: the program's blocks; `routed` says whether their routers run.
         glue: the glue's graph, from `inputs` to the outputs.
-        inputs: example arguments, of the shapes, dtypes and device of all calls.
+        inputs: example arguments by name, in the glue's order, of the shapes, dtypes and device of all calls.
         timestep: example timestep, of one element per row or one for all.
     """
 
@@ -42,14 +42,15 @@ class Step:
         recorder: Recorder,
         blocks: ReadyBlocks,
         glue: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
+        inputs: Mapping[str, Tensor],
         timestep: Tensor,
         routed: bool,
     ) -> None:
         self._recorder, self._glue = recorder, glue
         self.blocks = blocks.blocks
         self._routers = blocks.routers if routed else None
-        self._inputs = [given.clone() for given in inputs]
+        self.names = tuple(inputs)
+        self._inputs = [given.clone() for given in inputs.values()]
         device = self._inputs[0].device
         self._timestep = timestep.to(device, copy=True)
         self.time = self._timestep.reshape(-1).double()
@@ -60,8 +61,8 @@ class Step:
         self.policy = PolicyNumbers(self.blocks, rows, device)
         self.held = torch.full((count, rows), EMPTY, dtype=torch.int32, device=device)
         self.own = torch.zeros(4, dtype=torch.int32, device=device)
-        self.whole = torch.zeros(4 + count * rows * (choices + 1), dtype=torch.float64, device=device)
-        self._logits, self._decisions = self.views(self.whole)
+        self.whole = torch.zeros(4 + len(inputs) + count * rows * (choices + 1), dtype=torch.float64, device=device)
+        self._finite, self._logits, self._decisions = self.views(self.whole)
         self._variants = [self._variant_indices(block, device) for block in self.blocks]
         self._embedding: Tensor | None = None
         try:
@@ -88,12 +89,15 @@ class Step:
         begin()
         return [output.clone() for output in self._replay()]
 
-    def views(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits (blocks, rows, 1 + |S|), or (blocks, rows, 0) without routers, and the cases (blocks, rows)."""
+    def views(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether each input is finite (inputs,), the logits (blocks, rows, 1 + |S|), the cases (blocks, rows).
+
+        Without routers there are no logits: (blocks, rows, 0).
+        """
         count, choices = len(self.blocks), self._choices()
         cells = count * self.rows
-        logits, cases = whole[4:].split([cells * choices, cells])
-        return logits.view(count, self.rows, choices), cases.view(count, self.rows)
+        finite, logits, cases = whole[4:].split([len(self.names), cells * choices, cells])
+        return finite, logits.view(count, self.rows, choices), cases.view(count, self.rows)
 
     def _probe(self) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
         """A residual's buffers for every guard that the glue comes to, and those of its outputs."""
@@ -127,6 +131,8 @@ class Step:
     def _work(self) -> list[Tensor]:
         self._embedding = None
         self.whole[:4].copy_(self.own)
+        for flag, given in zip(self._finite, self._inputs, strict=True):
+            flag.copy_(torch.isfinite(given).all())
         with answering(self._answer):
             for own, output in zip(self._outputs, self._glue(*self._inputs), strict=True):
                 own.copy_(output)
