@@ -33,7 +33,7 @@ class CompiledTransformer(nn.Module):
 
     Args:
         program: what to run; None to have `tracer` make it at the first call.
-        engine: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx"; the last two with "-packed" for weights inside.
+        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside.
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: called with the arguments of a call that nothing was compiled for; gives a program
             that was. Without it such a call is a ShapeError.
@@ -236,7 +236,7 @@ class CompiledTransformer(nn.Module):
 
     def _move(self, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
         assert self._loaded is not None
-        if self.engine != "torch":
+        if self.engine not in engines.MOVABLE:
             raise EditError(
                 f"engine {self.engine!r} runs where it was loaded: to run on {device}, compile or load there"
             )
