@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from runtime import arguments, bundle, engines, pt2
+from runtime import arguments, bundle, engines, pt2, transfer
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
 from runtime.dispatch import Costs, Dispatch
@@ -314,15 +314,15 @@ class _Loaded:
     def timestep(
         self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
     ) -> tuple[tuple[float, ...], Callable[[], Tensor]]:
-        """The timestep on the host, one or one per row, and as a tensor."""
+        """The timestep on the host (see `runtime.transfer`), one or one per row, and as a tensor."""
         name = self.program.manifest.timestep
         tensor = tensors.get(name)
         if tensor is None:
             value = constants.get(name)
             if not isinstance(value, (int, float)):
                 raise InputError(f"missing input {name!r}")
-            return (float(value),), lambda: torch.tensor([float(value)], device=self.device)
-        return tuple(tensor.reshape(-1).tolist()), lambda: tensor
+            return (float(value),), lambda: torch.full((1,), float(value), device=self.device)
+        return tuple(transfer.to_host(tensor.reshape(-1))), lambda: tensor
 
 
 def _search(
