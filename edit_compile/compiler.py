@@ -62,7 +62,7 @@ def compile(
         widths: shares of the MLPs' hidden channels to build, in (0, 1], 1 among them.
         inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
             Without them the model is traced at the first call, and again for shapes not seen before.
-        engine: "onnxruntime" or "torch".
+        engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU.
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from runtime import transfer
 from runtime.bank import Residuals
 from runtime.blocks import ReadyBlock, ReadyBlocks
 from runtime.errors import PolicyError
@@ -20,9 +20,11 @@ from runtime.trace import Counters, RequestTrace
 class Dispatch:
     """Answers the guards of one forward call (`runtime.guard.Answer`).
 
-    Each guard costs one transfer to the host (the router's logits). Rows that need the same thing
-    share one engine call; where all rows agree nothing is gathered or scattered. With `copies`, a
-    skipped block's states are copied instead of passed on, for callers that write into them.
+    Each guard costs one transfer to the host (the router's logits), for which the host waits: what it
+    enqueues next depends on it. It waits for nothing else between guards; a guard without a router does
+    not wait at all. Rows that need the same thing share one engine call; where all rows agree nothing is
+    gathered or scattered. With `copies`, a skipped block's states are copied instead of passed on, for
+    callers that write into them.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Dispatch:
         if self._routers is None:
             return [1.0] * rows, [1.0] * rows
         time = self._sinusoid() if ready.time is None else inputs[ready.time]
-        logits: list[list[float]] = self._routers(block, ready.rows_first(states), time).tolist()
+        logits: list[list[float]] = transfer.to_host(self._routers(block, ready.rows_first(states), time))
         gate, width = [], []
         for row in logits:
             gate.append(gate_of(row, ready.name or str(block), self._routers.dtype))
@@ -132,7 +134,7 @@ class Dispatch:
             if decision == SKIP:
                 self._tally.left(ready, SKIP, len(chosen))
                 continue
-            index = torch.tensor(chosen, device=states[0].device)
+            index = transfer.row_index(tuple(chosen), states[0].device)
             if decision == REUSE:
                 before = [s.index_select(dim, index) for s, dim in zip(states, ready.state_dims, strict=True)]
                 _check_held(bank, chosen)

@@ -14,6 +14,7 @@ from runtime.policy import Decider
 from runtime.spec import Glue
 from runtime.state import Request, Requests, Signature, current_context
 from runtime.trace import Counters, Trace
+from runtime.transfer import to_host
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class HostRunner:
 
         `shapes` are those of the call's tensors. The timestep is read here, which waits for a GPU.
         """
-        times = tuple(timestep.reshape(-1).tolist())
+        times = tuple(to_host(timestep.reshape(-1)))
         with self.requests.held() as request:
             branch = request.enter(times, current_context(), (glue.id, *shapes))
             assert request.trace is not None

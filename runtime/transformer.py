@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime import arguments, bundle
+from runtime import arguments, bundle, engines
 from runtime.adapters import WithoutAdapters, refuse_adapters
 from runtime.arguments import Constant
 from runtime.device.policy import why_not
@@ -38,7 +38,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
 
     Args:
         program: what to run; None to have `tracer` make it at the first call.
-        engine: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx"; the last two with "-packed" for weights inside.
+        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside.
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: called with the arguments of a call that nothing was compiled for; gives a program
             that was. Without it such a call is a ShapeError.
@@ -301,7 +301,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
 
     def _move(self, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
         assert self._loaded is not None
-        if self.engine != "torch":
+        if self.engine not in engines.MOVABLE:
             raise EditError(
                 f"engine {self.engine!r} runs where it was loaded: to run on {device}, compile or load there"
             )

@@ -66,7 +66,7 @@ def on_the_cpu(device: torch.device) -> Iterator[int]:
 
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(engine_module, "_enqueueing", on_the_cpu)
+    monkeypatch.setattr(engine_module, "enqueueing", on_the_cpu)
     own = weights(programs.H)
     engine = SimpleNamespace(
         num_io_tensors=len(NAMES),

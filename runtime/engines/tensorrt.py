@@ -4,21 +4,22 @@ Unverified: nothing in this file has been run, for want of a GPU; that the libra
 is used here is tested.
 
 All execution contexts of a stream share one scratch, which is as large as the hungriest of them wants: they run one
-after another. Nothing here waits for the GPU. TensorRT itself would, on the default stream; so calls on that are made
-on a stream of our own, which waits for it and for which it waits in turn.
+after another. Nothing here waits for the GPU. TensorRT itself would, on the default stream: `runtime.engines.streams`
+has the way around that.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from runtime.engines import Bound, Kernel, no_gpu
+from runtime.engines.streams import enqueueing
 from runtime.engines.tensorrt_build import make_logger
 from runtime.engines.tensorrt_cache import read
 from runtime.engines.tensorrt_jobs import jobs, key_of, make
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 _scratch: dict[tuple[torch.device, int], Tensor] = {}
-_own_streams: dict[torch.device, torch.cuda.Stream] = {}
 _lock = threading.Lock()
 
 
@@ -128,7 +128,7 @@ class _Bound:
         given = {spec.name: t.detach().contiguous() for spec, t in zip(self._plan.inputs, inputs, strict=True)}
         states = [torch.empty_like(given[self._plan.inputs[index].name]) for index in self._plan.states]
         device = states[0].device
-        with self._lock, _enqueueing(device) as stream:
+        with self._lock, enqueueing(device) as stream:
             wanted = profile_for(self._profiles, {name: tuple(t.shape) for name, t in given.items()})
             if wanted != context.active_optimization_profile:
                 context.set_optimization_profile_async(wanted, stream)
@@ -143,20 +143,6 @@ class _Bound:
             if not context.execute_async_v3(stream):
                 raise EngineError(f"{self._owner.name} could not enqueue plan {self._plan.id}: see the log")
         return states
-
-
-@contextmanager
-def _enqueueing(device: torch.device) -> Iterator[int]:
-    """The handle of torch's current stream; of one that is in step with it where that is the default stream."""
-    current = torch.cuda.current_stream(device)
-    if current.cuda_stream:
-        yield current.cuda_stream
-        return
-    with _lock:
-        own = _own_streams.get(device) or _own_streams.setdefault(device, torch.cuda.Stream(device))
-    own.wait_stream(current)
-    yield own.cuda_stream
-    current.wait_stream(own)
 
 
 def _memory(device: torch.device, stream: int, size: int) -> Tensor:
