@@ -1,13 +1,13 @@
 """Whether an engine computes, at every width of every plan, what the torch engine computes from the same bundle.
 
-Both get the same weights and the same inputs: those that a guard is given when the glue runs and every block is skipped.
+Both get the same weights and the same inputs: what guards are given when the glue runs and every block is skipped.
 
     difference    max |x'_engine - x'_torch|, less two roundings of the sum x + f(x) in the states' dtype
     scale         max |x'_torch - x|, which is f(x) alone: a large state would hide a small block's mistake
 
-No model is needed, so this is the check for the machine that serves. Where weights are inside the engines, every block has
-engines of its own, and all of them are compared; else the first block of each plan stands for its others, which run the
-same engines.
+No model is needed, so this is the check for the machine that serves. Where weights are inside the engines, every block
+has engines of its own, and all of them are compared; else the first block of each plan stands for its others, which run
+the same engines.
 """
 
 from __future__ import annotations
