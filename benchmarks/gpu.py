@@ -8,8 +8,8 @@ Unverified: this has run on the CPU alone.
 
 Every model is measured in a process of its own, piece by piece (benchmarks.gpu_pieces). A piece that fails leaves its
 error and the others run; one that takes its process down is marked and the rest goes on in a new one. The results are
-written after every piece, so that what is cut off leaves what it has. A model that does not fit the GPU is skipped, with
-the numbers; nothing is made smaller unless --blocks or --resolution says so.
+written after every piece, so that what is cut off leaves what it has. A model that does not fit the GPU is skipped,
+with the numbers; nothing is made smaller unless --blocks or --resolution says so.
 """
 
 from __future__ import annotations
@@ -106,14 +106,16 @@ def _run(command: Sequence[str], deadline: float, note: Callable[[], None]) -> s
     if time.monotonic() >= deadline:
         return "the time given was used up (--minutes)"
     with subprocess.Popen(command) as worker:
-        while time.monotonic() < deadline:
-            try:
-                code = worker.wait(timeout=POLL)
-            except subprocess.TimeoutExpired:
-                note()
-                continue
-            return f"its process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
-        worker.kill()
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    code = worker.wait(timeout=POLL)
+                except subprocess.TimeoutExpired:
+                    note()
+                    continue
+                return f"its process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
+        finally:
+            worker.kill()
     return "stopped when the time given was used up (--minutes)"
 
 

@@ -1,4 +1,4 @@
-"""Whether a model and its compiled program fit a GPU's memory together: told from shapes, before anything is allocated."""
+"""Whether a model and its compiled program fit a GPU's memory together: told from shapes, before any is taken."""
 
 from __future__ import annotations
 

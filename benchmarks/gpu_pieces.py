@@ -80,7 +80,7 @@ def memory(case: Case, engine: str) -> Result:
 
 
 def dispatch(case: Case, engine: str) -> Result:
-    """P3: deciding on the host against deciding on the device, on the same steps, interleaved; and host syncs of a step.
+    """P3: deciding on the host against deciding on the device, on the same steps, interleaved; and a step's host syncs.
 
     `difference_from_host` is the largest relative difference of any step's output.
     """
