@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_pieces, gpu_worker
-from benchmarks.configurations import FULL, FLUX, QWEN_IMAGE, SMALL, Place
+from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
 from benchmarks.gpu_table import markdown, table_of
