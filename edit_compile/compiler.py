@@ -27,6 +27,7 @@ from passes.pipeline import Analysis, analyse
 from passes.preview import preview_glue
 from passes.record import undisturbed
 from passes.weightless import UNCHECKED, weightless
+from runtime import bundle, engines
 from runtime.arguments import argument_names
 from runtime.errors import EditError
 from runtime.policy import Decider, RoutingPolicy, ScheduledPolicy
@@ -74,7 +75,14 @@ def compile(
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
     """
+    if isinstance(model, CompiledTransformer):
+        raise CompileError(
+            "this is compiled already: give compile() the model, or the elastic model, that it was made of"
+        )
     tracer = Tracer(model, check_widths(widths), timestep)
+    engines.check_name(engine)
+    if output is not None:
+        bundle.check_place(Path(output))
     if (dry_run or output is not None) and inputs is None:
         wanted = "dry_run" if dry_run else "output"
         raise CompileError(f"{wanted} needs inputs: the keyword arguments of one call of the model's forward")

@@ -44,6 +44,8 @@ def elasticize(
         narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
             MLPs are full at every width. Without it, all are narrowed.
     """
+    if isinstance(model, ElasticTransformer):
+        raise ElasticError("this model is elastic already: train it, or compile it")
     elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
     if inputs is not None:
         elastic.attach(find_layout(model, inputs, elastic.config.time_dim, timestep, elastic.narrow))

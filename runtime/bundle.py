@@ -13,6 +13,7 @@ never read here. A bundle saved anew has no engines.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,10 +41,18 @@ def save(program: Program, path: str | Path) -> None:
     there is left alone with a BundleError.
     """
     target = Path(path)
-    if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
-        raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
+    check_place(target)
     with written_whole(target) as folder:
         _write(program, folder)
+
+
+def check_place(target: Path) -> None:
+    """BundleError where no bundle can be written to `target`, or something else is there."""
+    if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
+        raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
+    there = next(parent for parent in target.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BundleError(f"{target} cannot be written: {there} is not a folder, or not one that may be written to")
 
 
 def load(path: str | Path, *, verify: bool = True) -> Program:
@@ -82,12 +91,21 @@ def _write(program: Program, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
+def _no_bundle(folder: Path) -> str:
+    """What to say of a place without a manifest."""
+    if not folder.exists():
+        return f"there is no {folder}"
+    if (folder / "config.json").is_file():
+        return f"{folder} is not a bundle but a saved model: `edit-compile compile` makes a bundle of it"
+    return f"{folder} is not a bundle: it has no {MANIFEST}"
+
+
 def _read_manifest(folder: Path) -> Manifest:
     place = folder / MANIFEST
     try:
         raw = msgspec.json.decode(place.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
+        raise BundleError(_no_bundle(folder)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{place} is damaged ({error}): copy or compile the bundle again") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None

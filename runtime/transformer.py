@@ -217,13 +217,14 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         self, loaded: Loaded, glue: Glue, tensors: Mapping[str, Tensor], timestep: Tensor
     ) -> list[Tensor] | None:
         """The glue's outputs from a recorded step; None where there can be none, which is noted."""
-        if self._device_runner is None:
+        runner = self._runner(loaded)
+        if runner is None:
             return None
         policy = self.policy
         reason = why_not(policy) if glue.file is not None else "the model's own Python runs between its blocks"
         if reason is None:
             try:
-                outputs = self._device_runner(
+                outputs = runner(
                     glue.id,
                     loaded.glue(glue),
                     {given.name: tensors[given.name] for given in glue.inputs},
@@ -238,20 +239,23 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
                 self.dispatch_note = None
                 self._host_runner.requests.drop()  # neither may go on from residuals that the other has outdated
                 return outputs
-        self._device_runner.requests.drop()
+        runner.requests.drop()
         self._note(reason)
         return None
 
     def _load(self, program: Program) -> Loaded:
-        """`program` made ready, and what runs it on the device where that is wanted and possible."""
-        loaded = Loaded(program, self.engine)
-        self._device_runner = None
-        if self._wanted == "device":
+        """`program` made ready."""
+        self._device_runner, self.dispatch_note = None, None
+        return Loaded(program, self.engine)
+
+    def _runner(self, loaded: Loaded) -> DeviceRunner | None:
+        """What runs steps on the device; None where decisions are taken on the host, or it was noted why they are."""
+        if self._device_runner is None and self._wanted == "device" and self.dispatch_note is None:
             try:
                 self._device_runner = make_runner(loaded.blocks, loaded.device, self._traces)
             except RecordError as error:
                 self._note(str(error))
-        return loaded
+        return self._device_runner
 
     def _note(self, reason: str) -> None:
         if reason != self.dispatch_note:

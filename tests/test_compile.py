@@ -236,3 +236,35 @@ def test_tensorrt_builds_every_plan_at_every_width(flux: Compiled) -> None:
     built = [make(job, flux.program, library)[0] for job in jobs(flux.program, library, targets(library, ["sm_89"]))]
     assert len(built) == 8
     assert all(len(engine) > 100_000 for engine in built)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_traced(tmp_path: Path) -> None:
+    model, inputs = tiny_flux(double=1, single=0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+
+    def untraceable(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it was called")
+
+    model.forward = untraceable
+    for match, wanted in (
+        ("no engine 'onnx'; there are onnxruntime, torch", {"engine": "onnx"}),
+        ("mine exists and is not a bundle", {"output": tmp_path / "mine"}),
+        ("thesis.tex is not a folder", {"output": tmp_path / "mine" / "thesis.tex" / "deep" / "x.edit"}),
+    ):
+        with pytest.raises(EditError, match=match):
+            edit_compile.compile(model, inputs=inputs, **wanted)
+
+
+def test_things_given_to_the_wrong_function_are_told_apart(tmp_path: Path) -> None:
+    model, inputs = tiny_flux(double=1, single=0)
+    elastic = edit_compile.elasticize(model, inputs)
+    with pytest.raises(ValueError, match="elastic already"):
+        edit_compile.elasticize(elastic)
+    with pytest.raises(CompileError, match="compiled already"):
+        edit_compile.compile(edit_compile.compile(elastic))
+    elastic.save_pretrained(tmp_path / "elastic")
+    with pytest.raises(EditError, match=r"elastic is not a bundle but a saved model: `edit-compile compile`"):
+        edit_compile.load(tmp_path / "elastic")
+    with pytest.raises(EditError, match=r"there is no .*nowhere"):
+        edit_compile.load(tmp_path / "nowhere")

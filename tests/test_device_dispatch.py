@@ -277,13 +277,17 @@ def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator) -> No
 def test_a_cpu_has_no_device_dispatch(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model = on_device()
+        assert model.dispatch == "device"
+        for timestep in (1.0, 0.5):
+            call(model, timestep)
     assert model.dispatch == "host" and "recorded on a GPU" in model.dispatch_note
-    assert "decisions are taken on the host" in caplog.text
-    call(model, 1.0)
+    assert caplog.text.count("decisions are taken on the host") == 1
+    assert done(model) == [COMPUTED, REUSED]
 
 
 def test_an_engine_that_cannot_be_recorded_says_so(recorder: Emulator) -> None:
     model = CompiledTransformer(programs.make(KINDS), "onnxruntime", POLICY, dispatch="device")
+    call(model, 1.0)
     assert model.dispatch == "host" and "'onnxruntime'" in model.dispatch_note
 
 

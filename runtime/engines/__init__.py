@@ -55,6 +55,7 @@ def make(name: str, program: Program | None = None) -> Engine:
 
     EngineError if there is none or its library is missing.
     """
+    check_name(name)
     if name == "torch":
         from runtime.engines.pytorch import TorchEngine
 
@@ -71,14 +72,18 @@ def make(name: str, program: Program | None = None) -> Engine:
         from runtime.engines.ort_cuda import OnnxRuntimeCudaEngine
 
         return OnnxRuntimeCudaEngine()
-    library = name.removesuffix("-packed")
-    if library in _TENSORRT:
-        if program is None:
-            raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
-        from runtime.engines.tensorrt import TensorRTEngine
+    if program is None:
+        raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
+    from runtime.engines.tensorrt import TensorRTEngine
 
-        return TensorRTEngine(library, "shared" if library == name else "packed", program)
-    raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}")
+    library = name.removesuffix("-packed")
+    return TensorRTEngine(library, "shared" if library == name else "packed", program)
+
+
+def check_name(name: str) -> None:
+    """EngineError where there is no engine called `name`."""
+    if name not in NAMES and name.removesuffix("-packed") not in _TENSORRT:
+        raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}")
 
 
 def placed(name: str, program: Program) -> Program:
