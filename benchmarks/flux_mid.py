@@ -15,27 +15,24 @@ import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 
 import edit_compile
+from benchmarks.configurations import FLUX_MID, Place
+from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from benchmarks.memory import measure_memory
 from edit_compile.benchmarking import benchmark
 from edit_compile.compiler import compile as compile_model
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.machine import describe_machine, summary
-from edit_compile.timing import Spread, interleaved
-from runtime import pt2
-from runtime.guard import answering
 from runtime.loading import load
-from runtime.policy import SKIP, ScheduledPolicy
+from runtime.policy import ScheduledPolicy
 from runtime.transformer import CompiledTransformer
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,22 +76,8 @@ class Shape:
 
     def inputs(self, model: FluxTransformer2DModel) -> dict[str, Any]:
         """Keyword arguments of one call, one image."""
-        generator = torch.Generator().manual_seed(1)
-        draw = partial(torch.randn, generator=generator)
-        rows = torch.arange(self.side).repeat_interleave(self.side)
-        columns = torch.arange(self.side).repeat(self.side)
-        tensors = {
-            "hidden_states": draw(1, self.side**2, model.config.in_channels),
-            "encoder_hidden_states": draw(1, self.text, model.config.joint_attention_dim),
-            "pooled_projections": draw(1, model.config.pooled_projection_dim),
-            "timestep": torch.ones(1),
-            "guidance": torch.full((1,), 3.5),
-        }
-        ids = {
-            "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).float(),
-            "txt_ids": torch.zeros(self.text, 3),
-        }
-        return {name: tensor.to(model.dtype) for name, tensor in tensors.items()} | ids | {"return_dict": False}
+        shape = replace(FLUX_MID, config=dict(model.config), side=self.side, text=self.text)
+        return shape.inputs(Place(torch.device("cpu"), model.dtype)) | {"return_dict": False}
 
 
 MID = Shape("flux-mid", double=4, single=8, heads=8, head_dim=128, side=32, text=128, steps=6, repeats=4)
@@ -123,92 +106,15 @@ def run(
         "widths": width_costs(model, compiled, inputs, shape.repeats),
         "dispatch": asdict(dispatch_cost(compiled, inputs, shape.repeats)),
         "memory": measure_memory(bundle, engine, comparison.dense_bytes),
-        "builds": {"compile_seconds": compile_seconds, "load_seconds": load_seconds} | _plans(compiled),
-        "inductor": against_inductor(model, compiled, inputs, shape) if compare_inductor else None,
+        "builds": {"compile_seconds": compile_seconds, "load_seconds": load_seconds} | plan_counts(compiled),
+        "inductor": _inductor(model, compiled, inputs, shape) if compare_inductor else None,
     }
 
 
-def width_costs(
-    model: torch.nn.Module, compiled: CompiledTransformer, inputs: dict[str, Any], repeats: int
-) -> list[dict[str, float]]:
-    """Steps with all blocks at one width and no routers: ms, FLOPs / dense, and the share of what those allow."""
-    blocks = len(compiled.program.manifest.blocks)
-    policies = {
-        width: ScheduledPolicy(np.full((1, blocks), width), routed=False) for width in compiled.program.manifest.widths
-    }
-    left = {}
-
-    def step(width: float) -> None:
-        compiled.policy = policies[width]
-        compiled._reset_stateful_cache()
-        compiled.reset_counters()
-        compiled(**inputs)
-        left[width] = compiled.counters.flops / compiled.counters.dense_flops
-
-    calls: dict[Any, list[Any]] = {width: [partial(step, width)] for width in policies}
-    calls["eager"] = [partial(model, **inputs)]
-    with torch.no_grad():
-        seconds = interleaved(calls, repeats)
-    median = {name: Spread.of(values).median for name, values in seconds.items()}
-    return [
-        {
-            "width": width,
-            "ms": median[width] * 1e3,
-            "flops_left": left[width],
-            "efficiency": median["eager"] / median[width] * left[width],
-        }
-        for width in policies
-    ]
-
-
-@dataclass(frozen=True)
-class DispatchCost:
-    """P3: what a guard costs when its block is skipped, in microseconds.
-
-    `routed_us` with the router, `unrouted_us` without (the guard alone), `glue_ms` the glue with guards that answer at
-    once. Each round's glue is taken from the same round's steps, so that a machine that drifts does not show.
-    """
-
-    routed_us: float
-    unrouted_us: float
-    glue_ms: float
-
-
-def dispatch_cost(compiled: CompiledTransformer, inputs: dict[str, Any], repeats: int) -> DispatchCost:
-    """Times steps in which every block is skipped, with and without routers, and the glue alone, interleaved."""
-    guards = len(compiled.program.manifest.blocks)
-    table = np.full((1, guards), SKIP)
-    policies = {"routed": ScheduledPolicy(table), "unrouted": ScheduledPolicy(table, routed=False)}
-
-    def skipping(policy: ScheduledPolicy) -> None:
-        compiled.policy = policy
-        compiled._reset_stateful_cache()
-        compiled(**inputs)
-
-    calls = {name: [partial(skipping, policy)] for name, policy in policies.items()}
-    calls["glue"] = [partial(_glue_alone(compiled), inputs)]
-    with torch.no_grad():
-        seconds = interleaved(calls, 25 * repeats, warmup=3)
-    per_guard = {name: Spread.of(seconds[name] - seconds["glue"]).median / guards * 1e6 for name in policies}
-    return DispatchCost(per_guard["routed"], per_guard["unrouted"], Spread.of(seconds["glue"]).median * 1e3)
-
-
-def against_inductor(
+def _inductor(
     model: torch.nn.Module, compiled: CompiledTransformer, inputs: dict[str, Any], shape: Shape
 ) -> dict[str, float]:
-    """P6: milliseconds of a dense step, compiled here and by torch.compile."""
-    inductor = torch.compile(model, dynamic=False)
-    compiled.policy = ScheduledPolicy(np.ones((1, len(compiled.program.manifest.blocks))), routed=False)
-
-    def dense() -> None:
-        compiled._reset_stateful_cache()
-        compiled(**inputs)
-
-    with torch.no_grad():
-        runs = {"edit_compile": [dense], "torch.compile": [partial(inductor, **inputs)]}
-        seconds = interleaved(runs, 2 * shape.repeats, warmup=2)
-    median = {f"{name}_ms": Spread.of(values).median * 1e3 for name, values in seconds.items()}
-    return median | {"ratio": median["edit_compile_ms"] / median["torch.compile_ms"]}
+    return against_inductor(torch.compile(model, dynamic=False), compiled, inputs, shape.repeats)
 
 
 def _compile(elastic: ElasticTransformer, inputs: dict[str, Any], engine: str, bundle: Path) -> float:
@@ -225,27 +131,6 @@ def _load(bundle: Path, engine: str) -> tuple[CompiledTransformer, dict[str, flo
         compiled = load(bundle, engine=engine)
         seconds.append(time.perf_counter() - started)
     return compiled, {"cold": seconds[0], "warm": seconds[1]}
-
-
-def _plans(compiled: CompiledTransformer) -> dict[str, int]:
-    manifest = compiled.program.manifest
-    return {"blocks": len(manifest.blocks), "engines": sum(len(plan.variants) for plan in manifest.plans)}
-
-
-def _glue_alone(compiled: CompiledTransformer) -> Any:
-    """A call of the glue whose guards hand their states back at once."""
-    program = compiled.program
-    (glue,) = program.manifest.glues
-    plans = {plan.id: plan for plan in program.manifest.plans}
-    states = [plans[block.plan].states for block in program.manifest.blocks]
-    graph = pt2.load(program.files[glue.file])
-    weights = [program.weights[key] for key in glue.weights]
-
-    def call(kwargs: dict[str, Any]) -> None:
-        with answering(lambda block, inputs: [inputs[index] for index in states[block]]):
-            graph(*weights, *(kwargs[given.name] for given in glue.inputs))
-
-    return call
 
 
 def table_of(results: dict[str, Any]) -> Table:

@@ -11,69 +11,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks.configurations import FLUX, QWEN_IMAGE, Place
 from edit_compile.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
-SIDE = 64  # tokens along a side of a 1024 x 1024 image: the VAE divides by 8, patches by 2
-
-
-@dataclass(frozen=True)
-class FullSize:
-    """A model of diffusers at its published size: `config` where it is not the class's default, and a call's inputs."""
-
-    kind: str
-    config: Mapping[str, Any]
-    inputs: Callable[[], dict[str, Any]]
-
-    def build(self) -> nn.Module:
-        """The model on the meta device."""
-        import diffusers
-
-        with torch.device("meta"):
-            model: nn.Module = getattr(diffusers, self.kind)(**self.config)
-        return model.eval()
-
-
-def _flux() -> dict[str, Any]:
-    image, text = SIDE**2, 512
-    return {
-        "hidden_states": _bare(1, image, 64),
-        "encoder_hidden_states": _bare(1, text, 4096),
-        "pooled_projections": _bare(1, 768),
-        "timestep": _bare(1),
-        "guidance": _bare(1),
-        "img_ids": _bare(image, 3),
-        "txt_ids": _bare(text, 3),
-    }
-
-
-def _qwen_image() -> dict[str, Any]:
-    image, text = SIDE**2, 256
-    return {
-        "hidden_states": _bare(1, image, 64),
-        "encoder_hidden_states": _bare(1, text, 3584),
-        "encoder_hidden_states_mask": _bare(1, text, dtype=torch.bool),
-        "timestep": _bare(1),
-        "img_shapes": [[(1, SIDE, SIDE)]],
-    }
-
-
-def _bare(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-MODELS = {
-    "Qwen-Image": FullSize("QwenImageTransformer2DModel", {}, _qwen_image),
-    "FLUX.1-dev": FullSize("FluxTransformer2DModel", {"guidance_embeds": True}, _flux),
-}
+META = Place(torch.device("meta"))
+MODELS = {shape.title: shape for shape in (QWEN_IMAGE, FLUX)}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -95,9 +44,9 @@ def dry_run(name: str) -> dict[str, Any]:
     import edit_compile
 
     started, worked = time.perf_counter(), time.process_time()
-    model = MODELS[name].build()
+    model = MODELS[name].bare()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report = edit_compile.compile(edit_compile.elasticize(model), inputs=MODELS[name].inputs(), dry_run=True)
+    report = edit_compile.compile(edit_compile.elasticize(model), inputs=MODELS[name].inputs(META), dry_run=True)
     return {
         "name": name,
         "parameters": parameters,

@@ -6,8 +6,8 @@ import copy
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def compile(
     output: str | Path | None = None,
     dry_run: bool = False,
     timestep: str | None = None,
+    dispatch: str = "host",
 ) -> CompiledTransformer | DryRun:
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
@@ -68,6 +69,7 @@ def compile(
         dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
             which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
+        dispatch: "host", or "device" to take decisions on a GPU (see CompiledTransformer).
 
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
@@ -91,7 +93,7 @@ def compile(
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
     compiled = CompiledTransformer(
-        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model
+        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
     )
     if output is not None:
         tracer.prove(compiled)
@@ -179,6 +181,15 @@ class Tracer:
 
         Raises CheckError; the compiled transformer's policy and counters are put back.
         """
+        with closing(self.at_widths(compiled)) as outputs:
+            for width, output, expected in outputs:
+                check_equal(output, expected, f"the {compiled.engine} engine at width {width}")
+
+    def at_widths(self, compiled: CompiledTransformer) -> Generator[tuple[float, Any, Any], None, None]:
+        """(width, what `compiled` gives, what the masked eager model gives) at every width and every bucket.
+
+        Close it: the policy is put back then.
+        """
         assert self.analysis is not None
         policy = compiled.policy
         blocks = self.analysis.discovery.blocks
@@ -190,7 +201,7 @@ class Tracer:
                     for site, owner in zip(blocks, self.analysis.group_of, strict=True):
                         masks.enter_context(masked(site.module, self.analysis.groups[owner].sites, width))
                     expected = self.model(**kwargs)
-                check_equal(compiled(**kwargs), expected, f"the {compiled.engine} engine at width {width}")
+                yield width, compiled(**kwargs), expected
         finally:
             compiled._reset_stateful_cache()
             compiled.policy = policy

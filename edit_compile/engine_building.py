@@ -15,7 +15,7 @@ from runtime import bundle
 from runtime.engines import tensorrt_cache as cache
 from runtime.engines.tensorrt_build import Report
 from runtime.engines.tensorrt_jobs import Job, jobs, make
-from runtime.engines.tensorrt_library import Library, open_library, targets
+from runtime.engines.tensorrt_library import Library, Target, open_library, targets
 from runtime.engines.tensorrt_profiles import MAX_BATCH
 from runtime.errors import EngineError
 from runtime.program import Program
@@ -45,7 +45,13 @@ def build_engines(
     """
     library = open_library(engine)
     aims = targets(library, asked)
-    program = bundle.load(folder)
+    return build_program(bundle.load(folder), folder, library, aims, weights, max_batch)
+
+
+def build_program(
+    program: Program, folder: Path, library: Library, aims: Sequence[Target], weights: str, max_batch: int
+) -> list[BuiltEngine]:
+    """As `build_engines`, for a program in memory; `folder` need hold nothing."""
     wanted = list(jobs(program, library, aims, weights, max_batch))
     built = []
     with _progress(len(wanted)) as (step, report):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ LIBRARIES = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt_rtx_cu13",
+    "triton",
     "diffusers",
     "transformers",
     "onnx",
@@ -25,7 +27,10 @@ LIBRARIES = (
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, GPU where there is one, threads in use, and the versions of what ran."""
+    """Processor, cores, memory, threads in use, and the versions of what ran.
+
+    Where there is a GPU, also its name, memory, compute capability and driver, and the CUDA that torch was built for.
+    """
     described = {
         "cpu": _cpu_model(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
@@ -34,7 +39,7 @@ def describe_machine() -> dict[str, str]:
         "python": platform.python_version(),
     }
     if torch.cuda.is_available():
-        described["gpu"] = torch.cuda.get_device_name()
+        described |= _gpu()
     return described | library_versions()
 
 
@@ -66,6 +71,36 @@ def _cpu_model() -> str:
     units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and unit in flags[1].split()]
     name = model[1] if model else platform.machine()
     return f"{name} ({units[0]})" if units else name
+
+
+def _gpu() -> dict[str, str]:
+    """The current GPU; unverified, since no GPU has been here."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "gpu_memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def _driver(place: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of NVIDIA's kernel module, else what nvidia-smi says of it."""
+    try:
+        told = place.read_text()
+    except OSError:
+        told = _nvidia_smi()
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", told)
+    return found[0] if found else "unknown"
+
+
+def _nvidia_smi() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _memory() -> str:

@@ -1,4 +1,4 @@
-"""Whether a bundle still computes what its model computes."""
+"""Whether a bundle still computes what its model computes; without the model see `edit_compile.verify_widths`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ EXAMPLE_ROWS = 2
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: `difference` is the largest |bundle - eager|, `scale` the largest |eager|."""
+    """One comparison: `difference` is the largest |bundle - eager|, `scale` the largest |eager|.
+
+    `told` is why nothing could be compared.
+    """
 
     name: str
     difference: float
     scale: float
     tolerance: float
+    told: str = ""
 
     @property
     def relative(self) -> float:
@@ -67,7 +71,7 @@ def table_of(checks: Sequence[Check]) -> Table:
         table.add_column(heading)
     for check in checks:
         numbers = (f"{value:.3g}" for value in (check.difference, check.relative, check.tolerance))
-        table.add_row(check.name, *numbers, "passed" if check.passed else "FAILED")
+        table.add_row(check.name, *numbers, "passed" if check.passed else f"FAILED {check.told}".rstrip())
     return table
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
@@ -117,7 +118,8 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
         CheckError: the guarded program does not give the model's own output.
     """
     discovery = analysis.discovery
-    blocks, weights = _blocks(analysis, planned)
+    device = next(discovery.model.parameters()).device
+    blocks, weights = _blocks(analysis, planned, device)
     makers = {}
     for item in planned:
         makers.update(lower_plan(item.graph, item.plan))
@@ -138,7 +140,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, wid
             continue
         check_open(glue_outputs(graph, shown), shown, discovery.model, open_gates)
         glues.append(_standalone(graph, f"{bucket}", shown, costs))
-        weights.update({name: value.clone() for name, value in graph.weights.items()})
+        weights.update({name: value.to(device, copy=True) for name, value in graph.weights.items()})
         makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph)
         reports.append(report)
     manifest = replace(
@@ -218,8 +220,14 @@ def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...
     return tuple(map(tuple, examples))
 
 
-def _blocks(analysis: Analysis, planned: Sequence[Planned]) -> tuple[tuple[Block, ...], dict[str, Tensor]]:
-    """Every block with its own weights, cut as its plan reads them."""
+def _blocks(
+    analysis: Analysis, planned: Sequence[Planned], device: torch.device
+) -> tuple[tuple[Block, ...], dict[str, Tensor]]:
+    """Every block with its own weights, cut as its plan reads them, on `device`.
+
+    Code may hold constants elsewhere (tables on the host, sent to the GPU in every call); a program holds all in one
+    place, which is where its graphs are loaded to.
+    """
     weights: dict[str, Tensor] = {}
     blocks = []
     for index, site in enumerate(analysis.discovery.blocks):
@@ -228,7 +236,7 @@ def _blocks(analysis: Analysis, planned: Sequence[Planned]) -> tuple[tuple[Block
         keys = []
         for piece in item.graph.pieces:
             key = f"{site.name}.{piece.name}"
-            weights[key] = _own(piece.cut(names[piece.source]), names[piece.source])
+            weights[key] = _own(piece.cut(names[piece.source]), names[piece.source]).to(device)
             keys.append(key)
         blocks.append(Block(site.name, item.plan.id, tuple(keys)))
     return tuple(blocks), weights

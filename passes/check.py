@@ -104,6 +104,12 @@ class _Mask:
         return (value, *args[1:])
 
 
+def distance(output: Any, expected: Any) -> float:
+    """Largest `relative_distance` of the tensors of two model outputs."""
+    pairs = zip(_tensors(output), _tensors(expected), strict=True)
+    return max(relative_distance(value, reference) for value, reference in pairs)
+
+
 def relative_distance(value: Tensor, reference: Tensor) -> float:
     """Largest difference, relative to the reference's largest magnitude."""
     scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
@@ -115,10 +121,10 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
         if value.shape != reference.shape or value.dtype != reference.dtype:
             raise CheckError(f"{what} has another shape or dtype than the eager model's")
         return
-    distance = relative_distance(value, reference)
+    off = relative_distance(value, reference)
     limit = TOLERANCE.get(reference.dtype, 1e-4)
-    if not distance <= limit:
-        raise CheckError(f"{what} differs from the eager model by {distance:.2e} (allowed: {limit:.0e})")
+    if not off <= limit:
+        raise CheckError(f"{what} differs from the eager model by {off:.2e} (allowed: {limit:.0e})")
 
 
 def _tensors(output: Any) -> list[Tensor]:

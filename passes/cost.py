@@ -41,7 +41,7 @@ def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Te
 def glue_flops(glue: GlueGraph, run: Run) -> int:
     """Floating-point operations of the glue alone for one row, its guards counted as nothing."""
     placeholders = glue.module.graph.find_nodes(op="placeholder")[: len(glue.weights)]
-    weights = [torch.zeros(tuple(n.meta["val"].shape), dtype=n.meta["val"].dtype) for n in placeholders]
+    weights = [_zeros_like(node.meta["val"]) for node in placeholders]
     states = {node.args[2]: node.args[1] for node in glue.module.graph.find_nodes(op="call_function", target=guard)}
     with answering(_skipping(states)):
         return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
@@ -115,8 +115,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 def weight_stand_ins(graph: PlanGraph, variant: int) -> list[Tensor]:
     """Zeros in the shapes in which the variant reads its weights."""
     nodes = graph.variants[variant].graph.find_nodes(op="placeholder")[: len(graph.pieces)]
-    values = [node.meta["val"] for node in nodes]
-    return [torch.zeros(tuple(val.shape), dtype=val.dtype, device=val.device) for val in values]
+    return [_zeros_like(node.meta["val"]) for node in nodes]
+
+
+def _zeros_like(value: Tensor) -> Tensor:
+    """Zeros of the shape, dtype and device of a fake tensor: a graph's tensors meet on one device."""
+    return torch.zeros(tuple(value.shape), dtype=value.dtype, device=value.device)
 
 
 def _rows(plan: Plan, inputs: Sequence[Tensor]) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
 
 from passes.packing import Adapter, Samples
+from runtime.products import quickened
 from runtime.rows import row_by_row
 
 
@@ -120,9 +121,10 @@ class BlockGraph:
 
     def run(self, module: fx.GraphModule, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """The states that `module`, this graph in some form, gives for inputs of any batch."""
-        if self.row_dims is None:
-            return list(module(*weights, *inputs))
-        return row_by_row(lambda row: module(*weights, *row), inputs, self.row_dims, self.states)
+        with quickened(next(iter(weights), None)):
+            if self.row_dims is None:
+                return list(module(*weights, *inputs))
+            return row_by_row(lambda row: module(*weights, *row), inputs, self.row_dims, self.states)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What little goes between the host and a GPU while a model runs.
 
-The host waits for the GPU
+With decisions on the host (`runtime.device` is the other way) it waits for the GPU
 
-- twice per call: for whether the inputs are finite (`runtime.arguments.check_tensors`), which is to be known before
+- twice per call: for whether the inputs are finite (`runtime.arguments.check_finite`), which is to be known before
   anything is kept of them, and for the timestep, which tells one request from the next. The first wait leaves next to
   nothing for the second;
 - once per guard that has a router, for its logits: what the host enqueues next depends on them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def calls(program: Program, inputs: dict[str, Tensor], table: np.ndarray, monkey
     compiled = CompiledTransformer(program, "torch", ScheduledPolicy(table, routed=False))
     assert compiled.device == CUDA
     for step in range(len(table)):
-        monkeypatch.setattr(transfer, "to_host", lambda tensor, step=step: [1 - step / 10] * tensor.numel())
+        landing = SimpleNamespace(fetch=lambda tensor, step=step: [1 - step / 10] * tensor.numel())
+        monkeypatch.setattr(transfer, "_landing", lambda tensor, landing=landing: landing)
         assert compiled(**inputs).sample.device == CUDA
     done = compiled.counters
     assert min(done.skipped, done.reused, done.computed) > 0
@@ -141,12 +143,12 @@ def test_routed_calls_read_the_timestep_and_the_logits_alone(made, fake, monkeyp
     given = arguments_on_gpu(inputs, 3)
     read: list[torch.Size] = []
 
-    def to_host(tensor: Tensor) -> list:
+    def fetch(tensor: Tensor) -> list:
         assert tensor.device == CUDA
         read.append(tensor.shape)
         return [0.5] * 3 if tensor.ndim == 1 else [[0.0, 1.0, 0.0, 0.0, 0.0], [-9.0, 0, 0, 0, 0], [9.0, 0, 0, 0, 1.0]]
 
-    monkeypatch.setattr(transfer, "to_host", to_host)
+    monkeypatch.setattr(transfer, "_landing", lambda tensor: SimpleNamespace(fetch=fetch))
     assert compiled(**given).sample.device == CUDA
     assert read == [(3,), (3, 5), (3, 5)]
 

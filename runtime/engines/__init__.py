@@ -38,9 +38,10 @@ class Kernel(Protocol):
 
 
 class Engine(Protocol):
-    """One way to run plans."""
+    """One way to run plans. `recordable`: whether what it does on a GPU can be part of a CUDA graph."""
 
     name: str
+    recordable: bool
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Load `plan.variants[variant]`; EngineError where this engine cannot run it."""

@@ -33,6 +33,7 @@ class OnnxRuntimeEngine:
     """
 
     name = "onnxruntime"
+    recordable = False
 
     def __init__(self) -> None:
         self._ort = open_library()

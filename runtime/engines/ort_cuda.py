@@ -46,6 +46,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     name = "onnxruntime-cuda"
+    recordable = False
 
     def __init__(self) -> None:
         self.ort = open_cuda_library()

@@ -14,6 +14,7 @@ from torch import Tensor
 from runtime import pt2
 from runtime.engines import Bound, Kernel, plan_bytes, plan_file
 from runtime.errors import EngineError
+from runtime.products import quickened
 from runtime.spec import Plan
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -24,6 +25,7 @@ class TorchEngine:
     """Runs ``plans/*.pt2``; on CPU or CUDA, in any dtype torch has."""
 
     name = "torch"
+    recordable = True
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Read the variant's graph; BundleError if it is not one."""
@@ -60,8 +62,12 @@ class _Kernel:
         device = _device(weights)
         if device not in self._graphs:
             self._graphs[device] = pt2.load(self._data, self._name, device)
-        graph, fixed = self._graphs[device], tuple(weights)
-        return lambda inputs: list(graph(*fixed, *inputs))
+        return functools.partial(_run, self._graphs[device], tuple(weights))
+
+
+def _run(graph: Graph, weights: tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
+    with quickened(next(iter(weights), None)):
+        return list(graph(*weights, *inputs))
 
 
 class _CompilingKernel:

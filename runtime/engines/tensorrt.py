@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 _scratch: dict[tuple[torch.device, int], Tensor] = {}
+_recorded: list[Tensor] = []
 _lock = threading.Lock()
 
 
@@ -42,6 +43,8 @@ class TensorRTEngine:
     Engines of a program that has no bundle yet are built as it is loaded. EngineError where the library or a GPU is
     missing, and for engines that are missing, damaged, or of another library version, GPU, precision or plan.
     """
+
+    recordable = True
 
     def __init__(self, name: str, weights: str, program: Program) -> None:
         self.name = name
@@ -130,7 +133,8 @@ class _Bound:
             wanted = profile_for(self._profiles, {name: tuple(t.shape) for name, t in given.items()})
             if wanted != context.active_optimization_profile:
                 context.set_optimization_profile_async(wanted, stream)
-            memory = _memory(device, stream, self._engine.device_memory_size_v2)
+            recorded = torch.cuda.is_current_stream_capturing()
+            memory = _memory(device, stream, self._engine.device_memory_size_v2, recorded)
             context.set_device_memory(memory.data_ptr(), memory.numel())
             for name, tensor in given.items():
                 if name in self._taken:
@@ -143,10 +147,15 @@ class _Bound:
         return states
 
 
-def _memory(device: torch.device, stream: int, size: int) -> Tensor:
-    """The scratch of all contexts on `stream`, of at least `size` bytes; torch aligns to 512."""
+def _memory(device: torch.device, stream: int, size: int, recorded: bool = False) -> Tensor:
+    """The scratch of all contexts on `stream`, of at least `size` bytes; torch aligns to 512.
+
+    One that was `recorded` in a CUDA graph, which knows its address alone, is kept even when it is outgrown.
+    """
     with _lock:
         found = _scratch.get((device, stream))
         if found is None or found.numel() < size:
             found = _scratch[device, stream] = torch.empty(max(size, 512), dtype=torch.uint8, device=device)
+        if recorded and not any(kept is found for kept in _recorded):
+            _recorded.append(found)
         return found

@@ -1,0 +1,200 @@
+"""The pieces of benchmarks.gpu: each measures one thing of one model on one engine, and gives what JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_case import Case, Unavailable, has_device_dispatch
+from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
+from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
+from edit_compile.timing import Spread, interleaved, timed
+from passes.check import TOLERANCE, distance
+from runtime.loading import load
+from runtime.policy import ScheduledPolicy
+from runtime.transformer import CompiledTransformer
+
+Result = dict[str, Any]
+NEEDS_CUDA = {"unavailable": "needs CUDA"}
+
+
+def builds(case: Case, engine: str) -> Result:
+    """P5: seconds to build engines apart (cold, and warm: what was built is kept), to load them, and of a first call.
+
+    `device_bytes` is what the GPU's used memory grew by at the first load and call, whichever library took it; the
+    weights, which were there before, are not among it.
+    """
+    used = _used(case)
+    apart, seconds = case.build(engine), {}
+    again = case.build(engine)
+    for when in ("cold", "warm"):
+        started = time.perf_counter()
+        compiled = case.load(engine)
+        seconds[f"load_{when}"] = time.perf_counter() - started
+        seconds[f"first_call_{when}"] = timed(partial(compiled, **case.inputs))
+        if when == "cold":
+            grown = None if used is None else _used(case) - used
+        del compiled
+    return plan_counts(case.on(engine)) | {
+        "seconds": case.seconds | seconds,
+        "device_bytes": grown,
+        "built_cold": apart,
+        "built_warm": again,
+    }
+
+
+def speed(case: Case, engine: str) -> Result:
+    """P1, P2: eager against compiled at the preset's budgets, interleaved (see edit_compile.benchmark)."""
+    compiled, settings = case.on(engine), case.settings
+    found = benchmark(case.eager, compiled, case.inputs, settings.steps, settings.repeats)
+    told: Result = json.loads(found.to_json())
+    del told["machine"]
+    return told
+
+
+def widths(case: Case, engine: str) -> list[dict[str, float]]:
+    """P2 of all blocks at one width, without routers."""
+    return width_costs(case.eager, case.on(engine), case.inputs, case.settings.repeats)
+
+
+def memory(case: Case, engine: str) -> Result:
+    """P4: weights resident for all four widths against dense ones, and the most that a call takes besides."""
+    compiled = case.on(engine)
+    dense, resident = weight_bytes(case.eager), resident_bytes(compiled)
+    found: Result = {"dense_bytes": dense, "resident_bytes": resident, "ratio": resident / dense}
+    if case.place.device.type != "cuda":
+        return found | {"peak": NEEDS_CUDA}
+    with torch.no_grad():
+        eager = _peak(partial(case.eager, **case.inputs))
+        peaks = {str(width): _peak(partial(_at_width, case, compiled, width)) for width in case.tracer.widths}
+    whole = resident + max(peaks.values())
+    return found | {"peak": {"eager": eager, "at_width": peaks, "ratio": whole / (dense + eager)}}
+
+
+def dispatch(case: Case, engine: str) -> Result:
+    """P3: deciding on the host against deciding on the device, on the same steps, interleaved; and a step's host syncs.
+
+    `difference_from_host` is the largest relative difference of any step's output.
+    """
+    modes, found = _modes(case, engine)
+    timestep = case.program.manifest.timestep
+    trajectory = trajectory_of(case.inputs, case.settings.steps, timestep)
+    calls = {mode: [partial(compiled, **kwargs) for kwargs in trajectory] for mode, compiled in modes.items()}
+
+    def begin() -> None:
+        for compiled in modes.values():
+            compiled._reset_stateful_cache()
+
+    with torch.no_grad():
+        seconds = interleaved(calls, case.settings.repeats, warmup=2, before_run=begin)
+        begin()
+        outputs = {mode: [call() for call in calls[mode]] for mode in modes}
+        for mode, compiled in modes.items():
+            begin()
+            synced = [host_syncs(call) for call in calls[mode]] if case.place.device.type == "cuda" else None
+            found[mode] = {
+                "ms_per_step": asdict(Spread.of(seconds[mode] * 1e3)),
+                "host_syncs_per_step": synced or NEEDS_CUDA,
+                "difference_from_host": max(map(distance, outputs[mode], outputs["host"])),
+                "skipping": asdict(dispatch_cost(compiled, case.inputs, case.settings.repeats)),
+                "note": getattr(compiled, "dispatch_note", None),
+            }
+    return found
+
+
+def parity(case: Case, engine: str) -> list[dict[str, float]]:
+    """Every width against the eager model with masked hidden channels: largest difference / largest output."""
+    allowed = TOLERANCE[case.place.dtype or torch.float32]
+    with closing(case.tracer.at_widths(case.on(engine))) as outputs:
+        return [
+            {"width": width, "relative": distance(output, expected), "allowed": allowed}
+            for width, output, expected in outputs
+        ]
+
+
+def inductor(case: Case, engine: str) -> dict[str, float]:
+    """P6: a dense step compiled here against one under torch.compile, interleaved."""
+    return against_inductor(case.inductor, case.on(engine), case.inputs, case.settings.repeats)
+
+
+def bundle(case: Case, engine: str) -> Result:
+    """P5 of the bundle on disk: seconds to write it, and to load it to where it runs, cold and warm; its bytes."""
+    if engine != "torch":
+        raise Unavailable("measured with engine 'torch' alone: writing and reading is the same for all")
+    path = case.folder / "model.edit"
+    started = time.perf_counter()
+    case.on(engine).save(path)
+    seconds = {"save": time.perf_counter() - started}
+    for when in ("cold", "warm"):
+        seconds[f"load_{when}"] = timed(lambda: load(path, engine=engine).to(case.place.device))
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"seconds": seconds, "bytes": size}
+
+
+PIECES: dict[str, Callable[[Case, str], Any]] = {
+    piece.__name__: piece for piece in (builds, speed, parity, memory, widths, dispatch, inductor, bundle)
+}
+"""In the order in which they run: what matters most first, what may take a process down last."""
+DEFAULT = tuple(name for name in PIECES if name != "bundle")
+"""All but the one that writes as many bytes as the model has."""
+
+
+def host_syncs(call: Callable[[], object]) -> int:
+    """How often torch makes the host wait for the GPU in `call`, by torch.cuda.set_sync_debug_mode.
+
+    Waits inside other libraries, and those of copies from memory that is not pinned, are not seen. Unverified.
+    """
+    import warnings
+
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("called a synchronizing" in str(warning.message) for warning in told)
+
+
+def _modes(case: Case, engine: str) -> tuple[dict[str, CompiledTransformer], Result]:
+    """The transformers to compare, and why one of them is not there."""
+    modes = {"host": case.on(engine)}
+    if case.place.device.type != "cuda":
+        return modes, {"device": NEEDS_CUDA}
+    if not has_device_dispatch():
+        return modes, {"device": {"unavailable": "this version decides on the host alone"}}
+    return modes | {"device": case.load(engine, dispatch="device")}, {}
+
+
+def _at_width(case: Case, compiled: CompiledTransformer, width: float) -> None:
+    compiled.policy = ScheduledPolicy(np.full((1, case.blocks), width))
+    compiled._reset_stateful_cache()
+    compiled(**case.inputs)
+
+
+def _peak(call: Callable[[], object]) -> int:
+    """Bytes that torch's allocator holds at most in `call`, above what it holds before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _used(case: Case) -> int | None:
+    """Bytes of the GPU that are in use, by whatever library."""
+    if case.place.device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(case.place.device)
+    return total - free

@@ -1,0 +1,126 @@
+"""Whether an engine computes, at every width of every plan, what the torch engine computes from the same bundle.
+
+Both get the same weights and the same inputs: what guards are given when the glue runs and every block is skipped.
+
+    difference    max |x'_engine - x'_torch|, less two roundings of the sum x + f(x) in the states' dtype
+    scale         max |x'_torch - x|, which is f(x) alone: a large state would hide a small block's mistake
+
+No model is needed, so this is the check for the machine that serves. Where weights are inside the engines, every block
+has engines of its own, and all of them are compared; else the first block of each plan stands for its others, which run
+the same engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edit_compile.verify import Check
+from runtime import arguments, pt2
+from runtime.blocks import ReadyBlock, ReadyBlocks
+from runtime.errors import EditError, EngineError
+from runtime.guard import answering
+from runtime.program import Program
+from runtime.spec import Block, Manifest, Plan
+from runtime.transformer import CompiledTransformer
+
+REFERENCE = "torch"
+
+
+@torch.no_grad()
+def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tolerance: float = 1e-3) -> Iterator[Check]:
+    """One check per plan and width, or per block and width where weights are packed; made as they are asked for.
+
+    A plan that the engine cannot run fails its check, with the engine's own words in `Check.told`.
+
+    Args:
+        compiled: a loaded bundle.
+        inputs: keyword arguments of its forward, on its device.
+        tolerance: largest difference allowed, relative to `scale`.
+
+    Raises:
+        EngineError: the engine is torch itself, or the bundle lacks a file of either engine.
+        EditError: the bundle is hosted, so that its glue cannot be run without the model.
+        InputError: the inputs are not those that the bundle was compiled for.
+    """
+    if compiled.engine == REFERENCE:
+        raise EngineError(
+            "engine 'torch' is what the others are compared with: name another engine, or compare with the model"
+        )
+    if compiled.program is None:
+        raise ValueError("nothing is compiled yet: call the compiled transformer once")
+    program = compiled.program
+    asked = guard_inputs(program, inputs, compiled.device)
+    for index, block, plan in _compared(program.manifest, compiled.engine.endswith("-packed")):
+        given = asked[index]
+        mine = _alone(program, compiled.engine, block, plan)
+        theirs = _alone(_moved(program, block, given[0].device), REFERENCE, block, plan)
+        where = f" of {block.name}" if compiled.engine.endswith("-packed") else ""
+        for variant, one in enumerate(plan.variants):
+            name = f"{plan.kind} {plan.id[:12]}{where} at width {one.width:g}"
+            yield _compare(name, mine, theirs, variant, given, tolerance)
+
+
+def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.device) -> dict[int, list[Tensor]]:
+    """What each guard is given, by block, when the glue runs on `inputs` and every block is skipped."""
+    tensors, constants = arguments.flatten(inputs)
+    glue = arguments.find_glue(program.manifest.glues, tensors, constants)
+    if glue is None:
+        raise arguments.explain(program.manifest.glues, tensors, constants)
+    if glue.file is None:
+        raise EditError("this bundle is hosted by its model: compile the model here, and compare with that")
+    arguments.check_tensors(glue, tensors, device)
+    graph = pt2.load(program.files[glue.file], glue.file, device)
+    states = {plan.id: plan.states for plan in program.manifest.plans}
+    seen: dict[int, list[Tensor]] = {}
+
+    def answer(block: int, given: Sequence[Tensor]) -> list[Tensor]:
+        seen[block] = list(given)
+        return [given[at] for at in states[program.manifest.blocks[block].plan]]
+
+    with answering(answer):
+        graph(*(program.weights[key] for key in glue.weights), *(tensors[given.name] for given in glue.inputs))
+    return seen
+
+
+def _compared(manifest: Manifest, packed: bool) -> Iterator[tuple[int, Block, Plan]]:
+    """The blocks to compare, with their index and plan."""
+    plans = {plan.id: plan for plan in manifest.plans}
+    told = set()
+    for index, block in enumerate(manifest.blocks):
+        if packed or block.plan not in told:
+            told.add(block.plan)
+            yield index, block, plans[block.plan]
+
+
+def _alone(program: Program, engine: str, block: Block, plan: Plan) -> ReadyBlock:
+    """`block` on an engine, nothing else loaded."""
+    manifest = replace(program.manifest, plans=(plan,), blocks=(block,), router=None)
+    (ready,) = ReadyBlocks(replace(program, manifest=manifest, routers={}), engine).blocks
+    return ready
+
+
+def _moved(program: Program, block: Block, device: torch.device) -> Program:
+    """`program` with the weights of `block` on `device`; packed engines leave them on the host."""
+    return replace(program, weights={key: program.weights[key].to(device) for key in block.weights})
+
+
+def _compare(
+    name: str, mine: ReadyBlock, theirs: ReadyBlock, variant: int, given: Sequence[Tensor], tolerance: float
+) -> Check:
+    expected = theirs.bound[variant](given)
+    try:
+        found = mine.bound[variant](given)
+    except Exception as error:  # what each engine raises for a graph that is not this plan's is its own affair
+        return Check(name, float("inf"), 1.0, tolerance, " ".join(str(error).split()))
+    excess, scale = 0.0, 0.0
+    for at, one, other in zip(mine.states, found, expected, strict=True):
+        rounding = 2 * torch.finfo(other.dtype).eps * float(other.abs().max())
+        off = float((one.double() - other.double()).abs().max())
+        excess = max(excess, off - rounding) if off == off else off
+        scale = max(scale, float((other.double() - given[at].double()).abs().max()))
+    return Check(name, excess, scale, tolerance)

@@ -1,0 +1,67 @@
+"""What a machine that serves needs: the Dockerfile as far as it can be read, and the commands without the compiler."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from runtime.transformer import CompiledTransformer
+from tests import programs, serving
+
+DOCKERFILE = (serving.ROOT / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serving") / "model.edit"
+    CompiledTransformer(programs.make(), "torch").save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["inspect", "build", "verify"])
+def test_the_command_runs_without_what_compiles(bundle: Path, command: str) -> None:
+    done = serving.run(command, bundle)
+    assert done.returncode == 0, done.stderr
+    assert "single" in done.stdout.lower()
+
+
+def test_an_error_is_one_line_without_what_compiles(bundle: Path) -> None:
+    done = serving.run("verify", bundle, "--engine", "torch")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: engine 'torch' is what the others are compared with")
+
+
+def test_without_its_own_packages_the_command_says_what_to_install() -> None:
+    done = serving.run("--help", absent=("typer",))
+    assert done.returncode == 1
+    assert done.stderr.strip() == "edit-compile needs typer: pip install 'edit-compile[cli]'"
+
+
+def test_the_extra_of_the_command_line_is_all_that_it_imports_beyond_the_runtime() -> None:
+    names = {re.split(r"[<>=]", wanted)[0] for wanted in serving.extras()["cli"]}
+    assert names == {"typer", "rich"}
+    assert {re.split(r"[<>=]", wanted)[0] for wanted in serving.extras()["compile"]} >= names | set(serving.ABSENT)
+
+
+def test_what_the_dockerfile_copies_is_there_and_is_not_ignored() -> None:
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.M) for name in line.split()]
+    assert {"runtime", "passes", "edit_compile", "pyproject.toml"} <= set(copied)
+    assert [name for name in copied if not (serving.ROOT / name).exists()] == []
+    kept = re.findall(r"^!(.+)$", (serving.ROOT / ".dockerignore").read_text(), re.M)
+    assert sorted(kept) == sorted(copied)
+
+
+def test_the_extras_that_the_dockerfile_names_exist_and_compile_is_not_among_them() -> None:
+    named = {name for extras in re.findall(r'"\.\[([\w,-]+)', DOCKERFILE) for name in extras.split(",") if name}
+    told = re.search(r"^# ENGINES: .*?: (.+?), or none", DOCKERFILE, re.M | re.S)
+    assert told is not None
+    offered = set(re.findall(r"[\w-]+(?= \(|,|$)", told[1])) & set(serving.extras())
+    assert named == {"cli"}
+    assert offered == {"gpu", "tensorrt-rtx"}
+
+
+def test_the_dockerfile_pins_torch_as_the_project_does() -> None:
+    assert "grep '^torch==' constraints.txt" in DOCKERFILE
+    assert re.search(r"^torch==[\d.]+$", (serving.ROOT / "constraints.txt").read_text(), re.M)
