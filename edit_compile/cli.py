@@ -133,7 +133,9 @@ def compile_model(
 @plain_errors
 def build(
     bundle: Bundle,
-    engine: Annotated[str, typer.Option(help="any engine; tensorrt's and tensorrt-rtx's are kept")] = "onnxruntime",
+    engine: Annotated[
+        str, typer.Option(help="tensorrt or tensorrt-rtx; any other engine is tried on every plan, and nothing is kept")
+    ] = "onnxruntime",
     target: Annotated[
         list[str] | None, typer.Option(help="GPU to build for, as sm_120; once per GPU; default: the one here")
     ] = None,

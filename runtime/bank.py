@@ -15,7 +15,7 @@ class Residuals:
 
     `held[row]` is k, the number of reuses since the residual was computed, or EMPTY. One Delta per
     state, of the state's shape and dtype, whose dimension ``dims[state]`` carries the rows. The
-    buffers stay when the bank is emptied, and are written again.
+    buffers stay when the bank is emptied, and are written again, within torch.inference_mode or not.
     """
 
     def __init__(self, rows: int, dims: Sequence[int]) -> None:
@@ -36,7 +36,8 @@ class Residuals:
     def keep(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Delta = after - before and k = 0, for all rows."""
         if not self._deltas:
-            self._deltas = [torch.empty_like(state) for state in after]
+            with torch.inference_mode(False):
+                self._deltas = [torch.empty_like(state) for state in after]
         for delta, old, new in zip(self._deltas, before, after, strict=True):
             torch.sub(new, old, out=delta)
         self.held = [0] * len(self.held)
@@ -47,7 +48,8 @@ class Residuals:
         `index` is `rows` as an int64 tensor on the states' device.
         """
         if not self._deltas:
-            self._deltas = [self._whole(state, dim) for state, dim in zip(after, self._dims, strict=True)]
+            with torch.inference_mode(False):
+                self._deltas = [self._whole(state, dim) for state, dim in zip(after, self._dims, strict=True)]
         for delta, dim, old, new in zip(self._deltas, self._dims, before, after, strict=True):
             delta.index_copy_(dim, index, new - old)
         for row in rows:

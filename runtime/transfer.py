@@ -36,7 +36,8 @@ def to_host(tensor: Tensor) -> list[Any]:
 @lru_cache(maxsize=4096)
 def row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """`rows` as an int64 tensor on `device`, made once: to make it on a GPU is a copy that the host waits for."""
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # what is kept is for calls outside of it too
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 class _Landing:
@@ -64,4 +65,5 @@ def _landing(tensor: Tensor) -> _Landing:
 
 
 def _pinned(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    with torch.inference_mode(False):
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)

@@ -84,7 +84,7 @@ def replacements() -> dict[str, Any]:
     """What to put into runtime.engines.ort_cuda so that it runs on the CPU."""
     return {
         "open_cuda_library": library,
-        "own_stream": lambda device: SimpleNamespace(cuda_stream=77),
+        "own_stream": lambda device: SimpleNamespace(cuda_stream=77, synchronize=lambda: None),
         "own_stream_in_step": in_step,
     }
 

@@ -23,6 +23,18 @@ def part(tensors: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
     return [t.index_select(d, torch.tensor(rows)) for t, d in zip(tensors, DIMS, strict=True)]
 
 
+def test_a_bank_filled_in_inference_mode_is_written_outside_of_it() -> None:
+    for rows in ([0, 1, 2], [0, 2]):
+        bank, index = Residuals(ROWS, DIMS), torch.tensor(rows)
+        keep = bank.keep if len(rows) == ROWS else lambda *s, b=bank, r=rows, i=index: b.keep_rows(r, i, *s)
+        with torch.inference_mode():
+            keep(part(states(0), rows), part(states(1), rows))
+        keep(part(states(2), rows), part(states(3), rows))
+        got = bank.reuse_rows(rows, index, part(states(2), rows))
+        for have, want in zip(got, part(states(3), rows), strict=True):
+            torch.testing.assert_close(have, want)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(operation, max_size=12))
 def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:

@@ -1,4 +1,4 @@
-"""Both engines on the hand-made plans: same numbers, no copies of weights, errors that say what to do."""
+"""The engines for CPUs on the hand-made plans: same numbers, no copies of weights, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from runtime.spec import PlanInput
 from runtime.transformer import CompiledTransformer
 from tests import programs
 
-ENGINES = ("torch", "onnxruntime")
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # it compiles for minutes
+ENGINES = ("torch", "onnxruntime", INDUCTOR)
 
 
 def weights(rows: int) -> list[Tensor]:
@@ -151,7 +152,7 @@ def test_bfloat16_runs_on_torch() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_plan_without_a_file_for_the_engine_is_named(engine: str) -> None:
-    other = "onnx" if engine == "torch" else "pt2"
+    other = "pt2" if engine == "onnxruntime" else "onnx"
     files = {name: data for name, data in programs.plan_files().items() if name.endswith(other)}
     with pytest.raises(EngineError, match=rf"plans/double-w025\.\w+; the program holds \['{other}'\]"):
         engines.make(engine).load(programs.DOUBLE, 0, files)

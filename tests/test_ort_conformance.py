@@ -86,7 +86,7 @@ def scenario(sources: dict[str, str]) -> None:
     engine.load(programs.DOUBLE, 3, files).bind(own)(given)
     ort_stand_in.Session.stray = "Gelu"
     try:
-        with pytest.raises(cuda.EngineError, match="no CUDA kernel for Gelu;"):
+        with pytest.raises(cuda.EngineError, match="Gelu in it would run on the CPU;"):
             engine.load(programs.DOUBLE, 3, files).bind(own)(given)
     finally:
         ort_stand_in.clear()
@@ -159,7 +159,7 @@ def test_every_entry_misspelt_is_noticed() -> None:
 def _runs(sources: dict[str, str]) -> bool:
     try:
         scenario(sources)
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return False
     return True
 

@@ -14,6 +14,7 @@ from runtime.transformer import CompiledTransformer
 from tests import programs
 
 done: list[object] = []
+real_pinned = transfer._pinned
 
 
 class Remote(Tensor):
@@ -47,11 +48,19 @@ class Event:
         done.append("wait")
 
 
+def pinned(like: Tensor) -> Tensor:
+    """The real one, of memory that is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+        return real_pinned(like).as_subclass(Host)
+
+
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     done.clear()
     monkeypatch.setattr(transfer, "_kept", threading.local())
-    monkeypatch.setattr(transfer, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype).as_subclass(Host))
+    monkeypatch.setattr(transfer, "_pinned", pinned)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "torch's")
 
@@ -82,6 +91,15 @@ def test_the_pinned_memory_is_used_again_by_its_thread_alone(monkeypatch: pytest
     other.start()
     other.join()
     assert len(made) == 4
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it() -> None:
+    transfer.row_index.cache_clear()
+    with torch.inference_mode():
+        transfer.to_host(torch.rand(2, 5).as_subclass(Remote))
+        assert not transfer.row_index((1,), torch.device("cpu")).is_inference()
+    numbers = torch.rand(2, 5)
+    assert transfer.to_host(numbers.as_subclass(Remote)) == numbers.tolist()
 
 
 def test_row_numbers_are_made_once_for_each_device() -> None:

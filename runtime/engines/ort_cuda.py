@@ -36,7 +36,7 @@ from runtime.spec import Plan
 Shapes = tuple[tuple[int, ...], ...]
 
 _turn = threading.Lock()
-"""Held while a run is enqueued: all sessions share one stream and one arena."""
+"""Held while a run is enqueued or a session opened: all sessions share one stream and one arena."""
 
 
 class OnnxRuntimeCudaEngine:
@@ -81,12 +81,15 @@ class OnnxRuntimeCudaEngine:
             options.add_session_config_entry(key, value)
         for name, size in sizes.items():
             options.add_free_dimension_override_by_name(name, size)
+        stream = own_stream(self.device)
         provider = {
             "device_id": str(self.device.index),
-            "user_compute_stream": str(own_stream(self.device).cuda_stream),
+            "user_compute_stream": str(stream.cuda_stream),
             "use_tf32": "0",
         }
-        session = self.ort.InferenceSession(data, options, providers=[(CUDA, provider)], enable_fallback=False)
+        with _turn:
+            stream.synchronize()  # the arena takes back what a run in flight still works in, and constants may go there
+            session = self.ort.InferenceSession(data, options, providers=[(CUDA, provider)], enable_fallback=False)
         if CUDA not in session.get_providers():
             raise EngineError(provider_missing(self.ort))
         return session
@@ -147,7 +150,7 @@ class _Kernel:
             raise
         except Exception as error:
             strays = self._strays(sizes) if entries else ""
-            told = f"it has no CUDA kernel for {strays}" if strays else str(error)
+            told = f"{strays} in it would run on the CPU" if strays else str(error)
             raise EngineError(
                 f"onnxruntime-gpu {self.engine.ort.__version__} does not run {self._where} on a GPU: {told}; use "
                 "engine='torch', or engine='inductor'"
@@ -157,9 +160,9 @@ class _Kernel:
         """Kinds of nodes that would run on the CPU; "" where it cannot be told."""
         try:
             session = self.engine.open(self._data, {"session.record_ep_graph_assignment_info": "1"}, sizes)
-        except Exception:  # what it says was said of the first attempt
+            parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != CUDA]
+        except Exception:  # an older onnxruntime; or what it says was said of the first attempt
             return ""
-        parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != CUDA]
         return ", ".join(sorted({node.op_type for part in parts for node in part.get_nodes()}))
 
 
