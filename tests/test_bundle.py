@@ -160,7 +160,7 @@ def test_what_is_not_a_bundle_is_called_so(tmp_path: Path, what: str) -> None:
         path.write_text("x")
     elif what == "an empty folder":
         path.mkdir()
-    with pytest.raises(BundleError, match="not a bundle"):
+    with pytest.raises(BundleError, match="there is no" if what == "nothing" else "not a bundle"):
         bundle.load(path)
 
 
