@@ -1,4 +1,4 @@
-"""`benchmarks.gpu` as far as a CPU goes: every piece on toys, what fails is recorded, and CUDA's own calls stood in for."""
+"""`benchmarks.gpu` as far as a CPU goes: every piece on toys, failures recorded, CUDA stood in for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_pieces, gpu_worker
-from benchmarks.configurations import FULL, FLUX, QWEN_IMAGE, SMALL, Place
+from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
 from benchmarks.gpu_table import markdown, table_of
