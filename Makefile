@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 HY3DGEN := $(shell grep '^hy3dgen==' constraints.txt)
 TENSORRT := $(shell grep '^tensorrt_' constraints.txt)
+CUDA := $(shell grep -E '^(cuda-|nvidia-cuda-)' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
 .PHONY: demo test test-slow lint format bench models readme data train clean
@@ -14,13 +15,15 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
 # hy3dgen comes without its dependencies, of which one file is needed and none is wanted; where it is not to be had, its
 # tests are skipped. So are those of TensorRT where its packages are not: TensorRT-RTX, which builds engines without a
-# GPU, and the bindings of TensorRT 11, without its libraries, which show that what is called is there.
+# GPU, and the bindings of TensorRT 11, without its libraries, which show that what is called is there; and the same of the
+# bindings of CUDA's driver, and its compiler NVRTC, which runs without a GPU.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,example,test,hunyuan3d]"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "$(HY3DGEN)"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TENSORRT)
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(CUDA)
 	@touch $@
 
 demo: $(STAMP)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from runtime import bundle, engines
 
-FILES = {"onnxruntime": "onnx", "torch": "pt2"}
+FILES = {"onnxruntime": "onnx", "onnxruntime-cuda": "onnx", "torch": "pt2", "inductor": "pt2"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Built:
 def build(folder: Path, engine: str) -> list[Built]:
     """Load every plan of the bundle at every width into `engine`.
 
-    Raises BundleError for a damaged bundle, EngineError for a plan the engine cannot run here.
+    What the engine "inductor" compiles, it compiles at the first call. Raises BundleError for a damaged bundle,
+    EngineError for a plan the engine cannot run here.
     """
     program = bundle.load(folder)
     loader = engines.make(engine)

@@ -28,7 +28,9 @@ Bundle = Annotated[Path, typer.Argument(help="folder of a compiled bundle")]
 Model = Annotated[str, typer.Argument(help="elastic folder, saved diffusers model, or path/to/file.py:ClassName")]
 ModelName = typer.Option("--model", help="the model it was compiled from, as for `compile`")
 Inputs = Annotated[Path | None, typer.Option(help="safetensors file with the forward's keyword arguments")]
-Engine = Annotated[str, typer.Option(help="onnxruntime or torch, or, once built, tensorrt or tensorrt-rtx")]
+Engine = Annotated[
+    str, typer.Option(help="onnxruntime, torch or inductor; on a GPU onnxruntime-cuda, or, once built, tensorrt(-rtx)")
+]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
 Budget = Annotated[
     str | None,
@@ -131,7 +133,7 @@ def compile_model(
 @plain_errors
 def build(
     bundle: Bundle,
-    engine: Annotated[str, typer.Option(help="onnxruntime, torch, tensorrt or tensorrt-rtx")] = "onnxruntime",
+    engine: Annotated[str, typer.Option(help="any engine; tensorrt's and tensorrt-rtx's are kept")] = "onnxruntime",
     target: Annotated[
         list[str] | None, typer.Option(help="GPU to build for, as sm_120; once per GPU; default: the one here")
     ] = None,

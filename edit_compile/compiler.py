@@ -53,6 +53,7 @@ def compile(
     output: str | Path | None = None,
     dry_run: bool = False,
     timestep: str | None = None,
+    dispatch: str = "host",
 ) -> CompiledTransformer | DryRun:
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
@@ -61,13 +62,14 @@ def compile(
         widths: shares of the MLPs' hidden channels to build, in (0, 1], 1 among them.
         inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
             Without them the model is traced at the first call, and again for shapes not seen before.
-        engine: "onnxruntime" or "torch".
+        engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU.
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
         dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
             which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
+        dispatch: "host", or "device" to take decisions on a GPU (see CompiledTransformer).
 
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
@@ -91,7 +93,7 @@ def compile(
         )
     program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
     compiled = CompiledTransformer(
-        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model
+        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
     )
     if output is not None:
         tracer.prove(compiled)

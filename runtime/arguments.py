@@ -121,22 +121,28 @@ def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Map
 
 
 def check_tensors(glue: Glue, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """InputError for a wrong dtype or device, or for a float input that is not finite."""
-    sums = []
+    """InputError for a wrong dtype or device."""
     for given in glue.inputs:
         tensor = tensors[given.name]
         if tensor.dtype != getattr(torch, given.dtype):
             raise InputError(f"input {given.name!r} is {str(tensor.dtype)[6:]}, compiled for {given.dtype}")
         if tensor.device != device:
             raise InputError(f"input {given.name!r} is on {tensor.device}, the compiled transformer on {device}")
-        if tensor.is_floating_point():
-            sums.append(tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else None))
+
+
+def check_finite(glue: Glue, tensors: Mapping[str, Tensor]) -> None:
+    """InputError for a float input that is not finite; waits for a GPU."""
+    floats = {i.name: tensors[i.name] for i in glue.inputs if tensors[i.name].is_floating_point()}
+    sums = [value.sum(dtype=torch.float32 if value.dtype.itemsize < 8 else None) for value in floats.values()]
     if sums and not torch.isfinite(sum(sums)):  # type: ignore[arg-type]
         # a sum may overflow on its own, so look again, closely
-        floats = [i.name for i in glue.inputs if tensors[i.name].is_floating_point()]
-        bad = [name for name in floats if not torch.isfinite(tensors[name]).all()]
-        if bad:
-            raise InputError(f"input {', '.join(bad)} holds NaN or infinity")
+        refuse_infinite([name for name, value in floats.items() if not torch.isfinite(value).all()])
+
+
+def refuse_infinite(names: Sequence[str]) -> None:
+    """InputError that names the inputs, if any, that are not finite."""
+    if names:
+        raise InputError(f"input {', '.join(names)} holds NaN or infinity")
 
 
 def _fits(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from runtime import transfer
 from runtime.bank import Residuals
 from runtime.blocks import ReadyBlock, ReadyBlocks
-from runtime.errors import EditError, PolicyError
+from runtime.errors import PolicyError
 from runtime.policy import EMPTY, REUSE, SKIP, Decider, keeps_residuals
-from runtime.spec import Cost
+from runtime.routing import gate_of
 from runtime.state import Branch
+from runtime.tally import Costs, Tally
 from runtime.trace import Counters, RequestTrace
-
-Costs = Mapping[tuple[str, int], Cost]
 
 
 class Dispatch:
     """Answers the guards of one forward call (`runtime.guard.Answer`).
 
-    Each guard costs one transfer to the host (the router's logits). Rows that need the same thing
-    share one engine call; where all rows agree nothing is gathered or scattered. With `copies`, a
-    skipped block's states are copied instead of passed on, for callers that write into them.
+    Each guard costs one transfer to the host (the router's logits), for which the host waits: what it
+    enqueues next depends on it. It waits for nothing else between guards; a guard without a router does
+    not wait at all. Rows that need the same thing share one engine call; where all rows agree nothing is
+    gathered or scattered. With `copies`, a skipped block's states are copied instead of passed on, for
+    callers that write into them.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Dispatch:
         branch: Branch,
         step: int,
         record: RequestTrace,
-        timestep: Callable[[], Tensor],
+        timestep: Tensor,
         costs: Costs,
         copies: bool = False,
     ) -> None:
@@ -49,11 +49,9 @@ class Dispatch:
         self._context = record.context(branch.name)
         self._timestep = timestep
         self._embedding: Tensor | None = None
-        self._costs = costs
+        self._tally = Tally(costs)
         self._copies = copies
         self.rows = 1
-        self._guards = self._engine_calls = self._flops = self._bytes = self._dense_flops = 0
-        self._rows_done = {SKIP: 0, REUSE: 0, 1.0: 0}
 
     def __call__(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The states of `block` after it, from its tensor inputs in plan order."""
@@ -71,7 +69,7 @@ class Dispatch:
         decisions = self._policy.decide(self._step, block, gate, width, bank.held)
         done = [d if d <= SKIP else ready.plan.variants[ready.variant_for(d)].width for d in decisions]
         self._record.add(self._context, self._step, block, gate, done)
-        self._guards += 1
+        self._tally.guard()
         first = done[0]
         if done.count(first) == rows:
             return self._whole(ready, bank, first, inputs, states, rows)
@@ -79,17 +77,7 @@ class Dispatch:
 
     def counters(self) -> Counters:
         """What this call has done so far (glue not included)."""
-        return Counters(
-            calls=1,
-            guards=self._guards,
-            engine_calls=self._engine_calls,
-            skipped=self._rows_done[SKIP],
-            reused=self._rows_done[REUSE],
-            computed=self._rows_done[1.0],
-            flops=self._flops,
-            bytes=self._bytes,
-            dense_flops=self._dense_flops,
-        )
+        return self._tally.counters()
 
     def _route(
         self, block: int, ready: ReadyBlock, inputs: Sequence[Tensor], states: Sequence[Tensor], rows: int
@@ -98,15 +86,10 @@ class Dispatch:
         if self._routers is None:
             return [1.0] * rows, [1.0] * rows
         time = self._sinusoid() if ready.time is None else inputs[ready.time]
-        logits: list[list[float]] = self._routers(block, ready.rows_first(states), time).tolist()
+        logits: list[list[float]] = transfer.to_host(self._routers(block, ready.rows_first(states), time))
         gate, width = [], []
         for row in logits:
-            if not all(map(math.isfinite, row)):
-                raise EditError(
-                    f"the router of block {ready.name or block} gives {row}: its inputs or weights overflow "
-                    f"{self._routers.dtype}; check the latents, or compile in bfloat16 or float32"
-                )
-            gate.append(_sigmoid(row[0]))
+            gate.append(gate_of(row, ready.name or str(block), self._routers.dtype))
             choices = row[1:]
             width.append(self._widths[choices.index(max(choices))])
         return gate, width
@@ -114,7 +97,7 @@ class Dispatch:
     def _sinusoid(self) -> Tensor:
         if self._embedding is None:
             assert self._routers is not None
-            self._embedding = self._routers.embed(self._timestep(), self.rows)
+            self._embedding = self._routers.embed(self._timestep, self.rows)
         return self._embedding
 
     def _whole(
@@ -128,11 +111,11 @@ class Dispatch:
     ) -> list[Tensor]:
         """The same for all rows."""
         if decision == SKIP:
-            self._count(ready, SKIP, rows)
+            self._tally.left(ready, SKIP, rows)
             return [state.clone() for state in states] if self._copies else states
         if decision == REUSE:
             _check_held(bank, range(rows))
-            self._count(ready, REUSE, rows)
+            self._tally.left(ready, REUSE, rows)
             return bank.reuse(states)
         after = self._compute(ready, decision, inputs, rows)
         if self._keeps:
@@ -149,13 +132,13 @@ class Dispatch:
         for decision in sorted(set(done)):
             chosen = [row for row, own in enumerate(done) if own == decision]
             if decision == SKIP:
-                self._count(ready, SKIP, len(chosen))
+                self._tally.left(ready, SKIP, len(chosen))
                 continue
-            index = torch.tensor(chosen, device=states[0].device)
+            index = transfer.row_index(tuple(chosen), states[0].device)
             if decision == REUSE:
                 before = [s.index_select(dim, index) for s, dim in zip(states, ready.state_dims, strict=True)]
                 _check_held(bank, chosen)
-                self._count(ready, REUSE, len(chosen))
+                self._tally.left(ready, REUSE, len(chosen))
                 parts = bank.reuse_rows(chosen, index, before)
             else:
                 taken = ready.take(inputs, index, len(done))
@@ -171,26 +154,10 @@ class Dispatch:
     def _compute(self, ready: ReadyBlock, width: float, inputs: Sequence[Tensor], rows: int) -> list[Tensor]:
         variant = ready.variant_for(width)
         after = ready.bound[variant](inputs)
-        self._engine_calls += ready.calls(rows)
-        self._count(ready, 1.0, rows, variant)
+        self._tally.computed(ready, variant, rows)
         return after
-
-    def _count(self, ready: ReadyBlock, kind: float, rows: int, variant: int | None = None) -> None:
-        self._rows_done[kind] += rows
-        plan = ready.plan
-        dense = self._costs.get((plan.id, len(plan.variants) - 1))
-        if dense is not None:
-            self._dense_flops += rows * dense.flops
-        done = None if variant is None else self._costs.get((plan.id, variant))
-        if done is not None:
-            self._flops += rows * done.flops
-            self._bytes += ready.calls(rows) * done.weight_bytes + rows * done.row_bytes
 
 
 def _check_held(bank: Residuals, rows: Sequence[int]) -> None:
     if any(bank.held[row] == EMPTY for row in rows):
         raise PolicyError("the policy reuses a residual where there is none")
-
-
-def _sigmoid(logit: float) -> float:
-    return 1.0 / (1.0 + math.exp(-logit)) if logit > -700.0 else 0.0

@@ -33,3 +33,7 @@ class InnerShapeError(ShapeError):
 
 class BusyError(EditError):
     """The same request is running in another thread."""
+
+
+class RecordError(EditError):
+    """Steps cannot be recorded, to be replayed on the device, of this program here; the message says why."""

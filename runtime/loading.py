@@ -11,15 +11,19 @@ from runtime.policy import Decider
 from runtime.transformer import CompiledTransformer
 
 
-def load(path: str | Path, engine: str | None = None, policy: Decider | None = None) -> CompiledTransformer:
+def load(
+    path: str | Path, engine: str | None = None, policy: Decider | None = None, dispatch: str = "host"
+) -> CompiledTransformer:
     """The compiled transformer of the bundle at `path`.
 
     `engine` runs its plans (see `runtime.transformer.CompiledTransformer`). Without one it is what the bundle's engines
     were built with, and "onnxruntime" for a bundle that holds none: engines of another GPU are refused rather than
-    replaced by a CPU's in silence. `policy` replaces the bundle's own. Raises BundleError where the bundle is damaged
+    replaced by a CPU's in silence. `policy` replaces the bundle's own. With `dispatch` "device" decisions are taken on
+    the GPU where that can be done (see CompiledTransformer). Raises BundleError where the bundle is damaged
     or foreign, EngineError where the engine cannot run it here.
     """
-    return CompiledTransformer(bundle.load(path), engine=engine or built_engine(Path(path)), policy=policy)
+    program = bundle.load(path)
+    return CompiledTransformer(program, engine or built_engine(Path(path)), policy, dispatch=dispatch)
 
 
 def built_engine(folder: Path) -> str:

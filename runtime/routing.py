@@ -6,12 +6,14 @@ heads are one product after the token mean. Equal to `runtime.router.Router.forw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from runtime.errors import EditError
 from runtime.router import activated, read_streams, rows_of_steps, sinusoid
 from runtime.spec import RouterConfig
 
@@ -91,3 +93,13 @@ class Routers:
     def __call__(self, block: int, states: Sequence[Tensor], time: Tensor) -> Tensor:
         """Logits (B, 1 + |S|) of `block`'s router."""
         return self._routers[block](states, time)
+
+
+def gate_of(logits: Sequence[float], block: str, dtype: torch.dtype) -> float:
+    """p from the logits of one row, the gate's first (equation 10); EditError, naming the block, for one not finite."""
+    if not all(map(math.isfinite, logits)):
+        raise EditError(
+            f"the router of block {block} gives {list(logits)}: its inputs or weights overflow {dtype}; "
+            "check the latents, or compile in bfloat16 or float32"
+        )
+    return 1.0 / (1.0 + math.exp(-logits[0])) if logits[0] > -700.0 else 0.0

@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Generic, Protocol, TypeVar
 
 from runtime.bank import Residuals
 from runtime.errors import BusyError
 from runtime.trace import RequestTrace, Trace
 
 Signature = tuple[object, ...]
+
+KEPT = 16
+"""Named requests, and traces of requests, that are kept."""
 
 BRANCHES = 4
 """Calls at one timestep without a context beyond which a new request is assumed."""
@@ -50,6 +54,11 @@ def named_request(name: str) -> Iterator[None]:
         yield
     finally:
         _request.reset(token)
+
+
+def current_context() -> str | None:
+    """The cache context of the calls made here, None outside of any."""
+    return _context.get()
 
 
 class Branch:
@@ -111,6 +120,11 @@ class Request:
         for branch in self._branches.values():
             branch.clear()
 
+    def forget(self) -> None:
+        """Take back what was traced."""
+        if self.trace is not None:
+            self._traces.discard(self.trace)
+
     def _begin(self) -> None:
         self.step, self.trace = -1, None
         self._times: tuple[float, ...] = ()
@@ -157,23 +171,36 @@ def _moves(old: tuple[float, ...], new: tuple[float, ...]) -> set[int]:
     return {1 if after > before else -1 for before, after in zip(old, new, strict=True) if after != before}
 
 
-class Requests:
-    """All requests of one compiled transformer.
+class Held(Protocol):
+    """A request as `Requests` needs it."""
+
+    name: str
+    busy: threading.Lock
+
+    def forget(self) -> None:
+        """Take back what was traced."""
+
+
+H = TypeVar("H", bound=Held)
+
+
+class Requests(Generic[H]):
+    """All requests of one compiled transformer, made by `make` from their names.
 
     Unnamed requests belong to their thread and vanish with it. Of the named ones the `keep` used
     last are held; one used again after being dropped starts with empty banks.
     """
 
-    def __init__(self, keep: int = 16) -> None:
+    def __init__(self, make: Callable[[str], H], keep: int = KEPT) -> None:
         self.keep = keep
-        self.trace = Trace(keep)
-        self._named: OrderedDict[str, Request] = OrderedDict()
+        self._make = make
+        self._named: OrderedDict[str, H] = OrderedDict()
         self._own = threading.local()
         self._lock = threading.Lock()
 
     @contextmanager
-    def entered(self, times: tuple[float, ...], signature: Signature) -> Iterator[tuple[Request, Branch]]:
-        """The current request and branch, nobody else's meanwhile; BusyError if another thread has it.
+    def held(self) -> Iterator[H]:
+        """The current request, nobody else's meanwhile; BusyError if another thread has it.
 
         An exception inside forgets the request and what was traced of it.
         """
@@ -181,9 +208,9 @@ class Requests:
         if not request.busy.acquire(blocking=False):
             raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
         try:
-            yield request, request.enter(times, _context.get(), signature)
+            yield request
         except BaseException:
-            self._abandon(request)
+            self.abandon(request)
             raise
         finally:
             request.busy.release()
@@ -203,25 +230,25 @@ class Requests:
             self._own = threading.local()
             self._named.clear()
 
-    def _abandon(self, request: Request) -> None:
-        if request.trace is not None:
-            self.trace.discard(request.trace)
+    def abandon(self, request: H) -> None:
+        """Forget `request` and what was traced of it."""
+        request.forget()
         with self._lock:
             if self._named.get(request.name) is request:
                 del self._named[request.name]
             if self._own.__dict__.get("request") is request:
                 del self._own.request
 
-    def _current(self) -> Request:
+    def _current(self) -> H:
         name = _request.get()
         if name is None:
             own = self._own  # `clear` may replace it meanwhile
             if not hasattr(own, "request"):
-                own.request = Request(threading.current_thread().name, self.trace)
-            request: Request = own.request
+                own.request = self._make(threading.current_thread().name)
+            request: H = own.request
             return request
         with self._lock:
-            request = self._named.setdefault(name, Request(name, self.trace))
+            request = self._named.get(name) or self._named.setdefault(name, self._make(name))
             self._named.move_to_end(name)
             while len(self._named) > self.keep:
                 self._named.popitem(last=False)

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runtime import arguments, bundle, engines, pt2
+from runtime import arguments, bundle, engines
+from runtime.adapters import WithoutAdapters, refuse_adapters
 from runtime.arguments import Constant
-from runtime.blocks import ReadyBlocks
-from runtime.dispatch import Costs, Dispatch
-from runtime.errors import EditError, InnerShapeError, InputError
-from runtime.guard import answering
-from runtime.output import Config, Output
+from runtime.device.policy import why_not
+from runtime.device.runner import DeviceRunner, make_runner
+from runtime.errors import EditError, InnerShapeError, RecordError
+from runtime.host import HostRunner
+from runtime.loaded import Loaded, named, search
 from runtime.policy import Decider, RoutingPolicy
 from runtime.program import Program
 from runtime.spec import Glue
-from runtime.state import Requests, cache_context, named_request
+from runtime.state import KEPT, cache_context, named_request
 from runtime.trace import Counters, Trace
+
+log = logging.getLogger(__name__)
 
 Tracer = Callable[[Mapping[str, object]], Program]
 Host = Callable[..., object]
 
 
-class CompiledTransformer(nn.Module):
+class CompiledTransformer(WithoutAdapters, nn.Module):
     """A program run by an engine, called like the model it was compiled from.
 
     Args:
         program: what to run; None to have `tracer` make it at the first call.
-        engine: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx"; the last two with "-packed" for weights inside.
+        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside.
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: called with the arguments of a call that nothing was compiled for; gives a program
             that was. Without it such a call is a ShapeError.
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
+        dispatch: "host", or "device" to take decisions on the GPU, where no step waits for the host (`runtime.device`).
+            Where that cannot be done they are taken on the host; `dispatch_note` then says why, and so does the log.
         eager: the model itself; shows its device, and without a program its config and dtype, before the first call.
 
     The forward runs without gradients. Errors are `runtime.errors.EditError`. An exception drops the
@@ -53,8 +60,11 @@ class CompiledTransformer(nn.Module):
         *,
         host: Host | None = None,
         eager: nn.Module | None = None,
+        dispatch: str = "host",
     ) -> None:
         super().__init__()
+        if dispatch not in ("host", "device"):
+            raise EditError(f"dispatch is {dispatch!r}: say 'host' or 'device'")
         if program is None and tracer is None:
             raise EditError("a compiled transformer needs a program, or a tracer to make one")
         self.engine = engine
@@ -62,10 +72,14 @@ class CompiledTransformer(nn.Module):
         self._tracer = tracer
         self._host = host
         self._eager = (eager,)  # in a tuple: not a submodule, its weights are not ours
-        self._requests = Requests()
         self._lock = threading.Lock()
         self._counters = Counters()
-        self._loaded: _Loaded | None = None if program is None else _Loaded(program, engine)
+        self._traces = Trace(KEPT)
+        self._host_runner = HostRunner(self._traces)
+        self._wanted = dispatch
+        self._device_runner: DeviceRunner | None = None
+        self.dispatch_note: str | None = None
+        self._loaded: Loaded | None = None if program is None else self._load(program)
         self.eval()
 
     @property
@@ -87,15 +101,18 @@ class CompiledTransformer(nn.Module):
     @property
     def trace(self) -> Trace:
         """The decisions of the last requests."""
-        return self._requests.trace
+        self._settle()
+        return self._traces
 
     @property
     def counters(self) -> Counters:
         """The work done since `reset_counters`."""
+        self._settle()
         return self._counters
 
     def reset_counters(self) -> None:
         """Start counting anew."""
+        self._settle()
         with self._lock:
             self._counters = Counters()
 
@@ -121,6 +138,11 @@ class CompiledTransformer(nn.Module):
             raise EditError("device is not known before the first call")
         return next(self._eager[0].parameters()).device
 
+    @property
+    def dispatch(self) -> str:
+        """Where decisions are taken, "host" or "device"; `dispatch_note` says why it is not where they were wanted."""
+        return self._wanted if self.dispatch_note is None else "host"
+
     def request(self, name: str) -> Any:
         """Context manager: calls inside belong to the request `name`, whatever thread they are in."""
         return named_request(str(name))
@@ -134,7 +156,9 @@ class CompiledTransformer(nn.Module):
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """End the current request (diffusers calls this after each image)."""
-        self._requests.drop()
+        self._host_runner.requests.drop()
+        if self._device_runner is not None:
+            self._device_runner.requests.drop()
 
     def save(self, path: str | Path) -> None:
         """Write the bundle `path`, with the current routing policy (see `runtime.bundle.save`)."""
@@ -153,7 +177,7 @@ class CompiledTransformer(nn.Module):
         constants that were not compiled (unless there is a tracer).
         """
         given = arguments.named(self._argument_names(kwargs) if args or self._loaded else tuple(kwargs), args, kwargs)
-        _refuse_adapters(given)
+        refuse_adapters(given)
         try:
             return self._call(given)
         except InnerShapeError:
@@ -167,57 +191,98 @@ class CompiledTransformer(nn.Module):
         tensors, constants = arguments.flatten(given)
         loaded, glue = self._find(given, tensors, constants)
         arguments.check_tensors(glue, tensors, loaded.device)
-        times, timestep = loaded.timestep(tensors, constants)
-        with self._requests.entered(times, (glue.id, *(tuple(t.shape) for t in tensors.values()))) as (request, branch):
-            assert request.trace is not None
-            dispatch = Dispatch(
-                loaded.blocks,
-                self.policy,
-                branch,
-                request.step,
-                request.trace,
-                timestep,
-                loaded.costs[glue.id],
-                copies=glue.file is None,
-            )
-            with answering(dispatch):
-                result = self._run(loaded, glue, given, tensors)
-        self._count(dispatch.counters(), glue, dispatch.rows)
-        return result
+        timestep = loaded.timestep(tensors, constants)
+        outputs = self._on_device(loaded, glue, tensors, timestep)
+        if outputs is None:
+            return self._on_host(loaded, glue, given, tensors, timestep)
+        return named(glue, outputs, given)
 
-    def _run(self, loaded: _Loaded, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor]) -> object:
-        if glue.file is None:
+    def _on_host(
+        self, loaded: Loaded, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor], timestep: Tensor
+    ) -> object:
+        """The model's output, every decision taken here."""
+        arguments.check_finite(glue, tensors)
+
+        def run() -> object:
+            if glue.file is not None:
+                return named(glue, loaded.glue(glue)(*(tensors[i.name] for i in glue.inputs)), given)
             if self._host is None:
                 raise EditError("this program is hosted: it runs inside the model it was compiled from")
             return self._host(**given)
-        outputs = loaded.glue(glue)(*(tensors[i.name] for i in glue.inputs))
-        if not glue.outputs:
-            return outputs[0]
-        named = arguments.unflatten(dict(zip(glue.outputs, outputs, strict=True)))
-        plain = all(name.isdigit() for name in named)
-        return tuple(named.values()) if plain or not given.get("return_dict", True) else Output(named.items())
+
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors.values())
+        return self._host_runner(loaded, glue, shapes, timestep, self.policy, run, partial(self._count, glue))
+
+    def _on_device(
+        self, loaded: Loaded, glue: Glue, tensors: Mapping[str, Tensor], timestep: Tensor
+    ) -> list[Tensor] | None:
+        """The glue's outputs from a recorded step; None where there can be none, which is noted."""
+        if self._device_runner is None:
+            return None
+        policy = self.policy
+        reason = why_not(policy) if glue.file is not None else "the model's own Python runs between its blocks"
+        if reason is None:
+            try:
+                outputs = self._device_runner(
+                    glue.id,
+                    loaded.glue(glue),
+                    {given.name: tensors[given.name] for given in glue.inputs},
+                    timestep,
+                    policy,
+                    loaded.costs[glue.id],
+                    partial(self._count, glue),
+                )
+            except RecordError as error:
+                reason = str(error)
+            else:
+                self.dispatch_note = None
+                self._host_runner.requests.drop()  # neither may go on from residuals that the other has outdated
+                return outputs
+        self._device_runner.requests.drop()
+        self._note(reason)
+        return None
+
+    def _load(self, program: Program) -> Loaded:
+        """`program` made ready, and what runs it on the device where that is wanted and possible."""
+        loaded = Loaded(program, self.engine)
+        self._device_runner = None
+        if self._wanted == "device":
+            try:
+                self._device_runner = make_runner(loaded.blocks, loaded.device, self._traces)
+            except RecordError as error:
+                self._note(str(error))
+        return loaded
+
+    def _note(self, reason: str) -> None:
+        if reason != self.dispatch_note:
+            self.dispatch_note = reason
+            log.warning("decisions are taken on the host: %s", reason)
+
+    def _settle(self) -> None:
+        if self._device_runner is not None:
+            self._device_runner.settle()
 
     def _find(
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
-    ) -> tuple[_Loaded, Glue]:
+    ) -> tuple[Loaded, Glue]:
         """The glue for these arguments, traced first if need be."""
-        found = _search(self._loaded, tensors, constants)
+        found = search(self._loaded, tensors, constants)
         if found is None and self._tracer is not None:
             with self._lock:
-                found = _search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
+                found = search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
                 if found is None:
                     self._trace(self._tracer, given)
-                    found = _search(self._loaded, tensors, constants)
+                    found = search(self._loaded, tensors, constants)
         if found is None:
             glues = () if self._loaded is None else self._loaded.program.manifest.glues
             raise arguments.explain(glues, tensors, constants)
         return found
 
     def _trace(self, tracer: Tracer, given: Mapping[str, object]) -> None:
-        self._loaded = _Loaded(tracer(given), self.engine)
-        self._requests.clear()  # its blocks may be counted otherwise
+        self._loaded = self._load(tracer(given))
+        self._host_runner.requests.clear()  # its blocks may be counted otherwise
 
-    def _count(self, done: Counters, glue: Glue, rows: int) -> None:
+    def _count(self, glue: Glue, done: Counters, rows: int) -> None:
         own = rows * glue.flops
         with self._lock:
             self._counters = self._counters + done + Counters(flops=own, dense_flops=own)
@@ -236,7 +301,7 @@ class CompiledTransformer(nn.Module):
 
     def _move(self, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
         assert self._loaded is not None
-        if self.engine != "torch":
+        if self.engine not in engines.MOVABLE:
             raise EditError(
                 f"engine {self.engine!r} runs where it was loaded: to run on {device}, compile or load there"
             )
@@ -244,8 +309,8 @@ class CompiledTransformer(nn.Module):
         weights = {key: fn(tensor) for key, tensor in program.weights.items()}
         routers = {key: fn(tensor) for key, tensor in program.routers.items()}
         with self._lock:
-            self._loaded = _Loaded(replace(program, weights=weights, routers=routers), self.engine)
-        self._requests.clear()
+            self._loaded = self._load(replace(program, weights=weights, routers=routers))
+        self._host_runner.requests.clear()
 
     def _argument_names(self, kwargs: Mapping[str, object]) -> tuple[str, ...]:
         """What the forward takes; as long as nothing tells, what it is given by name."""
@@ -275,69 +340,3 @@ class CompiledTransformer(nn.Module):
         if self._eager[0] is None:
             raise EditError(f"{name} is not known before the first call")
         return getattr(self._eager[0], name)
-
-    def load_lora_adapter(self, *args: object, **kwargs: object) -> NoReturn:
-        """Refused: the weights of a compiled transformer are fixed."""
-        raise EditError("LoRA cannot be loaded into a compiled transformer: fuse it into the model, then compile")
-
-    add_adapter = set_adapters = fuse_lora = enable_lora = load_lora_adapter
-
-    def _load_ip_adapter_weights(self, *args: object, **kwargs: object) -> NoReturn:
-        raise EditError("IP-Adapter is not supported by a compiled transformer: use the eager model")
-
-
-class _Loaded:
-    """A program with everything made from it for one engine."""
-
-    def __init__(self, program: Program, engine: str) -> None:
-        program = engines.placed(engine, program)
-        manifest = program.manifest
-        self.program = program
-        self.blocks = ReadyBlocks(program, engine)
-        self.config = Config(manifest.config)
-        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        tensors = (*program.weights.values(), *program.routers.values())
-        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
-        self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
-
-    def glue(self, glue: Glue) -> Callable[..., tuple[Tensor, ...]]:
-        """The glue's graph with its weights."""
-        found = self._glues.get(glue.id)
-        if found is None:
-            assert glue.file is not None
-            graph = pt2.load(self.program.files[glue.file], glue.file, self.device)
-            weights = [self.program.weights[key] for key in glue.weights]
-            found = self._glues[glue.id] = lambda *inputs: graph(*weights, *inputs)
-        return found
-
-    def timestep(
-        self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
-    ) -> tuple[tuple[float, ...], Callable[[], Tensor]]:
-        """The timestep on the host, one or one per row, and as a tensor."""
-        name = self.program.manifest.timestep
-        tensor = tensors.get(name)
-        if tensor is None:
-            value = constants.get(name)
-            if not isinstance(value, (int, float)):
-                raise InputError(f"missing input {name!r}")
-            return (float(value),), lambda: torch.tensor([float(value)], device=self.device)
-        return tuple(tensor.reshape(-1).tolist()), lambda: tensor
-
-
-def _search(
-    loaded: _Loaded | None, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
-) -> tuple[_Loaded, Glue] | None:
-    if loaded is None:
-        return None
-    glue = arguments.find_glue(loaded.program.manifest.glues, tensors, constants)
-    return None if glue is None else (loaded, glue)
-
-
-def _refuse_adapters(given: Mapping[str, object]) -> None:
-    for name, value in given.items():
-        if name.endswith("attention_kwargs") and isinstance(value, Mapping):
-            for key in value:
-                what = "IP-Adapter" if "ip_adapter" in key else "LoRA" if key == "scale" else None
-                if what:
-                    raise InputError(f"{name}[{key!r}]: {what} is not supported by a compiled transformer")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime import engines
 from runtime.blocks import ReadyBlocks
-from runtime.engines import ort
+from runtime.engines import ort_library
 from runtime.errors import EngineError
 from runtime.spec import PlanInput
 from runtime.transformer import CompiledTransformer
@@ -184,7 +184,7 @@ def test_what_is_installed_is_checked(installed: set[str], message: str, monkeyp
             return "1"
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(ort, "_library", None)
-    monkeypatch.setattr(ort.metadata, "version", version)
+    monkeypatch.setattr(ort_library, "_library", None)
+    monkeypatch.setattr(ort_library.metadata, "version", version)
     with pytest.raises(EngineError, match=message):
         engines.make("onnxruntime")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -66,7 +68,8 @@ def on_the_cpu(device: torch.device) -> Iterator[int]:
 
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(engine_module, "_enqueueing", on_the_cpu)
+    monkeypatch.setattr(engine_module, "enqueueing", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     own = weights(programs.H)
     engine = SimpleNamespace(
         num_io_tensors=len(NAMES),
@@ -112,6 +115,15 @@ def test_one_scratch_serves_all_and_grows_to_the_hungriest() -> None:
     assert engine_module._memory(device, 77, 900) is first
     assert engine_module._memory(device, 77, 2000).numel() == 2000
     assert engine_module._memory(device, 78, 10) is not first
+
+
+def test_a_scratch_in_a_recorded_step_outlives_a_larger_one() -> None:
+    device = torch.device("cpu")
+    first = weakref.ref(engine_module._memory(device, 79, 1000))
+    recorded = weakref.ref(engine_module._memory(device, 79, 2000, recorded=True))
+    engine_module._memory(device, 79, 3000)
+    gc.collect()
+    assert first() is None and recorded() is not None
 
 
 @pytest.mark.parametrize(("name", "moved"), [("tensorrt", 13), ("tensorrt-packed", 3), ("torch", 0)])

@@ -14,10 +14,13 @@ from runtime.errors import EngineError
 from runtime.program import Program
 from runtime.spec import Plan
 
-NAMES = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+NAMES = ("onnxruntime", "torch", "inductor", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 """`tensorrt-packed` and `tensorrt-rtx-packed` are the last two with weights inside their engines."""
 
-_ON_GPU = ("tensorrt", "tensorrt-rtx")
+MOVABLE = ("torch", "inductor")
+"""Those that run on whatever device the weights are on, and follow them."""
+
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 
 class Bound(Protocol):
@@ -35,9 +38,10 @@ class Kernel(Protocol):
 
 
 class Engine(Protocol):
-    """One way to run plans."""
+    """One way to run plans. `recordable`: whether what it does on a GPU can be part of a CUDA graph."""
 
     name: str
+    recordable: bool
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Load `plan.variants[variant]`; EngineError where this engine cannot run it."""
@@ -55,12 +59,20 @@ def make(name: str, program: Program | None = None) -> Engine:
         from runtime.engines.pytorch import TorchEngine
 
         return TorchEngine()
+    if name == "inductor":
+        from runtime.engines.pytorch import InductorEngine
+
+        return InductorEngine()
     if name == "onnxruntime":
         from runtime.engines.ort import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine()
+    if name == "onnxruntime-cuda":
+        from runtime.engines.ort_cuda import OnnxRuntimeCudaEngine
+
+        return OnnxRuntimeCudaEngine()
     library = name.removesuffix("-packed")
-    if library in _ON_GPU:
+    if library in _TENSORRT:
         if program is None:
             raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
         from runtime.engines.tensorrt import TensorRTEngine
@@ -74,7 +86,7 @@ def placed(name: str, program: Program) -> Program:
 
     Weights that engines hold themselves stay where they are.
     """
-    if name.removesuffix("-packed") not in _ON_GPU:
+    if name != "onnxruntime-cuda" and name.removesuffix("-packed") not in _TENSORRT:
         return program
     if not torch.cuda.is_available():
         raise EngineError(no_gpu(name))

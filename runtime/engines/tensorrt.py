@@ -4,21 +4,22 @@ Unverified: nothing in this file has been run, for want of a GPU; that the libra
 is used here is tested.
 
 All execution contexts of a stream share one scratch, which is as large as the hungriest of them wants: they run one
-after another. Nothing here waits for the GPU. TensorRT itself would, on the default stream; so calls on that are made
-on a stream of our own, which waits for it and for which it waits in turn.
+after another. Nothing here waits for the GPU. TensorRT itself would, on the default stream: `runtime.engines.streams`
+has the way around that.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from runtime.engines import Bound, Kernel, no_gpu
+from runtime.engines.streams import enqueueing
 from runtime.engines.tensorrt_build import make_logger
 from runtime.engines.tensorrt_cache import read
 from runtime.engines.tensorrt_jobs import jobs, key_of, make
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 _scratch: dict[tuple[torch.device, int], Tensor] = {}
-_own_streams: dict[torch.device, torch.cuda.Stream] = {}
+_recorded: list[Tensor] = []
 _lock = threading.Lock()
 
 
@@ -42,6 +43,8 @@ class TensorRTEngine:
     Engines of a program that has no bundle yet are built as it is loaded. EngineError where the library or a GPU is
     missing, and for engines that are missing, damaged, or of another library version, GPU, precision or plan.
     """
+
+    recordable = True
 
     def __init__(self, name: str, weights: str, program: Program) -> None:
         self.name = name
@@ -126,11 +129,12 @@ class _Bound:
         given = {spec.name: t.detach().contiguous() for spec, t in zip(self._plan.inputs, inputs, strict=True)}
         states = [torch.empty_like(given[self._plan.inputs[index].name]) for index in self._plan.states]
         device = states[0].device
-        with self._lock, _enqueueing(device) as stream:
+        with self._lock, enqueueing(device) as stream:
             wanted = profile_for(self._profiles, {name: tuple(t.shape) for name, t in given.items()})
             if wanted != context.active_optimization_profile:
                 context.set_optimization_profile_async(wanted, stream)
-            memory = _memory(device, stream, self._engine.device_memory_size_v2)
+            recorded = torch.cuda.is_current_stream_capturing()
+            memory = _memory(device, stream, self._engine.device_memory_size_v2, recorded)
             context.set_device_memory(memory.data_ptr(), memory.numel())
             for name, tensor in given.items():
                 if name in self._taken:
@@ -143,24 +147,15 @@ class _Bound:
         return states
 
 
-@contextmanager
-def _enqueueing(device: torch.device) -> Iterator[int]:
-    """The handle of torch's current stream; of one that is in step with it where that is the default stream."""
-    current = torch.cuda.current_stream(device)
-    if current.cuda_stream:
-        yield current.cuda_stream
-        return
-    with _lock:
-        own = _own_streams.get(device) or _own_streams.setdefault(device, torch.cuda.Stream(device))
-    own.wait_stream(current)
-    yield own.cuda_stream
-    current.wait_stream(own)
+def _memory(device: torch.device, stream: int, size: int, recorded: bool = False) -> Tensor:
+    """The scratch of all contexts on `stream`, of at least `size` bytes; torch aligns to 512.
 
-
-def _memory(device: torch.device, stream: int, size: int) -> Tensor:
-    """The scratch of all contexts on `stream`, of at least `size` bytes; torch aligns to 512."""
+    One that was `recorded` in a CUDA graph, which knows its address alone, is kept even when it is outgrown.
+    """
     with _lock:
         found = _scratch.get((device, stream))
         if found is None or found.numel() < size:
             found = _scratch[device, stream] = torch.empty(max(size, 512), dtype=torch.uint8, device=device)
+        if recorded and not any(kept is found for kept in _recorded):
+            _recorded.append(found)
         return found

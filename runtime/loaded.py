@@ -1,0 +1,73 @@
+"""A program with everything made from it for one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from runtime import arguments, engines, pt2
+from runtime.arguments import Constant
+from runtime.blocks import ReadyBlocks
+from runtime.errors import InputError
+from runtime.output import Config, Output
+from runtime.program import Program
+from runtime.spec import Glue
+from runtime.tally import Costs
+
+
+class Loaded:
+    """`program`, its plans on the engine called `engine`; EngineError where that cannot run them here."""
+
+    def __init__(self, program: Program, engine: str) -> None:
+        program = engines.placed(engine, program)
+        manifest = program.manifest
+        self.program = program
+        self.blocks = ReadyBlocks(program, engine)
+        self.config = Config(manifest.config)
+        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        tensors = (*program.weights.values(), *program.routers.values())
+        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
+        self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def glue(self, glue: Glue) -> Callable[..., tuple[Tensor, ...]]:
+        """The glue's graph with its weights."""
+        found = self._glues.get(glue.id)
+        if found is None:
+            assert glue.file is not None
+            graph = pt2.load(self.program.files[glue.file], glue.file, self.device)
+            weights = [self.program.weights[key] for key in glue.weights]
+            found = self._glues[glue.id] = lambda *inputs: graph(*weights, *inputs)
+        return found
+
+    def timestep(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Tensor:
+        """The timestep, one or one per row; on the CPU where it was given as a number."""
+        name = self.program.manifest.timestep
+        tensor = tensors.get(name)
+        if tensor is not None:
+            return tensor
+        value = constants.get(name)
+        if not isinstance(value, (int, float)):
+            raise InputError(f"missing input {name!r}")
+        return torch.tensor([float(value)], dtype=torch.float64)
+
+
+def search(
+    loaded: Loaded | None, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
+) -> tuple[Loaded, Glue] | None:
+    """`loaded` and its glue for such arguments; None where there is none."""
+    if loaded is None:
+        return None
+    glue = arguments.find_glue(loaded.program.manifest.glues, tensors, constants)
+    return None if glue is None else (loaded, glue)
+
+
+def named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -> object:
+    """What the model gives, from the glue's outputs and the arguments of the call."""
+    if not glue.outputs:
+        return outputs[0]
+    named = arguments.unflatten(dict(zip(glue.outputs, outputs, strict=True)))
+    plain = all(name.isdigit() for name in named)
+    return tuple(named.values()) if plain or not given.get("return_dict", True) else Output(named.items())

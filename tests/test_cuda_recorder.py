@@ -1,0 +1,161 @@
+"""The recorder for CUDA, with a driver that is imitated: what it captures, in which order, and what replays give."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.device import cuda_graph, kernels, runner
+from runtime.errors import RecordError
+from runtime.policy import RoutingPolicy
+from runtime.transformer import CompiledTransformer
+from tests import programs
+from tests.fake_driver import FakeCuda
+from tests.test_transformer_requests import call
+
+driver = pytest.importorskip("cuda.bindings.driver")
+KINDS = ("double", "single", "double")
+POLICY = RoutingPolicy(threshold=0.35, margin=0.4, max_reuse=2)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(runner, "recorder_for", cuda_graph.CudaRecorder)
+    return cuda
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_replays_give_what_the_host_gives(fake: FakeCuda, rows: int) -> None:
+    program = programs.make(KINDS, seed=3)
+    host = CompiledTransformer(program, "torch", POLICY)
+    device = CompiledTransformer(program, "torch", POLICY, dispatch="device")
+    for step in range(8):
+        for context in ("cond", "uncond"):
+            with host.cache_context(context):
+                expected = call(host, 1 - step / 8, seed=step, rows=rows)
+            with device.cache_context(context), fake:
+                got = call(device, 1 - step / 8, seed=step, rows=rows)
+            torch.testing.assert_close(got, expected)
+    assert (device.dispatch, device.dispatch_note) == ("device", None)
+    for name, column in host.trace[0].arrays().items():
+        np.testing.assert_allclose(device.trace[0].arrays()[name], column)
+    assert len(set(host.trace[0].arrays()["done"])) > 1
+    assert fake.calls.count("cuGraphLaunch") == 16
+    assert fake.calls.count("cuGraphAddNode") == 2 * len(KINDS) * rows  # one switch for each row of each guard
+    bodies = 1 + len(programs.WIDTHS)
+    assert fake.calls.count("cuStreamBeginCaptureToGraph") == 2 * len(KINDS) * rows * bodies
+    assert not fake.capturing
+
+
+def test_what_cannot_be_captured_leaves_no_capture_open(fake: FakeCuda) -> None:
+    device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY, dispatch="device")
+    block = device._loaded.blocks.blocks[1]
+    original = block.bound
+    runs = []
+
+    def fails(inputs):
+        runs.append(torch.cuda.current_stream().cuda_stream in fake.capturing)
+        if runs[-1]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return original[3](inputs)
+
+    block.bound = (*original[:3], fails)
+    with fake:
+        sample = call(device, 1.0)
+    assert runs[:2] == [False, True]  # it was warmed up first
+    assert "not permitted" in device.dispatch_note
+    assert not fake.capturing
+    torch.testing.assert_close(sample, call(CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY), 1.0))
+
+
+def test_graphs_are_destroyed_with_their_transformer(fake: FakeCuda) -> None:
+    device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY, dispatch="device")
+    with fake:
+        call(device, 1.0)
+    assert not fake.destroyed
+    del device
+    gc.collect()
+    assert len(fake.destroyed) == 1
+
+
+def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(version=12040).install(monkeypatch)
+    with pytest.raises(RecordError, match=r"CUDA 12\.4.*need 12\.8"):
+        cuda_graph.CudaRecorder(torch.device("cpu"))
+
+
+def test_a_failing_call_is_named() -> None:
+    with pytest.raises(RecordError, match="CUDA_ERROR_INVALID_VALUE"):
+        kernels.checked((driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
+    assert kernels.checked((driver.CUresult.CUDA_SUCCESS, 1)) == 1
+    assert kernels.checked((driver.CUresult.CUDA_SUCCESS, 1, 2)) == [1, 2]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_kernels_compile_without_a_gpu(architecture: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    cubin = kernels.compile_source(architecture)
+    assert cubin[:4] == b"\x7fELF"
+    assert all(name.encode() in cubin for name in (*kernels.KERNELS, "cudaGraphSetConditional"))
+
+
+def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecordError, match="invalid value for --gpu-architecture"):
+        kernels.compile_source("sm_1")
+
+
+def _uses(module) -> list[str]:
+    """Names that `module` takes from the driver's bindings, "CUgraphNodeParams.conditional.handle" among them."""
+    names = []
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Attribute) and (
+            found := re.match(r"(?:self\._)?(driver|nvrtc|params)\.([\w.]+)$", ast.unparse(node))
+        ):
+            names.append(f"CUgraphNodeParams.{found[2]}" if found[1] == "params" else found[2])
+    return names
+
+
+def _is_there(name: str) -> bool:
+    """Whether the real bindings have `name`, a path of attributes."""
+    from cuda.bindings import nvrtc
+
+    first, *rest = name.split(".")
+    found = getattr(driver, first, None) or getattr(nvrtc, first, None)
+    if found is not None and first == "CUgraphNodeParams":
+        found = found()
+    for part in rest:
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return found is not None
+
+
+def test_every_name_of_the_driver_is_there() -> None:
+    names = {name for module in (cuda_graph, kernels) for name in _uses(module)}
+    assert len(names) > 20
+    assert [name for name in names if not _is_there(name)] == []
+    for name in names:  # the check notices what is misspelt
+        assert not _is_there(f"{name}x") and not _is_there(f"{name[:-1]}")
+
+
+def _parameters(name: str) -> list[str]:
+    """Parameters of a function of the bindings, from the first line of its documentation."""
+    line = (getattr(driver, name).__doc__ or "").splitlines()[0]
+    inside = re.sub(r"\[[^\[\]]*(\[[^\]]*\][^\[\]]*)*\]", "", line[line.index("(") + 1 : line.rindex(")")])
+    return [part.split(":")[0].split()[-1] for part in inside.split(",") if part.strip()]
+
+
+def test_the_imitated_functions_take_what_the_real_ones_take() -> None:
+    imitated = [name for name in vars(FakeCuda) if re.match(r"cu[A-Z]", name)]
+    assert len(imitated) > 10
+    for name in imitated:
+        mine = [parameter for parameter in inspect.signature(getattr(FakeCuda, name)).parameters if parameter != "self"]
+        assert mine == _parameters(name), name

@@ -1,0 +1,292 @@
+"""Decisions on the device, by a recorder that is strict as a CUDA graph, against the oracle and against the host."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.device import runner
+from runtime.device.policy import STEPS
+from runtime.errors import EditError, InputError, PolicyError
+from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.trace import COMPUTED, REUSED, SKIPPED
+from runtime.transformer import CompiledTransformer
+from tests import programs
+from tests.emulator import Emulator
+from tests.oracle import Oracle
+from tests.test_transformer import in_threads
+from tests.test_transformer_requests import alternating, call, done
+
+KINDS = ("double", "single", "double")
+POLICY = RoutingPolicy(threshold=0.35, margin=0.4, max_reuse=2)
+ALWAYS_REUSE = ScheduledPolicy(np.full((100, len(KINDS)), REUSE))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    emulator = Emulator()
+    monkeypatch.setattr(runner, "recorder_for", lambda device: emulator)
+    return emulator
+
+
+def on_device(policy=ALWAYS_REUSE, kinds=KINDS, **options) -> CompiledTransformer:
+    return CompiledTransformer(programs.make(kinds, seed=3, **options), "torch", policy, dispatch="device")
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_every_row_is_what_algorithm_1_makes_of_it_alone(recorder: Emulator, rows: int) -> None:
+    model = on_device(POLICY)
+    program = model.program
+    oracle = Oracle(
+        KINDS, program.weights, program.routers, programs.WIDTHS, POLICY.threshold, POLICY.margin, POLICY.max_reuse
+    )
+    for step in range(28):
+        for number, context in enumerate(("cond", "uncond")):
+            given = programs.inputs(rows, seed=2 * step + number, timestep=1 - step / 28)
+            with model.cache_context(context):
+                sample = model(**given).sample
+            expected = oracle(context, step, given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
+            torch.testing.assert_close(sample, expected, rtol=2e-5, atol=2e-5)
+    assert (model.dispatch, model.dispatch_note) == ("device", None)
+    assert recorder.replays == 56
+    columns = model.trace[0].arrays()
+    names = {SKIPPED: "skip", REUSED: "reuse", COMPUTED: "compute"}
+    log = [
+        (model.trace[0].contexts[c], int(s), int(b), int(r), names[int(d)], float(w))
+        for c, s, b, r, d, w in zip(
+            *(columns[n] for n in ("context", "step", "block", "row", "done", "width")), strict=True
+        )
+    ]
+    assert sorted(log) == sorted(oracle.log)
+    np.testing.assert_allclose(sorted(columns["p"]), sorted(oracle.gates), atol=1e-5)
+    seen = Counter(kind for *_, kind, _ in log)
+    assert min(seen["skip"], seen["reuse"], seen["compute"]) > len(log) / 20
+
+
+@pytest.mark.parametrize("routers", [True, False])
+def test_traces_and_counters_are_those_of_the_host(recorder: Emulator, routers: bool) -> None:
+    table = np.array([[SKIP, 0.5, 1.0], [REUSE, 0.25, SKIP], [1.0, REUSE, REUSE], [REUSE, REUSE, 0.75]])
+    models = [
+        CompiledTransformer(
+            programs.make(KINDS, seed=3, routers=routers),
+            "torch",
+            ScheduledPolicy(table, routed=routers),
+            dispatch=dispatch,
+        )
+        for dispatch in ("host", "device")
+    ]
+    for step in range(4):
+        host, device = (call(model, 1 - step / 4, seed=step) for model in models)
+        torch.testing.assert_close(device, host, rtol=0, atol=0)
+    host, device = models
+    assert host.counters == device.counters
+    assert device.counters.calls == 4
+    for name, column in host.trace[0].arrays().items():
+        np.testing.assert_array_equal(device.trace[0].arrays()[name], column)
+    device.reset_counters()
+    assert device.counters.calls == 0
+
+
+def test_another_policy_needs_no_new_recording(recorder: Emulator) -> None:
+    model = on_device(RoutingPolicy(threshold=0.0, margin=0.0))
+    call(model, 1.0)
+    policies = (RoutingPolicy(threshold=1.0), RoutingPolicy(threshold=0.0, margin=1.0), ALWAYS_REUSE)
+    for step, policy in enumerate(policies):
+        model.policy = policy
+        call(model, 0.9 - step / 10)
+    assert done(model) == [COMPUTED, SKIPPED, REUSED, REUSED]
+    assert len(recorder._conditions) == len(KINDS)
+
+
+def test_the_rows_of_a_schedule_decide_apart(recorder: Emulator) -> None:
+    table = np.array([[[SKIP, 0.25, 1.0]] * 3, [[REUSE, 1.0, REUSE]] * 3])
+    models = [
+        CompiledTransformer(programs.make(KINDS, seed=3), "torch", ScheduledPolicy(table), dispatch=dispatch)
+        for dispatch in ("host", "device")
+    ]
+    for timestep in (1.0, 0.5):
+        host, device = (call(model, timestep, rows=3) for model in models)
+        torch.testing.assert_close(device, host)
+    model = models[1]
+    model.policy = ScheduledPolicy(table[:, :, :2])
+    with pytest.raises(PolicyError, match="3 blocks and 2 rows"):
+        call(model, 0.4, rows=3)
+
+
+def test_requests_begin_where_those_of_the_host_do(recorder: Emulator) -> None:
+    model = on_device()
+    for timestep in (1.0, 0.5, 0.1, 1.0, 0.7):
+        call(model, timestep)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED], [COMPUTED, REUSED]]
+    model._reset_stateful_cache()
+    call(model, 0.5)
+    assert done(model, 2) == [COMPUTED]
+    call(model, 0.4, rows=2)
+    assert done(model, 3) == [COMPUTED]
+
+
+def test_rows_that_move_apart_start_a_request(recorder: Emulator) -> None:
+    model = on_device()
+    given = programs.inputs(2)
+    for times in ([0.5, 0.5], [0.4, 0.6]):
+        model(**{**given, "timestep": torch.tensor(times)})
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+
+
+def test_branches_with_contexts_reuse_and_those_without_do_not(
+    recorder: Emulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE)
+    model = on_device()
+    for got, expected in zip(alternating(model, True), alternating(host, True), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert done(model).count(REUSED) == 4
+    model._reset_stateful_cache()
+    full = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ScheduledPolicy(np.ones((9, len(KINDS)))))
+    with caplog.at_level(logging.WARNING):
+        for got, expected in zip(alternating(model, False), alternating(full, True), strict=True):
+            torch.testing.assert_close(got, expected)
+        assert all(REUSED not in record.arrays()["done"] for record in list(model.trace)[1:])
+    assert "cache context" in caplog.text
+
+
+def test_recordings_are_used_again_when_a_request_has_ended(recorder: Emulator) -> None:
+    model = on_device()
+    for name in ("a", "b", "c"):
+        with model.request(name):
+            call(model, 1.0)
+            call(model, 0.5)
+            model._reset_stateful_cache()
+        gc.collect()
+    assert [done(model, n) for n in range(3)] == [[COMPUTED, REUSED]] * 3
+    assert len(recorder._conditions) == len(KINDS)
+
+
+def test_requests_at_once_have_recordings_of_their_own(recorder: Emulator) -> None:
+    model = on_device()
+    for step, timestep in enumerate((1.0, 0.7, 0.4)):
+        for name, shift in (("a", 0.0), ("b", 0.3)):
+            with model.request(name):
+                call(model, timestep + shift, seed=step)
+    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED]] * 2
+
+
+def test_threads_are_as_if_alone(recorder: Emulator) -> None:
+    model = on_device()
+
+    def trajectory(target: CompiledTransformer, seed: int) -> list[torch.Tensor]:
+        return [call(target, 1 - n / 3, 100 * seed + n) for n in range(3)]
+
+    for seed in range(2):
+        (samples,) = in_threads([lambda seed=seed: trajectory(model, seed)])
+        host = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE)
+        for got, expected in zip(samples, trajectory(host, seed), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_outputs_are_not_overwritten_by_later_calls(recorder: Emulator) -> None:
+    model = on_device()
+    first = call(model, 1.0, seed=1)
+    kept = first.clone()
+    call(model, 0.5, seed=2)
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+def test_errors_of_the_device_come_later_and_end_the_request(recorder: Emulator) -> None:
+    model = on_device(ScheduledPolicy(np.ones((1, len(KINDS)))))
+    call(model, 1.0)
+    call(model, 0.5)
+    with pytest.raises(PolicyError, match="does not cover step 1"):
+        call(model, 0.4)
+    call(model, 0.9)
+    assert done(model) == [COMPUTED]
+
+
+def test_a_router_that_overflows_is_named(recorder: Emulator) -> None:
+    program = programs.make(KINDS, seed=3)
+    name = next(key for key in program.routers if key.startswith("1.") and key.endswith("gate.bias"))
+    routers = {**program.routers, name: torch.full_like(program.routers[name], float("nan"))}
+    model = CompiledTransformer(replace(program, routers=routers), "torch", POLICY, dispatch="device")
+    call(model, 1.0)
+    with pytest.raises(EditError, match=r"router of block .*1.* gives"):
+        model.trace  # noqa: B018
+
+
+def test_inputs_that_are_not_finite_are_named(recorder: Emulator) -> None:
+    model = on_device(POLICY)
+    given = programs.inputs(2)
+    given["encoder_hidden_states"][1, 0, 0] = float("inf")
+    model(**given)
+    with pytest.raises(InputError, match="input encoder_hidden_states holds NaN or infinity"):
+        call(model, 0.5)
+    assert len(model.trace) == 0
+    call(model, 0.5)
+    assert done(model) != []
+
+
+class Custom:
+    reuses, routed = False, False
+
+    def decide(self, step, block, gate, width, held):
+        return [1.0] * len(held)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [(Custom(), "Custom decides in Python"), (ScheduledPolicy(np.ones((STEPS + 1, 3))), f"{STEPS + 1} steps")],
+)
+def test_a_policy_that_cannot_decide_there_decides_on_the_host(recorder: Emulator, policy, reason: str) -> None:
+    model = on_device(policy)
+    call(model, 1.0)
+    assert model.dispatch == "host"
+    assert reason in model.dispatch_note
+    assert recorder.replays == 0
+    model.policy = POLICY
+    call(model, 0.5)
+    assert (model.dispatch, model.dispatch_note, recorder.replays) == ("device", None, 1)
+
+
+def test_residuals_are_not_carried_from_the_device_to_the_host(recorder: Emulator) -> None:
+    model = on_device()
+    call(model, 1.0)
+    model.policy = Custom()
+    call(model, 0.9)
+    model.policy = ALWAYS_REUSE
+    call(model, 0.8)
+    call(model, 0.7)
+    assert done(model) == [COMPUTED, REUSED]
+
+
+def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator) -> None:
+    model = on_device()
+    block = model._loaded.blocks.blocks[0]
+    original = block.bound
+    block.bound = tuple(lambda inputs, run=run: run(inputs) if inputs[0].sum().item() < 1e9 else [] for run in original)
+    sample = call(model, 1.0)
+    assert "could not be recorded" in model.dispatch_note and "waits" in model.dispatch_note
+    block.bound = original
+    torch.testing.assert_close(sample, call(on_device(), 1.0))
+
+
+def test_a_cpu_has_no_device_dispatch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = on_device()
+    assert model.dispatch == "host" and "recorded on a GPU" in model.dispatch_note
+    assert "decisions are taken on the host" in caplog.text
+    call(model, 1.0)
+
+
+def test_an_engine_that_cannot_be_recorded_says_so(recorder: Emulator) -> None:
+    model = CompiledTransformer(programs.make(KINDS), "onnxruntime", POLICY, dispatch="device")
+    assert model.dispatch == "host" and "'onnxruntime'" in model.dispatch_note
+
+
+def test_dispatch_is_host_or_device() -> None:
+    with pytest.raises(EditError, match="'gpu'"):
+        CompiledTransformer(programs.make(KINDS), "torch", dispatch="gpu")

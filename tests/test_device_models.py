@@ -1,0 +1,34 @@
+"""Every transformer of diffusers whose glue stands alone: random decisions taken in a recorded step (minutes)."""
+
+from __future__ import annotations
+
+import pytest
+
+from edit_compile.compiler import Tracer
+from runtime.device import runner
+from runtime.transformer import CompiledTransformer
+from tests.catalogue import WIDTHS, follow_decisions
+from tests.emulator import Emulator
+from tests.zoo import CASES
+
+FAST = ("DiTTransformer2DModel", "FluxTransformer2DModel")
+REFUSED = ("WanAnimate2Transformer3DModel",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES if name not in REFUSED],
+)
+def test_recorded_steps_follow_decisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Emulator()
+    monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
+    case = CASES[name]()
+    tracer = Tracer(case.model, WIDTHS, case.timestep)
+    program = tracer.trace(case.inputs)
+    if any(glue.file is None for glue in program.manifest.glues):
+        pytest.skip("its glue is the model's own Python")
+    compiled = CompiledTransformer(program, "torch", dispatch="device")
+    assert tracer.analysis is not None
+    follow_decisions(compiled, tracer.analysis, case)
+    assert compiled.dispatch_note is None
+    assert recorder.replays == 4

@@ -1,0 +1,104 @@
+"""What goes to the host and how, with the GPU's events and pinned memory played on the CPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import transfer
+from runtime.policy import RoutingPolicy
+from runtime.transformer import CompiledTransformer
+from tests import programs
+
+done: list[object] = []
+
+
+class Remote(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def tolist(self) -> list[object]:
+        raise AssertionError("read where it lies")
+
+
+class Host(Tensor):
+    """Pinned memory."""
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
+        done.append(("copy", non_blocking))
+        return super().copy_(source.as_subclass(Tensor))
+
+    def tolist(self) -> list[object]:
+        done.append("read")
+        return self.as_subclass(Tensor).tolist()
+
+
+class Event:
+    def record(self, stream: object) -> None:
+        done.append(("record", stream))
+
+    def synchronize(self) -> None:
+        done.append("wait")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    done.clear()
+    monkeypatch.setattr(transfer, "_kept", threading.local())
+    monkeypatch.setattr(transfer, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype).as_subclass(Host))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "torch's")
+
+
+def test_on_a_cpu_it_is_read_where_it_lies() -> None:
+    assert transfer.to_host(torch.tensor([[1.0, 2.0]])) == [[1.0, 2.0]]
+    assert not done
+
+
+def test_from_a_gpu_it_is_one_copy_and_a_wait_for_it() -> None:
+    assert transfer.to_host(torch.tensor([[1.0, 2.0]]).as_subclass(Remote)) == [[1.0, 2.0]]
+    assert done == [("copy", True), ("record", "torch's"), "wait", "read"]
+
+
+def test_the_pinned_memory_is_used_again_by_its_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+    pinned = transfer._pinned
+    monkeypatch.setattr(transfer, "_pinned", lambda like: made.append(like.shape) or pinned(like))
+
+    def read() -> None:
+        for rows in (1, 3, 1, 3):
+            numbers = torch.rand(rows, 5)
+            assert transfer.to_host(numbers.as_subclass(Remote)) == numbers.tolist()
+
+    read()
+    assert made == [(1, 5), (3, 5)]
+    other = threading.Thread(target=read)
+    other.start()
+    other.join()
+    assert len(made) == 4
+
+
+def test_row_numbers_are_made_once_for_each_device() -> None:
+    cpu = torch.device("cpu")
+    assert transfer.row_index((0, 2), cpu).tolist() == [0, 2]
+    assert transfer.row_index((0, 2), cpu) is transfer.row_index((0, 2), cpu)
+    assert transfer.row_index((0, 2), torch.device("meta")).is_meta
+
+
+def test_a_regrouping_that_was_seen_before_makes_no_row_numbers() -> None:
+    program = programs.make(("double", "single"), seed=3)
+    compiled = CompiledTransformer(program, "torch", RoutingPolicy(threshold=0.35, margin=0.4, max_reuse=2))
+    transfer.row_index.cache_clear()
+    for _ in range(2):
+        compiled._reset_stateful_cache()
+        made = transfer.row_index.cache_info().misses
+        for step in range(6):
+            compiled(**programs.inputs(4, seed=step, timestep=1 - step / 6))
+    assert transfer.row_index.cache_info().misses == made
+    assert transfer.row_index.cache_info().hits > 0
