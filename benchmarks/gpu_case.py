@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -142,8 +141,3 @@ def missing(engine: str, device: torch.device) -> str | None:
     if device.type == "cuda" and engine == "onnxruntime":
         return "engine 'onnxruntime' runs on the CPU, and the model is on the GPU"
     return None
-
-
-def has_device_dispatch() -> bool:
-    """Whether this version can be asked to decide on the device."""
-    return "dispatch" in inspect.signature(CompiledTransformer.__init__).parameters

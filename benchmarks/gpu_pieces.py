@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_case import Case, Unavailable, has_device_dispatch
+from benchmarks.gpu_case import Case, Unavailable
+from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.timing import Spread, interleaved, timed
@@ -80,7 +81,7 @@ def memory(case: Case, engine: str) -> Result:
 
 
 def dispatch(case: Case, engine: str) -> Result:
-    """P3: deciding on the host against deciding on the device, on the same steps, interleaved; and a step's host syncs.
+    """P3: deciding on the host against on the device, on the same steps, interleaved; and how often the host waits.
 
     `difference_from_host` is the largest relative difference of any step's output.
     """
@@ -99,13 +100,12 @@ def dispatch(case: Case, engine: str) -> Result:
         outputs = {mode: [call() for call in calls[mode]] for mode in modes}
         for mode, compiled in modes.items():
             begin()
-            synced = [host_syncs(call) for call in calls[mode]] if case.place.device.type == "cuda" else None
             found[mode] = {
                 "ms_per_step": asdict(Spread.of(seconds[mode] * 1e3)),
-                "host_syncs_per_step": synced or NEEDS_CUDA,
+                "host_waits": _waits(case, compiled, calls[mode]),
                 "difference_from_host": max(map(distance, outputs[mode], outputs["host"])),
                 "skipping": asdict(dispatch_cost(compiled, case.inputs, case.settings.repeats)),
-                "note": getattr(compiled, "dispatch_note", None),
+                "note": compiled.dispatch_note,
             }
     return found
 
@@ -147,32 +147,25 @@ DEFAULT = tuple(name for name in PIECES if name != "bundle")
 """All but the one that writes as many bytes as the model has."""
 
 
-def host_syncs(call: Callable[[], object]) -> int:
-    """How often torch makes the host wait for the GPU in `call`, by torch.cuda.set_sync_debug_mode.
-
-    Waits inside other libraries, and those of copies from memory that is not pinned, are not seen. Unverified.
-    """
-    import warnings
-
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    return sum("called a synchronizing" in str(warning.message) for warning in told)
-
-
 def _modes(case: Case, engine: str) -> tuple[dict[str, CompiledTransformer], Result]:
     """The transformers to compare, and why one of them is not there."""
     modes = {"host": case.on(engine)}
     if case.place.device.type != "cuda":
         return modes, {"device": NEEDS_CUDA}
-    if not has_device_dispatch():
-        return modes, {"device": {"unavailable": "this version decides on the host alone"}}
     return modes | {"device": case.load(engine, dispatch="device")}, {}
+
+
+def _waits(case: Case, compiled: CompiledTransformer, calls: Sequence[Callable[[], object]]) -> Result:
+    """Waits of a request of these steps."""
+    if case.place.device.type != "cuda":
+        return NEEDS_CUDA
+
+    def request() -> None:
+        compiled._reset_stateful_cache()
+        for call in calls:
+            call()
+
+    return host_waits(request, len(calls))
 
 
 def _at_width(case: Case, compiled: CompiledTransformer, width: float) -> None:
@@ -182,7 +175,9 @@ def _at_width(case: Case, compiled: CompiledTransformer, width: float) -> None:
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """Bytes that torch's allocator holds at most in `call`, above what it holds before."""
+    """Bytes that torch's allocator holds at most in `call`, above what it holds before; called twice: engines may be
+    made at the first call."""
+    call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -8,12 +8,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import gpu, gpu_pieces, gpu_worker
+from benchmarks import gpu, gpu_pieces, gpu_waits, gpu_worker
 from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
@@ -128,27 +130,36 @@ def test_which_engines_are_for_which_device() -> None:
     assert missing("torch", CPU.device) is missing("tensorrt", CUDA.device) is None
 
 
-def test_on_a_gpu_memory_and_syncs_are_counted(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_memory_is_counted(on_cuda: Case) -> None:
     found = gpu_pieces.memory(on_cuda, "torch")
     assert found["peak"]["eager"] == 50 and set(found["peak"]["at_width"].values()) == {50}
     assert gpu_pieces.builds(on_cuda, "torch")["device_bytes"] == 0
 
+
+def test_waits_of_the_host_are_counted_twice_over(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting() -> None:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
         warnings.warn("Synchronization debug mode is a prototype", UserWarning, stacklevel=1)
 
-    assert gpu_pieces.host_syncs(waiting) == 3
+    assert gpu_waits.host_waits(waiting, steps=2) == {"per_step": 1.5, "counted": {}, "warned": 3}
+
+    def event(name: str, start: int, end: int = 0, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    region = gpu_waits._REGION
+    events = [event(region, 0, 90, DeviceType.CUDA), event(region, 10, 20), event("cudaLaunchKernel", 12)]
+    waits = [event("cudaEventSynchronize", at) for at in (11, 15)] + [event("cudaDeviceSynchronize", 25)]
+    assert gpu_waits.waits_within([*events, *waits]) == {"cudaEventSynchronize": 2}
 
 
 def test_on_a_gpu_both_ways_to_decide_are_compared(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     other = on_cuda.load("torch")
     other.dispatch_note = "this GPU has no conditional nodes"
-    monkeypatch.setattr(gpu_pieces, "has_device_dispatch", lambda: True)
     monkeypatch.setattr(on_cuda, "load", lambda engine, dispatch="host": other)
     found = gpu_pieces.dispatch(on_cuda, "torch")
     assert found["device"]["difference_from_host"] == 0
-    assert found["device"]["host_syncs_per_step"] == [0, 0]
+    assert found["device"]["host_waits"]["per_step"] == 0
     assert found["device"]["note"] == "this GPU has no conditional nodes"
 
 
