@@ -6,7 +6,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,12 @@ class Case:
         self.seconds: dict[str, float] = {}
         self.eager: nn.Module = self._timed("model", lambda: shape.model(place))
         self.inputs = shape.inputs(place)
-        self.tracer = Tracer(edit_compile.elasticize(self.eager), WIDTHS, None)
+        elastic = edit_compile.elasticize(self.eager)
+        self.tracer = Tracer(elastic, WIDTHS, None)
         self.program: Program = self._timed("compile", lambda: self.tracer.trace(self.inputs))
+        self._plain = ExitStack()  # from here on the eager model is measured, without what made it elastic
+        self._plain.enter_context(elastic.detached())
+        self.tracer.elastic = None
         self._loaded: dict[str, CompiledTransformer] = {}
         self._failed: dict[str, Exception] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="edit-compile-")

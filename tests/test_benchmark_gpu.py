@@ -20,6 +20,7 @@ from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
 from benchmarks.gpu_table import markdown, table_of
+from runtime.engines import plan_file
 
 CPU = Place(torch.device("cpu"), torch.float32)
 CUDA = Place(torch.device("cuda"), torch.bfloat16)
@@ -92,6 +93,18 @@ def test_the_case_of_qwen_image_decides_at_its_budget(case: Case) -> None:
     computed = case.budget.table[case.budget.table > 0]
     assert case.budget.routed and case.budget.table.shape == (2, 2)
     assert len(computed) == round(0.6 * 4)
+
+
+def test_what_is_measured_as_eager_is_the_bare_model(case: Case) -> None:
+    hooked = [name for name, module in case.eager.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert hooked == []
+    assert case.program.routers
+
+
+def test_a_program_has_the_files_of_both_engines_that_verify_compares(case: Case) -> None:
+    for plan in case.program.manifest.plans:
+        for variant in range(len(plan.variants)):
+            assert {plan_file(plan, variant, suffix) for suffix in ("pt2", "onnx")} <= set(case.program.files)
 
 
 def test_a_piece_that_fails_is_recorded_and_the_others_run(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
