@@ -278,4 +278,5 @@ def test_the_command_measures_everything_on_the_engines_of_a_cpu(tmp_path: Path)
             assert [name for name, result in done.items() if "error" in result or "skipped" in result] == []
             assert done["inductor"]["ratio"] > 0
             assert ("unavailable" in done["bundle"]) == (engine != "torch")
+            assert done["bundle"].get("difference", 0) <= 1e-5
             assert all(part["relative"] <= part["allowed"] for part in done["parity"])
