@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,12 @@ class Case:
         self.seconds: dict[str, float] = {}
         self.eager: nn.Module = self._timed("model", lambda: shape.model(place))
         self.inputs = shape.inputs(place)
-        self.tracer = Tracer(edit_compile.elasticize(self.eager), WIDTHS, None)
+        elastic = edit_compile.elasticize(self.eager)
+        self.tracer = Tracer(elastic, WIDTHS, None)
         self.program: Program = self._timed("compile", lambda: self.tracer.trace(self.inputs))
+        self._plain = ExitStack()  # from here on the eager model is measured, without what made it elastic
+        self._plain.enter_context(elastic.detached())
+        self.tracer.elastic = None
         self._loaded: dict[str, CompiledTransformer] = {}
         self._failed: dict[str, Exception] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="edit-compile-")
@@ -142,8 +145,3 @@ def missing(engine: str, device: torch.device) -> str | None:
     if device.type == "cuda" and engine == "onnxruntime":
         return "engine 'onnxruntime' runs on the CPU, and the model is on the GPU"
     return None
-
-
-def has_device_dispatch() -> bool:
-    """Whether this version can be asked to decide on the device."""
-    return "dispatch" in inspect.signature(CompiledTransformer.__init__).parameters

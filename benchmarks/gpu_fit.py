@@ -1,4 +1,7 @@
-"""Whether a model and its compiled program fit a GPU's memory together: told from shapes, before any is taken."""
+"""Whether a model and its compiled program fit a GPU's memory together: told from shapes, before any is taken.
+
+python -m benchmarks.gpu_fit    what each model needs; no GPU
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from benchmarks.configurations import Configuration, Place
+from benchmarks.configurations import FULL, Configuration, Place
 from runtime.router import Router
 from runtime.spec import RouterConfig
 
@@ -60,5 +63,15 @@ def too_large(shape: Configuration, place: Place) -> dict[str, object] | None:
     return {"skipped": told, "needed_bytes": asdict(need), "free_bytes": free, "total_bytes": total}
 
 
+def main() -> None:
+    for shape in FULL.values():
+        need = needed(shape, Place(torch.device("cuda"), torch.bfloat16))
+        print(f"{shape.title}: {need.total / 2**30:.0f} GiB in bfloat16, {asdict(need)}")
+
+
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_case import Case, Unavailable, has_device_dispatch
+from benchmarks.gpu_case import Case, Unavailable
+from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.timing import Spread, interleaved, timed
 from passes.check import TOLERANCE, distance
 from runtime.loading import load
-from runtime.policy import ScheduledPolicy
+from runtime.policy import REUSE, SKIP, ScheduledPolicy
 from runtime.transformer import CompiledTransformer
 
 Result = dict[str, Any]
@@ -80,9 +81,10 @@ def memory(case: Case, engine: str) -> Result:
 
 
 def dispatch(case: Case, engine: str) -> Result:
-    """P3: deciding on the host against deciding on the device, on the same steps, interleaved; and a step's host syncs.
+    """P3: deciding on the host against on the device, on the same steps, interleaved; and how often the host waits.
 
-    `difference_from_host` is the largest relative difference of any step's output.
+    `difference_from_host` is the largest relative difference of any step's output, where every second block that would
+    be skipped reuses its residual.
     """
     modes, found = _modes(case, engine)
     timestep = case.program.manifest.timestep
@@ -95,17 +97,15 @@ def dispatch(case: Case, engine: str) -> Result:
 
     with torch.no_grad():
         seconds = interleaved(calls, case.settings.repeats, warmup=2, before_run=begin)
-        begin()
-        outputs = {mode: [call() for call in calls[mode]] for mode in modes}
+        outputs = {mode: _reusing(case, compiled, calls[mode]) for mode, compiled in modes.items()}
         for mode, compiled in modes.items():
             begin()
-            synced = [host_syncs(call) for call in calls[mode]] if case.place.device.type == "cuda" else None
             found[mode] = {
                 "ms_per_step": asdict(Spread.of(seconds[mode] * 1e3)),
-                "host_syncs_per_step": synced or NEEDS_CUDA,
+                "host_waits": _waits(case, compiled, calls[mode]),
                 "difference_from_host": max(map(distance, outputs[mode], outputs["host"])),
                 "skipping": asdict(dispatch_cost(compiled, case.inputs, case.settings.repeats)),
-                "note": getattr(compiled, "dispatch_note", None),
+                "note": compiled.dispatch_note,
             }
     return found
 
@@ -126,17 +126,24 @@ def inductor(case: Case, engine: str) -> dict[str, float]:
 
 
 def bundle(case: Case, engine: str) -> Result:
-    """P5 of the bundle on disk: seconds to write it, and to load it to where it runs, cold and warm; its bytes."""
+    """P5 of the bundle on disk: seconds to write it, and to load it to where it runs, cold and warm; its bytes.
+
+    `difference` is that of its output from the output of the program it was written from, relative to the largest.
+    """
     if engine != "torch":
         raise Unavailable("measured with engine 'torch' alone: writing and reading is the same for all")
     path = case.folder / "model.edit"
     started = time.perf_counter()
-    case.on(engine).save(path)
+    compiled = case.on(engine)
+    compiled.save(path)
     seconds = {"save": time.perf_counter() - started}
     for when in ("cold", "warm"):
-        seconds[f"load_{when}"] = timed(lambda: load(path, engine=engine).to(case.place.device))
+        started = time.perf_counter()
+        loaded = load(path, engine, case.budget).to(case.place.device)
+        seconds[f"load_{when}"] = time.perf_counter() - started
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return {"seconds": seconds, "bytes": size}
+    off = distance(loaded(**case.inputs), compiled(**case.inputs))
+    return {"seconds": seconds, "bytes": size, "difference": off}
 
 
 PIECES: dict[str, Callable[[Case, str], Any]] = {
@@ -147,32 +154,38 @@ DEFAULT = tuple(name for name in PIECES if name != "bundle")
 """All but the one that writes as many bytes as the model has."""
 
 
-def host_syncs(call: Callable[[], object]) -> int:
-    """How often torch makes the host wait for the GPU in `call`, by torch.cuda.set_sync_debug_mode.
-
-    Waits inside other libraries, and those of copies from memory that is not pinned, are not seen. Unverified.
-    """
-    import warnings
-
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    return sum("called a synchronizing" in str(warning.message) for warning in told)
-
-
 def _modes(case: Case, engine: str) -> tuple[dict[str, CompiledTransformer], Result]:
     """The transformers to compare, and why one of them is not there."""
     modes = {"host": case.on(engine)}
     if case.place.device.type != "cuda":
         return modes, {"device": NEEDS_CUDA}
-    if not has_device_dispatch():
-        return modes, {"device": {"unavailable": "this version decides on the host alone"}}
     return modes | {"device": case.load(engine, dispatch="device")}, {}
+
+
+def _reusing(case: Case, compiled: CompiledTransformer, calls: Sequence[Callable[[], object]]) -> list[Any]:
+    """The outputs of a request in which residuals are reused as well; the policy is the budget's afterwards."""
+    table = case.budget.table.copy()
+    seconds = table[:, 1::2]
+    seconds[seconds == SKIP] = REUSE
+    compiled.policy = ScheduledPolicy(table)
+    compiled._reset_stateful_cache()
+    outputs = [call() for call in calls]
+    compiled.policy = case.budget
+    compiled._reset_stateful_cache()
+    return outputs
+
+
+def _waits(case: Case, compiled: CompiledTransformer, calls: Sequence[Callable[[], object]]) -> Result:
+    """Waits of a request of these steps."""
+    if case.place.device.type != "cuda":
+        return NEEDS_CUDA
+
+    def request() -> None:
+        compiled._reset_stateful_cache()
+        for call in calls:
+            call()
+
+    return host_waits(request, len(calls))
 
 
 def _at_width(case: Case, compiled: CompiledTransformer, width: float) -> None:
@@ -182,7 +195,9 @@ def _at_width(case: Case, compiled: CompiledTransformer, width: float) -> None:
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """Bytes that torch's allocator holds at most in `call`, above what it holds before."""
+    """Bytes that torch's allocator holds at most in `call`, above what it holds before; called twice: engines may be
+    made at the first call."""
+    call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

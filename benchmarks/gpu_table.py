@@ -19,8 +19,8 @@ def _ratio(done: Found) -> str:
 
 def _dispatch(done: Found, mode: str) -> str:
     found = done["dispatch"][mode]
-    syncs = found["host_syncs_per_step"]
-    counted = f", {max(syncs)} host syncs" if isinstance(syncs, list) else ""
+    waits = found["host_waits"].get("per_step")
+    counted = "" if waits is None else f", the host waits {waits:g} times"
     noted = f" ({found['note']})" if found["note"] else ""
     return f"{found['ms_per_step']['median']:.1f} ms{counted}{noted}"
 

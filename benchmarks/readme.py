@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_table import markdown
 from edit_compile.machine import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,9 @@ HEADINGS = (
     "weights, four widths / dense",
 )
 NOT_MEASURED = "Not measured yet: `make bench` fills this in."
+NO_GPU = (
+    "There are no figures from a GPU yet: `python -m benchmarks.gpu` takes them on one ([docs/gpu.md](docs/gpu.md))."
+)
 
 
 def figures(results: Mapping[str, Any]) -> str:
@@ -38,13 +42,22 @@ def figures(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", taken])
 
 
+def tables_of(folder: Path) -> list[str]:
+    """What there is of figures in `folder`, and which are missing."""
+    mid, gpu = folder / "flux_mid.json", folder / "gpu.json"
+    return [
+        figures(json.loads(mid.read_text())) if mid.exists() else NOT_MEASURED,
+        markdown(json.loads(gpu.read_text())) if gpu.exists() else NO_GPU,
+    ]
+
+
 def with_figures(text: str, tables: list[str]) -> str:
     """`text` with everything between the two marks replaced by `tables`; ValueError where a mark is missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the text lacks {BEGIN} or {END}")
-    return "\n".join([f"{before}{BEGIN}", "\n\n".join(tables) or NOT_MEASURED, f"{END}{after}"])
+    return "\n".join([f"{before}{BEGIN}", "\n\n".join(tables), f"{END}{after}"])
 
 
 def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
@@ -61,10 +74,8 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    path = RESULTS / "flux_mid.json"
-    tables = [figures(json.loads(path.read_text()))] if path.exists() else []
-    README.write_text(with_figures(README.read_text(), tables))
-    sys.stdout.write(f"{README}: figures of {path.stem if tables else 'no results'}\n")
+    README.write_text(with_figures(README.read_text(), tables_of(RESULTS)))
+    sys.stdout.write(f"{README}: written from what {RESULTS} holds\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu` as far as a CPU goes: every piece on toys, what fails is recorded, and CUDA's own calls stood in for."""
+"""`benchmarks.gpu` as far as a CPU goes: every piece on toys, failures recorded, CUDA stood in for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import gpu, gpu_pieces, gpu_worker
+from benchmarks import gpu, gpu_pieces, gpu_waits, gpu_worker
 from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
 from benchmarks.gpu_table import markdown, table_of
+from runtime.engines import plan_file
 
 CPU = Place(torch.device("cpu"), torch.float32)
 CUDA = Place(torch.device("cuda"), torch.bfloat16)
@@ -92,6 +95,18 @@ def test_the_case_of_qwen_image_decides_at_its_budget(case: Case) -> None:
     assert len(computed) == round(0.6 * 4)
 
 
+def test_what_is_measured_as_eager_is_the_bare_model(case: Case) -> None:
+    hooked = [name for name, module in case.eager.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert hooked == []
+    assert case.program.routers
+
+
+def test_a_program_has_the_files_of_both_engines_that_verify_compares(case: Case) -> None:
+    for plan in case.program.manifest.plans:
+        for variant in range(len(plan.variants)):
+            assert {plan_file(plan, variant, suffix) for suffix in ("pt2", "onnx")} <= set(case.program.files)
+
+
 def test_a_piece_that_fails_is_recorded_and_the_others_run(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     def broken(case: Case, engine: str) -> None:
         raise RuntimeError("out of luck")
@@ -128,27 +143,36 @@ def test_which_engines_are_for_which_device() -> None:
     assert missing("torch", CPU.device) is missing("tensorrt", CUDA.device) is None
 
 
-def test_on_a_gpu_memory_and_syncs_are_counted(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_memory_is_counted(on_cuda: Case) -> None:
     found = gpu_pieces.memory(on_cuda, "torch")
     assert found["peak"]["eager"] == 50 and set(found["peak"]["at_width"].values()) == {50}
     assert gpu_pieces.builds(on_cuda, "torch")["device_bytes"] == 0
 
+
+def test_waits_of_the_host_are_counted_twice_over(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting() -> None:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
         warnings.warn("Synchronization debug mode is a prototype", UserWarning, stacklevel=1)
 
-    assert gpu_pieces.host_syncs(waiting) == 3
+    assert gpu_waits.host_waits(waiting, steps=2) == {"per_step": 1.5, "counted": {}, "warned": 3}
+
+    def event(name: str, start: int, end: int = 0, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    region = gpu_waits._REGION
+    events = [event(region, 0, 90, DeviceType.CUDA), event(region, 10, 20), event("cudaLaunchKernel", 12)]
+    waits = [event("cudaEventSynchronize", at) for at in (11, 15)] + [event("cudaDeviceSynchronize", 25)]
+    assert gpu_waits.waits_within([*events, *waits]) == {"cudaEventSynchronize": 2}
 
 
 def test_on_a_gpu_both_ways_to_decide_are_compared(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     other = on_cuda.load("torch")
     other.dispatch_note = "this GPU has no conditional nodes"
-    monkeypatch.setattr(gpu_pieces, "has_device_dispatch", lambda: True)
     monkeypatch.setattr(on_cuda, "load", lambda engine, dispatch="host": other)
     found = gpu_pieces.dispatch(on_cuda, "torch")
     assert found["device"]["difference_from_host"] == 0
-    assert found["device"]["host_syncs_per_step"] == [0, 0]
+    assert found["device"]["host_waits"]["per_step"] == 0
     assert found["device"]["note"] == "this GPU has no conditional nodes"
 
 
@@ -254,4 +278,5 @@ def test_the_command_measures_everything_on_the_engines_of_a_cpu(tmp_path: Path)
             assert [name for name, result in done.items() if "error" in result or "skipped" in result] == []
             assert done["inductor"]["ratio"] > 0
             assert ("unavailable" in done["bundle"]) == (engine != "torch")
+            assert done["bundle"].get("difference", 0) <= 1e-5
             assert all(part["relative"] <= part["allowed"] for part in done["parity"])

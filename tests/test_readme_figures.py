@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.readme import BEGIN, END, NOT_MEASURED, README, figures, with_figures
+from benchmarks.readme import BEGIN, END, NO_GPU, NOT_MEASURED, README, RESULTS, figures, tables_of, with_figures
 
 SPREAD = {"median": 2.0, "low": 1.9, "high": 2.1, "count": 5}
-RESULTS = {
+GIVEN = {
     "shape": {"name": "flux-mid", "steps": 28, "side": 32, "text": 128, "repeats": 5},
     "machine": {"cpu": "a processor", "cores": "2", "torch": "2.13.0"},
     "runs": [
@@ -26,7 +29,7 @@ RESULTS = {
 
 
 def test_a_result_becomes_a_table_that_names_its_machine() -> None:
-    text = figures(RESULTS)
+    text = figures(GIVEN)
     assert "| flux-mid, float32, torch | 900 | 450 | 2.00 (1.90 to 2.10) | 2.51 | 1.04 |" in text
     assert "a processor, 2 cores, torch 2.13.0; 28 steps, batch 1, 1024 image and 128 text tokens" in text
 
@@ -36,7 +39,6 @@ def test_only_what_is_between_the_marks_is_replaced() -> None:
     once = with_figures(text, ["new"])
     assert once == f"above\n{BEGIN}\nnew\n{END}\nbelow\n"
     assert with_figures(once, ["new"]) == once
-    assert NOT_MEASURED in with_figures(text, [])
 
 
 def test_a_missing_mark_is_an_error() -> None:
@@ -46,3 +48,17 @@ def test_a_missing_mark_is_an_error() -> None:
 
 def test_the_readme_has_the_marks() -> None:
     assert with_figures(README.read_text(), ["x"]).count("x\n") >= 1
+
+
+def test_a_gpu_has_a_table_only_where_one_has_run(tmp_path: Path) -> None:
+    assert tables_of(tmp_path) == [NOT_MEASURED, NO_GPU]
+    (tmp_path / "flux_mid.json").write_text(json.dumps(GIVEN))
+    machine = {"gpu": "A GPU", "torch": "2.13.0", "cuda": "13.0", "driver": "580.65", "gpu_memory": "79.1 GiB"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"machine": machine, "models": []}))
+    cpu, gpu = tables_of(tmp_path)
+    assert "a processor" in cpu
+    assert "A GPU" in gpu and NO_GPU not in gpu
+
+
+def test_the_readme_is_what_the_results_say() -> None:
+    assert with_figures(README.read_text(), tables_of(RESULTS)) == README.read_text()
