@@ -9,7 +9,8 @@
 # BASE: any Linux image with Python 3.11 or later, or with apt to get it from. torch's wheels bring CUDA's libraries, and the
 # host's driver comes in through NVIDIA's container toolkit. NVIDIA's TensorRT images have TensorRT in the system's Python,
 # which the environment below sees: then say --build-arg TENSORRT= so that it is not installed a second time.
-# ENGINES: extras of this package to install beside the command line: gpu (ONNX Runtime on CUDA), tensorrt-rtx, or none.
+# ENGINES: extras of this package to install beside the command line, with commas: gpu (ONNX Runtime on CUDA), tensorrt-rtx,
+# device-dispatch (decisions on the GPU), or none.
 # TOOLS: more packages of the base image; engine "inductor" compiles at load and needs "gcc python3-dev".
 ARG BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04
 FROM ${BASE}

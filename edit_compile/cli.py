@@ -211,6 +211,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=1)] = 28,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Budget = None,
+    dispatch: Annotated[str, typer.Option(help="where decisions are taken: host or device")] = "host",
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
 ) -> None:
@@ -218,7 +219,7 @@ def bench(
     from edit_compile.benchmarking import benchmark
     from runtime.loading import load
 
-    compiled = load(bundle, engine=engine)
+    compiled = load(bundle, engine=engine, dispatch=dispatch)
     _apply_schedule(compiled, schedule, steps)
     found = benchmark(_dense(_model_like(compiled, model)), compiled, _inputs_for(compiled, inputs), steps, repeats)
     console.print(found)
