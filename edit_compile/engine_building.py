@@ -1,10 +1,16 @@
-"""Building a bundle's TensorRT engines, one after another; what was built before and still fits is kept."""
+"""Building a bundle's TensorRT engines; what was built before and still fits is kept.
+
+A library that builds ahead of time builds several at once, each with a builder and a thread of its own. One that builds
+on the GPU does not: it chooses kernels by timing them, which another build would disturb.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +59,18 @@ def build_program(
 ) -> list[BuiltEngine]:
     """As `build_engines`, for a program in memory; `folder` need hold nothing."""
     wanted = list(jobs(program, library, aims, weights, max_batch))
-    built = []
-    with _progress(len(wanted)) as (step, report):
-        for job in wanted:
-            step(f"{job.plan.kind} {job.key.width:g} {job.target.name}")
-            built.append(_kept(folder, job) or _built(folder, job, program, library, report))
-    return built
+    at_once = (os.cpu_count() or 1) if library.ahead_of_time else 1
+    with _progress(len(wanted)) as (step, report), ThreadPoolExecutor(at_once) as pool:
+
+        def build(job: Job) -> BuiltEngine:
+            with step(f"{job.plan.kind} {job.key.width:g} {job.target.name}"):
+                return _kept(folder, job) or _built(folder, job, program, library, report)
+
+        try:
+            return list(pool.map(build, wanted))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those under way are kept
+            raise
 
 
 def table_of(built: Sequence[BuiltEngine], engine: str) -> Table:
@@ -102,18 +114,18 @@ def _told(job: Job, record: cache.Record, kept: bool) -> BuiltEngine:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Report]]:
-    """What starts the next engine, and what reports of its phases."""
+def _progress(total: int) -> Iterator[tuple[Callable[[str], AbstractContextManager[None]], Report]]:
+    """What is entered around each build, and what reports of its phases."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, transient=True) as progress:
         whole = progress.add_task("building", total=total)
         phase = progress.add_task("", total=None)
-        started = -1
 
-        def step(what: str) -> None:
-            nonlocal started
-            started += 1
-            progress.update(whole, description=f"building {what}", completed=started)
+        @contextmanager
+        def step(what: str) -> Iterator[None]:
+            progress.update(whole, description=f"building {what}")
+            yield
+            progress.advance(whole)
 
         def report(name: str, done: int, steps: int) -> None:
             progress.update(phase, description=name, completed=done, total=steps)

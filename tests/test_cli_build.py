@@ -74,8 +74,10 @@ def test_an_interrupted_build_goes_on(bundle: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine_building, "make", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_engines(bundle, "tensorrt-rtx", ["sm_89"])
+    there = {place.name for place in engines(bundle)}
     built = build_engines(bundle, "tensorrt-rtx", ["sm_89"])
-    assert [item.kept for item in built] == [True, True, False, False]
+    assert len(built) == 4
+    assert 2 <= sum(item.kept for item in built) == len(there) <= 3  # what was under way beside it may have ended
 
 
 @pytest.mark.parametrize(
