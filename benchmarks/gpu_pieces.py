@@ -18,7 +18,7 @@ from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.timing import Spread, interleaved, timed
-from passes.check import TOLERANCE, distance
+from passes.check import TOLERANCE, distance, largest
 from runtime.loading import load
 from runtime.policy import REUSE, SKIP, ScheduledPolicy
 from runtime.transformer import CompiledTransformer
@@ -103,7 +103,7 @@ def dispatch(case: Case, engine: str) -> Result:
             found[mode] = {
                 "ms_per_step": asdict(Spread.of(seconds[mode] * 1e3)),
                 "host_waits": _waits(case, compiled, calls[mode]),
-                "difference_from_host": max(map(distance, outputs[mode], outputs["host"])),
+                "difference_from_host": largest(map(distance, outputs[mode], outputs["host"])),
                 "skipping": asdict(dispatch_cost(compiled, case.inputs, case.settings.repeats)),
                 "note": compiled.dispatch_note,
             }

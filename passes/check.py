@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,9 +105,14 @@ class _Mask:
 
 
 def distance(output: Any, expected: Any) -> float:
-    """Largest `relative_distance` of the tensors of two model outputs."""
+    """Largest `relative_distance` of the tensors of two model outputs; NaN where one of them is."""
     pairs = zip(_tensors(output), _tensors(expected), strict=True)
-    return max(relative_distance(value, reference) for value, reference in pairs)
+    return largest(relative_distance(value, reference) for value, reference in pairs)
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN where one of them is, which `max` would tell or not by their order."""
+    return max(values, key=lambda value: (value != value, value))
 
 
 def relative_distance(value: Tensor, reference: Tensor) -> float:

@@ -83,11 +83,18 @@ class ReadyBlocks:
             for plan in manifest.plans
         }
         self.engine = loader
-        self.blocks = [self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks]
+        self._bind = lambda: [
+            self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks
+        ]
+        self.blocks = self._bind()
         self.routers = None
         if manifest.router is not None and program.routers:
             _check_routers(manifest.blocks, program.routers)
             self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
+
+    def bound_again(self) -> list[ReadyBlock]:
+        """The blocks with bindings of their own: what an engine keeps for a binding is not shared with `blocks`."""
+        return self._bind()
 
     @staticmethod
     def _ready(program: Program, block: Block, plan: Plan, kernels: Sequence[Kernel]) -> ReadyBlock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from runtime import arguments, engines, pt2
 from runtime.arguments import Constant
 from runtime.blocks import ReadyBlocks
-from runtime.errors import InputError
+from runtime.device.runner import DeviceRunner, make_runner
+from runtime.errors import InputError, RecordError
 from runtime.output import Config, Output
 from runtime.program import Program
 from runtime.spec import Glue
 from runtime.tally import Costs
+from runtime.trace import Trace
 
 
 class Loaded:
@@ -31,6 +34,8 @@ class Loaded:
         self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
         self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+        self._lock = threading.Lock()
+        self._runner: DeviceRunner | RecordError | None = None
 
     def glue(self, glue: Glue) -> Callable[..., tuple[Tensor, ...]]:
         """The glue's graph with its weights."""
@@ -41,6 +46,23 @@ class Loaded:
             weights = [self.program.weights[key] for key in glue.weights]
             found = self._glues[glue.id] = lambda *inputs: graph(*weights, *inputs)
         return found
+
+    @property
+    def started(self) -> DeviceRunner | None:
+        """What runs steps on the device, if anything has been run there."""
+        return self._runner if isinstance(self._runner, DeviceRunner) else None
+
+    def runner(self, traces: Trace) -> DeviceRunner:
+        """What runs steps on the device, and traces them in `traces`; RecordError where there can be none."""
+        with self._lock:
+            if self._runner is None:
+                try:
+                    self._runner = make_runner(self.blocks, self.device, traces)
+                except RecordError as error:
+                    self._runner = error
+        if isinstance(self._runner, RecordError):
+            raise self._runner
+        return self._runner
 
     def timestep(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Tensor:
         """The timestep, one or one per row; on the CPU where it was given as a number."""

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from runtime.bank import Residuals
@@ -83,8 +84,19 @@ class Branch:
             bank.clear()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a request is: its step, the timesteps of its rows there, and whether they rise (1) or fall (-1)."""
+
+    step: int
+    times: tuple[float, ...]
+    direction: int
+
+
 class Request:
     """The state of one request between its calls."""
+
+    _times: tuple[float, ...]
 
     def __init__(self, name: str, traces: Trace) -> None:
         self.name = name
@@ -120,6 +132,16 @@ class Request:
         for branch in self._branches.values():
             branch.clear()
 
+    @property
+    def place(self) -> Place | None:
+        """Where it is; None before its first call."""
+        return Place(self.step, self._times, self._direction) if self._times else None
+
+    def resume(self, place: Place) -> None:
+        """Go on from `place`, without residuals."""
+        self.restart()
+        self.step, self._times, self._direction = place.step, place.times, place.direction
+
     def forget(self) -> None:
         """Take back what was traced."""
         if self.trace is not None:
@@ -127,7 +149,7 @@ class Request:
 
     def _begin(self) -> None:
         self.step, self.trace = -1, None
-        self._times: tuple[float, ...] = ()
+        self._times = ()
         self._direction = 0  # 1 where the timestep rises, -1 where it falls, 0 until it has moved
         self._seen: set[str] = set()  # contexts called at this timestep
         self._unnamed = 0  # calls without a context at this timestep
@@ -214,6 +236,13 @@ class Requests(Generic[H]):
             raise
         finally:
             request.busy.release()
+
+    def existing(self) -> H | None:
+        """The current request, None where there is none yet."""
+        name = _request.get()
+        with self._lock:
+            found: H | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
+            return found
 
     def drop(self) -> None:
         """Forget the current request."""

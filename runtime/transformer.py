@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,16 @@ from torch import Tensor, nn
 from runtime import arguments, bundle, engines
 from runtime.adapters import WithoutAdapters, refuse_adapters
 from runtime.arguments import Constant
-from runtime.device.policy import why_not
-from runtime.device.runner import DeviceRunner, make_runner
-from runtime.errors import EditError, InnerShapeError, RecordError
-from runtime.host import HostRunner
-from runtime.loaded import Loaded, named, search
+from runtime.calls import Call, Calls, Host
+from runtime.errors import EditError, InnerShapeError
+from runtime.loaded import Loaded, search
 from runtime.policy import Decider, RoutingPolicy
 from runtime.program import Program
 from runtime.spec import Glue
-from runtime.state import KEPT, cache_context, named_request
+from runtime.state import cache_context, named_request
 from runtime.trace import Counters, Trace
 
-log = logging.getLogger(__name__)
-
 Tracer = Callable[[Mapping[str, object]], Program]
-Host = Callable[..., object]
 
 
 class CompiledTransformer(WithoutAdapters, nn.Module):
@@ -63,8 +56,6 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         dispatch: str = "host",
     ) -> None:
         super().__init__()
-        if dispatch not in ("host", "device"):
-            raise EditError(f"dispatch is {dispatch!r}: say 'host' or 'device'")
         if program is None and tracer is None:
             raise EditError("a compiled transformer needs a program, or a tracer to make one")
         self.engine = engine
@@ -73,13 +64,10 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         self._host = host
         self._eager = (eager,)  # in a tuple: not a submodule, its weights are not ours
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
         self._counters = Counters()
-        self._traces = Trace(KEPT)
-        self._host_runner = HostRunner(self._traces)
-        self._wanted = dispatch
-        self._device_runner: DeviceRunner | None = None
-        self.dispatch_note: str | None = None
-        self._loaded: Loaded | None = None if program is None else self._load(program)
+        self._calls = Calls(dispatch, self._count)
+        self._loaded: Loaded | None = None if program is None else Loaded(program, engine)
         self.eval()
 
     @property
@@ -101,19 +89,19 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     @property
     def trace(self) -> Trace:
         """The decisions of the last requests."""
-        self._settle()
-        return self._traces
+        self._calls.settle(self._loaded)
+        return self._calls.traces
 
     @property
     def counters(self) -> Counters:
         """The work done since `reset_counters`."""
-        self._settle()
+        self._calls.settle(self._loaded)
         return self._counters
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self._settle()
-        with self._lock:
+        self._calls.settle(self._loaded)
+        with self._counting:
             self._counters = Counters()
 
     @property
@@ -141,7 +129,12 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     @property
     def dispatch(self) -> str:
         """Where decisions are taken, "host" or "device"; `dispatch_note` says why it is not where they were wanted."""
-        return self._wanted if self.dispatch_note is None else "host"
+        return self._calls.wanted if self._calls.note is None else "host"
+
+    @property
+    def dispatch_note(self) -> str | None:
+        """Why the last call's decisions were taken on the host although they were wanted on the device."""
+        return self._calls.note
 
     def request(self, name: str) -> Any:
         """Context manager: calls inside belong to the request `name`, whatever thread they are in."""
@@ -155,10 +148,8 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         return cache_context(name)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """End the current request (diffusers calls this after each image)."""
-        self._host_runner.requests.drop()
-        if self._device_runner is not None:
-            self._device_runner.requests.drop()
+        """End the current request (diffusers calls this after each image); raises what the device came upon in it."""
+        self._calls.end(self._loaded)
 
     def save(self, path: str | Path) -> None:
         """Write the bundle `path`, with the current routing policy (see `runtime.bundle.save`)."""
@@ -191,80 +182,8 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         tensors, constants = arguments.flatten(given)
         loaded, glue = self._find(given, tensors, constants)
         arguments.check_tensors(glue, tensors, loaded.device)
-        timestep = loaded.timestep(tensors, constants)
-        outputs = self._on_device(loaded, glue, tensors, timestep)
-        if outputs is None:
-            return self._on_host(loaded, glue, given, tensors, timestep)
-        return named(glue, outputs, given)
-
-    def _on_host(
-        self, loaded: Loaded, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor], timestep: Tensor
-    ) -> object:
-        """The model's output, every decision taken here."""
-        arguments.check_finite(glue, tensors)
-
-        def run() -> object:
-            if glue.file is not None:
-                return named(glue, loaded.glue(glue)(*(tensors[i.name] for i in glue.inputs)), given)
-            if self._host is None:
-                raise EditError("this program is hosted: it runs inside the model it was compiled from")
-            return self._host(**given)
-
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors.values())
-        return self._host_runner(loaded, glue, shapes, timestep, self.policy, run, partial(self._count, glue))
-
-    def _on_device(
-        self, loaded: Loaded, glue: Glue, tensors: Mapping[str, Tensor], timestep: Tensor
-    ) -> list[Tensor] | None:
-        """The glue's outputs from a recorded step; None where there can be none, which is noted."""
-        runner = self._runner(loaded)
-        if runner is None:
-            return None
-        policy = self.policy
-        reason = why_not(policy) if glue.file is not None else "the model's own Python runs between its blocks"
-        if reason is None:
-            try:
-                outputs = runner(
-                    glue.id,
-                    loaded.glue(glue),
-                    {given.name: tensors[given.name] for given in glue.inputs},
-                    timestep,
-                    policy,
-                    loaded.costs[glue.id],
-                    partial(self._count, glue),
-                )
-            except RecordError as error:
-                reason = str(error)
-            else:
-                self.dispatch_note = None
-                self._host_runner.requests.drop()  # neither may go on from residuals that the other has outdated
-                return outputs
-        runner.requests.drop()
-        self._note(reason)
-        return None
-
-    def _load(self, program: Program) -> Loaded:
-        """`program` made ready."""
-        self._device_runner, self.dispatch_note = None, None
-        return Loaded(program, self.engine)
-
-    def _runner(self, loaded: Loaded) -> DeviceRunner | None:
-        """What runs steps on the device; None where decisions are taken on the host, or it was noted why they are."""
-        if self._device_runner is None and self._wanted == "device" and self.dispatch_note is None:
-            try:
-                self._device_runner = make_runner(loaded.blocks, loaded.device, self._traces)
-            except RecordError as error:
-                self._note(str(error))
-        return self._device_runner
-
-    def _note(self, reason: str) -> None:
-        if reason != self.dispatch_note:
-            self.dispatch_note = reason
-            log.warning("decisions are taken on the host: %s", reason)
-
-    def _settle(self) -> None:
-        if self._device_runner is not None:
-            self._device_runner.settle()
+        call = Call(glue, given, tensors, loaded.timestep(tensors, constants))
+        return self._calls.run(loaded, call, self.policy, self._host)
 
     def _find(
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
@@ -283,12 +202,11 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         return found
 
     def _trace(self, tracer: Tracer, given: Mapping[str, object]) -> None:
-        self._loaded = self._load(tracer(given))
-        self._host_runner.requests.clear()  # its blocks may be counted otherwise
+        self._replace(tracer(given))
 
     def _count(self, glue: Glue, done: Counters, rows: int) -> None:
         own = rows * glue.flops
-        with self._lock:
+        with self._counting:
             self._counters = self._counters + done + Counters(flops=own, dense_flops=own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledTransformer:
@@ -313,8 +231,13 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         weights = {key: fn(tensor) for key, tensor in program.weights.items()}
         routers = {key: fn(tensor) for key, tensor in program.routers.items()}
         with self._lock:
-            self._loaded = self._load(replace(program, weights=weights, routers=routers))
-        self._host_runner.requests.clear()
+            self._replace(replace(program, weights=weights, routers=routers))
+
+    def _replace(self, program: Program) -> None:
+        """Run `program` from now on; requests end."""
+        loaded = Loaded(program, self.engine)
+        self._calls.replaced(self._loaded)
+        self._loaded = loaded
 
     def _argument_names(self, kwargs: Mapping[str, object]) -> tuple[str, ...]:
         """What the forward takes; as long as nothing tells, what it is given by name."""

@@ -11,8 +11,9 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -59,11 +60,15 @@ class Emulator(TorchDispatchMode):
         super().__init__()
         self._tape: list[Callable[[], None]] | None = None
         self._conditions: list[ctypes.c_uint] = []
+        self._turns = threading.Lock()
         self.replays = 0
         self.launches: list[str] = []
 
-    def turn(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def turn(self) -> AbstractContextManager[Any]:
+        return self._turns
+
+    def finish(self) -> None:
+        pass
 
     def record(self, work: Work) -> Work:
         tape: list[Callable[[], None]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,22 +40,35 @@ class Graph:
 
 
 class Stream:
+    """A stream whose work is done at once; `log` is what was waited for, by all streams, in order."""
+
     handles = itertools.count(1)
+    log: list[tuple[str, int, int]] = []
 
     def __init__(self, device: Any = None) -> None:
         self.cuda_stream = next(self.handles)
-        self.waited: list[int] = []
 
     def wait_stream(self, other: Stream) -> None:
-        self.waited.append(other.cuda_stream)
+        self.log.append(("stream", self.cuda_stream, other.cuda_stream))
 
-    def wait_event(self, event: Any) -> None:
-        pass
+    def wait_event(self, event: Event) -> None:
+        self.log.append(("event", self.cuda_stream, event.handle))
+
+    def synchronize(self) -> None:
+        self.log.append(("host", 0, self.cuda_stream))
 
 
 class Event:
-    def record(self, stream: Any = None) -> None:
-        pass
+    handles = itertools.count(1)
+
+    def __init__(self) -> None:
+        self.handle = next(self.handles)
+
+    def record(self, stream: Stream) -> None:
+        Stream.log.append(("record", stream.cuda_stream, self.handle))
+
+    def synchronize(self) -> None:
+        Stream.log.append(("host event", 0, self.handle))
 
 
 class FakeCuda(TorchDispatchMode):
@@ -67,8 +80,11 @@ class FakeCuda(TorchDispatchMode):
         self.calls: list[str] = []
         self.capturing: dict[int, Graph] = {}
         self.conditions: dict[int, ctypes.c_uint] = {}
+        Stream.log.clear()
         self.current = Stream()
         self.destroyed: list[Any] = []
+        self.devices = self.pools = 0
+        self.launched_on: list[int] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let torch and the recorder see this instead of CUDA."""
@@ -81,15 +97,28 @@ class FakeCuda(TorchDispatchMode):
         fakes = {
             "Stream": Stream,
             "Event": Event,
-            "MemPool": object,
-            "use_mem_pool": lambda pool: nullcontext(),
-            "device": lambda device: nullcontext(),
+            "MemPool": self.pool,
+            "use_mem_pool": lambda pool: self.within("pools"),
+            "device": lambda device: self.within("devices"),
             "stream": self.on_stream,
             "current_stream": lambda device=None: self.current,
-            "synchronize": lambda: None,
         }
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        monkeypatch.setattr(cuda_graph, "_lanes", {})
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        setattr(self, what, getattr(self, what) + 1)
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) - 1)
+
+    def pool(self) -> object:
+        assert self.devices, "the pool would be another GPU's"
+        return object()
 
     @contextmanager
     def on_stream(self, stream: Stream) -> Iterator[None]:
@@ -100,6 +129,8 @@ class FakeCuda(TorchDispatchMode):
             self.current = before
 
     def launch(self, kernel: str, arguments: Sequence[Argument], stream: int) -> None:
+        assert self.devices, "another GPU may be current"
+        assert stream == self.current.cuda_stream
         self._enqueue(stream, lambda: call_kernel(kernel, arguments))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,15 +168,18 @@ class FakeCuda(TorchDispatchMode):
         return OK, "context"
 
     def cuStreamBeginCapture(self, hStream: int, mode: Any) -> tuple[int]:
+        assert "RELAXED" in mode.name
         return self._begin(hStream, Graph(), "cuStreamBeginCapture")
 
     def cuStreamBeginCaptureToGraph(
         self, hStream: int, hGraph: Graph, dependencies: None, dependencyData: None, numDependencies: int, mode: Any
     ) -> tuple[int]:
+        assert "RELAXED" in mode.name
         return self._begin(hStream, hGraph, "cuStreamBeginCaptureToGraph")
 
     def _begin(self, stream: int, graph: Graph, name: str) -> tuple[int]:
         assert stream not in self.capturing, "the stream is capturing already"
+        assert self.pools and self.devices, "memory of the graph would be anybody's"
         self.calls.append(name)
         self.capturing[stream] = graph
         return (OK,)
@@ -173,6 +207,10 @@ class FakeCuda(TorchDispatchMode):
         self.calls.append("cuGraphAddNode")
         given = nodeParams.conditional
         assert given.ctx == "context"
+        assert (nodeParams.type.name, given.type.name) == (
+            "CU_GRAPH_NODE_TYPE_CONDITIONAL",
+            "CU_GRAPH_COND_TYPE_SWITCH",
+        )
         given.phGraph_out = [Graph() for _ in range(given.size)]
 
         def run() -> None:
@@ -196,6 +234,8 @@ class FakeCuda(TorchDispatchMode):
 
     def cuGraphLaunch(self, hGraphExec: Graph, hStream: int) -> tuple[int]:
         self.calls.append("cuGraphLaunch")
+        assert self.devices and hStream == self.current.cuda_stream
+        self.launched_on.append(len(Stream.log))
         for node in hGraphExec.nodes:
             node()
         return (OK,)

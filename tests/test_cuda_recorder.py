@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import inspect
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from runtime.device import cuda_graph, kernels, runner
+from runtime.device.recorder import Condition
+from runtime.engines import pytorch
 from runtime.errors import RecordError
 from runtime.policy import RoutingPolicy
 from runtime.transformer import CompiledTransformer
 from tests import programs
-from tests.fake_driver import FakeCuda
+from tests.fake_driver import FakeCuda, Stream
 from tests.test_transformer_requests import call
 
 driver = pytest.importorskip("cuda.bindings.driver")
@@ -53,24 +58,41 @@ def test_replays_give_what_the_host_gives(fake: FakeCuda, rows: int) -> None:
     bodies = 1 + len(programs.WIDTHS)
     assert fake.calls.count("cuStreamBeginCaptureToGraph") == 2 * len(KINDS) * rows * bodies
     assert not fake.capturing
+    mine, (lane,) = fake.current.cuda_stream, cuda_graph._lanes.values()
+    for (
+        at
+    ) in fake.launched_on:  # each call waits for those before, on the stream it is called on, and says when it ends
+        waits = [entry for entry in Stream.log[:at] if entry[0] == "event"]
+        assert waits[-1] == ("event", mine, lane.last.handle)
+    assert Stream.log.count(("record", mine, lane.last.handle)) == 16
+    assert not lane.turns.locked()
 
 
-def test_what_cannot_be_captured_leaves_no_capture_open(fake: FakeCuda) -> None:
+def test_warming_up_is_over_before_it_is_captured(fake: FakeCuda) -> None:
     device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY, dispatch="device")
-    block = device._loaded.blocks.blocks[1]
-    original = block.bound
-    runs = []
+    with fake:
+        call(device, 1.0)
+    (lane,) = cuda_graph._lanes.values()
+    main, body, mine = lane.stream.cuda_stream, lane.body.cuda_stream, fake.current.cuda_stream
+    switches = [("stream", body, main), ("stream", main, body)] * len(KINDS)
+    log = [entry for entry in Stream.log if entry[0] in ("stream", "host")]
+    assert log == [("stream", main, mine), *switches, ("host", 0, main)]
 
-    def fails(inputs):
+
+def test_what_cannot_be_captured_leaves_no_capture_open(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[bool] = []
+
+    def fails(graph, weights, inputs):
         runs.append(torch.cuda.current_stream().cuda_stream in fake.capturing)
         if runs[-1]:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return original[3](inputs)
+        return list(graph(*weights, *inputs))
 
-    block.bound = (*original[:3], fails)
+    device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY, dispatch="device")
+    monkeypatch.setattr(pytorch, "_run", fails)
     with fake:
         sample = call(device, 1.0)
-    assert runs[:2] == [False, True]  # it was warmed up first
+    assert runs[0] is False and runs.index(True) == len(KINDS) * len(programs.WIDTHS)  # it was warmed up first
     assert "not permitted" in device.dispatch_note
     assert not fake.capturing
     torch.testing.assert_close(sample, call(CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY), 1.0))
@@ -92,8 +114,37 @@ def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_graph.CudaRecorder(torch.device("cpu"))
 
 
+def test_arguments_are_packed_by_their_kind() -> None:
+    tensor = torch.zeros(3)
+    packed = [kernels._plain(given) for given in (Condition(2**40), tensor, None, 7)]
+    assert packed == [
+        (2**40, ctypes.c_ulonglong),
+        (tensor.data_ptr(), ctypes.c_void_p),
+        (0, ctypes.c_void_p),
+        (7, ctypes.c_int),
+    ]
+
+
+def test_kernels_are_loaded_and_launched_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuda.bindings
+
+    launched = []
+    stand_in = SimpleNamespace(
+        CUstream=int,
+        cuModuleLoadData=lambda cubin: (0, cubin[:4]),
+        cuModuleGetFunction=lambda module, name: (0, (module, name)),
+        cuLaunchKernel=lambda *given: launched.append(given) or (0,),
+    )
+    monkeypatch.setattr(cuda.bindings, "driver", stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernels.Kernels(torch.device("cuda", 0)).launch("decide", (Condition(5), 1), 77)
+    arguments = ((5, 1), (ctypes.c_ulonglong, ctypes.c_int))
+    assert launched == [((b"\x7fELF", b"decide"), 1, 1, 1, 1, 1, 1, 0, 77, arguments, 0)]
+
+
 def test_a_failing_call_is_named() -> None:
-    with pytest.raises(RecordError, match="CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(RecordError, match=r"CUDA_ERROR_INVALID_VALUE \(test_a_failing_call_is_named, line"):
         kernels.checked((driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
     assert kernels.checked((driver.CUresult.CUDA_SUCCESS, 1)) == 1
     assert kernels.checked((driver.CUresult.CUDA_SUCCESS, 1, 2)) == [1, 2]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from ctypes import addressof, c_uint
+from importlib.resources import files
 
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.recorder import Condition
+from runtime.device.requests import FIELDS
+from runtime.device.step import OWN
 from runtime.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from runtime.state import Request
 from runtime.trace import Trace
@@ -146,7 +150,25 @@ def test_a_second_call_at_one_timestep_without_a_context_is_told() -> None:
     last, fields, own = torch.zeros(1, dtype=torch.float64), torch.zeros(6, dtype=torch.int32), torch.zeros(4).int()
     held = torch.zeros(1, dtype=torch.int32)
     told = []
-    for time in (1.0, 0.8, 0.8, 0.6):
+    for time in (1.0, 0.8, 0.8, 0.6, 0.6):
         call_kernel("advance", (torch.tensor([time], dtype=torch.float64), last, 1, 0, fields, own, held, 1))
-        told.append(int(own[3]))
-    assert told == [0, 0, 1, 1]
+        told.append((int(own[3]), int(own[2]), int(held[0])))
+        held.fill_(0)
+    assert told == [(0, 0, 0), (0, 1, 0), (1, 1, EMPTY), (1, 2, 0), (1, 2, 0)]
+
+
+def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
+    source = files("runtime.device").joinpath("decide.cu").read_text()
+    enums = [
+        [name.strip().split(" = ")[0] for name in listed.split(",")] for listed in re.findall(r"enum \{(.*)\}", source)
+    ]
+    values = dict(re.findall(r"(\w+) = (-?\d+)[,} ]", source))
+    assert (len(enums[0]), len(enums[1]), len(enums[2])) == (FIELDS, OWN, 4)
+    assert enums[0][:3] == ["STARTED", "STEP", "DIRECTION"]  # which Clock reads and writes
+    assert {name: int(values[name]) for name in ("UNPLANNED", "REUSE", "COMPUTE", "SKIP", "EMPTY")} == {
+        "UNPLANNED": UNPLANNED,
+        "REUSE": REUSE_CASE,
+        "COMPUTE": COMPUTE_CASE,
+        "SKIP": SKIP_CASE,
+        "EMPTY": EMPTY,
+    }

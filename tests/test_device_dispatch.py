@@ -13,6 +13,7 @@ import torch
 
 from runtime.device import runner
 from runtime.device.policy import STEPS
+from runtime.engines import pytorch
 from runtime.errors import EditError, InputError, PolicyError
 from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from runtime.trace import COMPUTED, REUSED, SKIPPED
@@ -214,8 +215,9 @@ def test_a_router_that_overflows_is_named(recorder: Emulator) -> None:
     routers = {**program.routers, name: torch.full_like(program.routers[name], float("nan"))}
     model = CompiledTransformer(replace(program, routers=routers), "torch", POLICY, dispatch="device")
     call(model, 1.0)
-    with pytest.raises(EditError, match=r"router of block .*1.* gives"):
-        model.trace  # noqa: B018
+    assert list(model.trace) == []
+    with pytest.raises(EditError, match=r"router of block .*1.* gives .* overflow torch.float32"):
+        call(model, 0.5)
 
 
 def test_inputs_that_are_not_finite_are_named(recorder: Emulator) -> None:
@@ -252,26 +254,40 @@ def test_a_policy_that_cannot_decide_there_decides_on_the_host(recorder: Emulato
     assert (model.dispatch, model.dispatch_note, recorder.replays) == ("device", None, 1)
 
 
-def test_residuals_are_not_carried_from_the_device_to_the_host(recorder: Emulator) -> None:
-    model = on_device()
-    call(model, 1.0)
-    model.policy = Custom()
-    call(model, 0.9)
-    model.policy = ALWAYS_REUSE
-    call(model, 0.8)
-    call(model, 0.7)
-    assert done(model) == [COMPUTED, REUSED]
+def test_between_device_and_host_a_request_keeps_its_step_and_no_residuals(recorder: Emulator) -> None:
+    table = ScheduledPolicy(np.repeat(np.array([1.0, 0.25, REUSE, REUSE, 0.5])[:, None], 3, axis=1))
+    model = on_device(table)
+    for step, policy in enumerate((table, Custom(), table, table, table)):
+        model.policy = policy
+        call(model, 1 - step / 5)
+    steps = [int(s) for record in model.trace for s in record.arrays()["step"][::3]]
+    widths = [float(w) for record in model.trace for w in record.arrays()["width"][::3]]
+    assert steps == [0, 1, 2, 3, 4]
+    assert widths == [1.0, 1.0, 1.0, 0.0, 0.5]  # the first reuse finds no residual, the second does
 
 
-def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator) -> None:
+def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading(graph, weights, inputs):
+        assert inputs[0].sum().item() < 1e9
+        return list(graph(*weights, *inputs))
+
     model = on_device()
-    block = model._loaded.blocks.blocks[0]
-    original = block.bound
-    block.bound = tuple(lambda inputs, run=run: run(inputs) if inputs[0].sum().item() < 1e9 else [] for run in original)
-    sample = call(model, 1.0)
+    monkeypatch.setattr(pytorch, "_run", reading)
+    expected = call(CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE), 1.0)
+    torch.testing.assert_close(call(model, 1.0), expected)
     assert "could not be recorded" in model.dispatch_note and "waits" in model.dispatch_note
-    block.bound = original
-    torch.testing.assert_close(sample, call(on_device(), 1.0))
+
+
+def test_a_recording_has_bindings_of_its_own(recorder: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, bind = [], pytorch._Kernel.bind
+    monkeypatch.setattr(pytorch._Kernel, "bind", lambda self, *given: bound.append(1) or bind(self, *given))
+    model = on_device()
+    variants = len(KINDS) * len(programs.WIDTHS)
+    assert len(bound) == variants
+    for context, expected in (("cond", 2), ("uncond", 3), ("cond", 3)):
+        with model.cache_context(context):
+            call(model, 1.0)
+        assert len(bound) == expected * variants
 
 
 def test_a_cpu_has_no_device_dispatch(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(streams, "_own", {})
     monkeypatch.setattr(torch.cuda, "Stream", made)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.current)
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        events.append(f"on {device}")
+        yield
+        events.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
     return state
 
 
@@ -42,7 +52,7 @@ def test_on_the_default_stream_ours_is_in_step_with_it(cuda: SimpleNamespace) ->
         with streams.enqueueing(DEVICE) as handle:
             assert handle == 9
             events.append("work")
-    assert events == ["ours waits for torch's", "work", "torch's waits for ours"] * 2
+    assert events == ["on cuda:0", "ours waits for torch's", "work", "torch's waits for ours", "back"] * 2
     assert cuda.made == 1
 
 
@@ -50,14 +60,14 @@ def test_another_stream_of_torch_is_used_itself(cuda: SimpleNamespace) -> None:
     cuda.current = Stream("torch's", 5)
     with streams.enqueueing(DEVICE) as handle:
         assert handle == 5
-    assert not events
+    assert events == ["on cuda:0", "back"]
 
 
 def test_our_own_stream_is_in_step_with_any(cuda: SimpleNamespace) -> None:
     cuda.current = Stream("another", 5)
     with streams.own_stream_in_step(DEVICE) as handle:
         assert handle == streams.own_stream(DEVICE).cuda_stream == 9
-    assert events == ["ours waits for another", "another waits for ours"]
+    assert events == ["on cuda:0", "ours waits for another", "another waits for ours", "back"]
 
 
 def test_after_an_error_what_was_enqueued_is_still_waited_for(cuda: SimpleNamespace) -> None:

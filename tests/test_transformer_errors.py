@@ -81,7 +81,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
         raise RuntimeError("out of memory")
 
     ready.bound = (broken,) * 4
-    model._host_runner.requests._current()._branches["branch 0"].clear()
+    model._calls.host.requests._current()._branches["branch 0"].clear()
     before = model.counters
     with pytest.raises(RuntimeError, match="out of memory"):
         call(model, 0.8)

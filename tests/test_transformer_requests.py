@@ -195,7 +195,7 @@ def test_alternating_requests_are_as_if_alone(engine: str) -> None:
 
 def test_named_requests_beyond_those_kept_are_forgotten() -> None:
     model = compiled()
-    model._host_runner.requests.keep = 2
+    model._calls.host.requests.keep = 2
     for name in ("a", "b", "c", "a"):
         with model.request(name):
             call(model, 1.0 if name != "a" else 0.5)
@@ -227,7 +227,7 @@ def test_a_threads_state_goes_with_the_thread() -> None:
 
     def work() -> None:
         call(model, 1.0)
-        found.append(weakref.ref(model._host_runner.requests._current()))
+        found.append(weakref.ref(model._calls.host.requests._current()))
 
     in_threads([work])
     gc.collect()

@@ -3,9 +3,10 @@
 Unverified: no GPU has run this. What is tested is that the driver's bindings have every name and argument that is used
 here, and, with a driver that is imitated on a CPU, what is captured and in which order.
 
-The graph is captured from one stream, the bodies of its switches from another, one after another, so that all bodies
-share the scratch that torch's allocator keeps for a stream. All of it comes from one private pool: graphs of a recorder
-run one after another (`turn`), and what must outlive a replay is the caller's own.
+A graph is captured from one stream, the bodies of its switches from another, one after another, so that all bodies
+share the scratch that torch's allocator keeps for a stream. Both streams, and the order of calls, are those of all
+recorders on a device (`_Lane`): what libraries keep for a stream is then used by one call at a time. Memory comes from
+a private pool, the workspaces of libraries among it; what must outlive a replay is the caller's own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ from runtime.errors import RecordError
 NEEDED = 12080
 """CUDA version of the first driver with switches."""
 
+_lanes: dict[torch.device, _Lane] = {}
+_lock = threading.Lock()
+
+
+class _Lane:
+    """Where the calls of all recorders on a device go one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.turns = threading.Lock()
+        self.stream, self.body = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.last = torch.cuda.Event()
+
 
 class CudaRecorder:
     """Records on `device`. RecordError where cuda-bindings is missing or the driver is older than CUDA 12.8."""
@@ -34,45 +47,51 @@ class CudaRecorder:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise RecordError("cuda-bindings is not installed: pip install 'cuda-bindings>=13'") from error
+            raise RecordError("cuda-bindings is not installed: pip install '.[device-dispatch]'") from error
         self._driver = driver
         version = checked(driver.cuDriverGetVersion())
         if version < NEEDED:
             raise RecordError(f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}: switches need 12.8")
         self._device = device
-        self._stream, self._body = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._pool = torch.cuda.MemPool()
-        self._kernels = Kernels(device)
         self._warming = False
-        self._turns = threading.Lock()
-        self._last = torch.cuda.Event()
+        with torch.cuda.device(device):
+            torch.empty(1, device=device)  # a thread without a context of its own gets torch's
+            with _lock:
+                self._lane = _lanes.get(device) or _lanes.setdefault(device, _Lane(device))
+            self._stream, self._body = self._lane.stream, self._lane.body
+            self._pool = torch.cuda.MemPool()
+            self._kernels = Kernels(device)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """See Recorder. The host is held up for as long as it takes to enqueue a call, not for its work."""
-        with self._turns:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._last)
+        with self._lane.turns, torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._lane.last)
             try:
                 yield
             finally:
-                self._last.record(stream)
+                self._lane.last.record(stream)
+
+    def finish(self) -> None:
+        """See Recorder."""
+        self._lane.last.synchronize()
 
     def record(self, work: Work) -> Work:
         """See Recorder. `work` runs once as it is, for what libraries set up at first use, and once to be captured."""
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream), self._warm():
+        self._stream.wait_stream(torch.cuda.current_stream())
+        torch._C._cuda_clearCublasWorkspaces()  # those of earlier owners of our streams: ours belong into the pool
+        with torch.cuda.use_mem_pool(self._pool), torch.cuda.stream(self._stream):
+            with self._warm():
                 work()
-            torch.cuda.synchronize()
-            with torch.cuda.use_mem_pool(self._pool), torch.cuda.stream(self._stream):
-                graph, outputs = self._capture(work)
-            return self._replay(graph, outputs)
+            self._stream.synchronize()
+            graph, outputs = self._capture(work)
+        return self._replay(graph, outputs)
 
     def launch(self, kernel: str, *arguments: Argument) -> None:
         """See Recorder."""
         if not self._warming:  # a condition can be set inside a graph alone
-            self._kernels.launch(kernel, arguments, torch.cuda.current_stream(self._device).cuda_stream)
+            self._kernels.launch(kernel, arguments, torch.cuda.current_stream().cuda_stream)
 
     def condition(self) -> Condition:
         """See Recorder."""
@@ -111,7 +130,8 @@ class CudaRecorder:
         try:
             outputs = work()
         except BaseException:
-            driver.cuStreamEndCapture(stream)
+            _, graph = driver.cuStreamEndCapture(stream)
+            driver.cuGraphDestroy(graph)
             raise
         return checked(driver.cuStreamEndCapture(stream)), outputs
 
@@ -144,10 +164,14 @@ class CudaRecorder:
 
     def _replay(self, graph: Any, outputs: Sequence[Tensor]) -> Work:
         driver = self._driver
-        executable = checked(driver.cuGraphInstantiate(graph, 0))
+        try:
+            executable = checked(driver.cuGraphInstantiate(graph, 0))
+        except RecordError:
+            driver.cuGraphDestroy(graph)
+            raise
 
         def replay() -> Sequence[Tensor]:
-            checked(driver.cuGraphLaunch(executable, self._handle(torch.cuda.current_stream(self._device))))
+            checked(driver.cuGraphLaunch(executable, self._handle(torch.cuda.current_stream())))
             return outputs
 
         weakref.finalize(replay, _destroy, driver, executable, graph).atexit = False

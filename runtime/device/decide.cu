@@ -14,8 +14,9 @@ enum { UNPLANNED = -1, REUSE = 0, COMPUTE = 1, SKIP = 1000 };
 enum { EMPTY = -1 };
 
 // Brings the clock to the call at `time` (one per row, or one for all). A new request starts where the timestep turns
-// back, or where a context is called again at the same timestep; without a context (`named` is 0) that may as well be
-// another branch of guidance, so from then on nothing is reused. `held` (cells) is emptied where a request started.
+// back, or where a context is called again at the same timestep. Without a context (`named` is 0) that is more likely
+// another branch of guidance: then the request goes on, but from then on nothing is reused. `held` (cells) is emptied
+// where a request started, and where branches cannot be told apart.
 extern "C" __global__ void advance(
     const double* time, double* last, int rows, int named, int* clock, int* own, int* held, int cells)
 {
@@ -29,7 +30,7 @@ extern "C" __global__ void advance(
         int again = !moved && own[OWN_TICK] == clock[TICK];
         int turned = (up && down) || (up && clock[DIRECTION] < 0) || (down && clock[DIRECTION] > 0);
         if (again && !named) clock[UNTOLD] = 1;
-        if (again || turned) {
+        if ((again && named) || turned) {
             clock[STARTED] = 0;
             clock[EPOCH] += 1;
         }
@@ -45,7 +46,7 @@ extern "C" __global__ void advance(
     }
     clock[STARTED] = 1;
     for (int row = 0; row < rows; ++row) last[row] = time[row];
-    if (own[OWN_EPOCH] != clock[EPOCH])
+    if (own[OWN_EPOCH] != clock[EPOCH] || own[OWN_UNTOLD] != clock[UNTOLD])
         for (int cell = 0; cell < cells; ++cell) held[cell] = EMPTY;
     own[OWN_EPOCH] = clock[EPOCH];
     own[OWN_TICK] = clock[TICK];

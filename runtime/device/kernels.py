@@ -7,6 +7,7 @@ computes, by compiling the same text for a CPU.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -59,10 +60,12 @@ def compile_source(architecture: str) -> bytes:
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """The value, or values, of a call of CUDA; RecordError where its status is not success."""
+    """The value, or values, of a call of CUDA; RecordError, naming who called, where its status is not success."""
     status, *values = result
     if status:
-        raise RecordError(f"CUDA gives {status.name}")
+        caller = sys._getframe(1)
+        where = f"{caller.f_code.co_name}, line {caller.f_lineno}"
+        raise RecordError(f"CUDA gives {status.name} ({where}): its driver may be too old, or its memory used up")
     return values[0] if len(values) == 1 else values
 
 

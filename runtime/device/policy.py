@@ -22,7 +22,7 @@ STEPS = 128
 
 def why_not(policy: Decider) -> str | None:
     """Why `policy` cannot decide on the device; None where it can."""
-    if not isinstance(policy, (RoutingPolicy, ScheduledPolicy)):
+    if type(policy) not in (RoutingPolicy, ScheduledPolicy):  # a subclass may decide otherwise
         return f"{type(policy).__name__} decides in Python; RoutingPolicy and ScheduledPolicy decide on the device"
     if isinstance(policy, ScheduledPolicy) and len(policy.table) > STEPS:
         return f"the schedule has {len(policy.table)} steps, the device has room for {STEPS}"

@@ -12,12 +12,15 @@ from runtime.arguments import refuse_infinite
 from runtime.blocks import ReadyBlock
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.requests import DeviceRequest, Ledger
-from runtime.device.step import Step
+from runtime.device.step import OWN, Step
 from runtime.errors import PolicyError
 from runtime.policy import REUSE, SKIP
 from runtime.routing import gate_of
 from runtime.tally import Tally
 from runtime.trace import RequestTrace
+
+UNNAMED = "branch 0"
+"""How the calls that come without a context are called in traces."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Reading:
     values: Tensor
     done: torch.cuda.Event | None
     step: Step
-    context: str
+    context: str | None
     ledger: Ledger
     request: weakref.ref[DeviceRequest]
     tally: Tally
 
     @classmethod
-    def begin(cls, step: Step, context: str, request: DeviceRequest, tally: Tally) -> Reading:
+    def begin(cls, step: Step, context: str | None, request: DeviceRequest, tally: Tally) -> Reading:
         """Start copying what the last replay of `step` left."""
         there = step.whole
         if not there.is_cuda:
@@ -44,10 +47,13 @@ class Reading:
         done.record()
         return cls(values, done, step, context, request.ledger, weakref.ref(request), tally)
 
-    def arrived(self, wait: bool) -> bool:
-        """Whether the copy is there; with `wait` it is afterwards."""
-        if wait and self.done is not None:
+    def wait(self) -> None:
+        """Until the copy is there."""
+        if self.done is not None:
             self.done.synchronize()
+
+    def arrived(self) -> bool:
+        """Whether the copy is there."""
         return self.done is None or self.done.query()
 
     def write_down(self) -> bool:
@@ -56,7 +62,7 @@ class Reading:
         Raises InputError for inputs and EditError for a router's logits that are not finite, PolicyError for a step
         that a schedule lacks.
         """
-        epoch, _, number, untold = map(int, self.values[:4].tolist())
+        epoch, _, number, untold = map(int, self.values[:OWN].tolist())
         finite, logits, decisions = self.step.views(self.values)
         refuse_infinite([name for name, flag in zip(self.step.names, finite.tolist(), strict=True) if not flag])
         record = self.ledger.record(epoch)
@@ -66,10 +72,16 @@ class Reading:
 
     def _guard(self, block: int, step: int, logits: list[list[float]], cases: list[int], record: RequestTrace) -> None:
         ready = self.step.blocks[block]
-        gate = [gate_of(row, ready.name or str(block), self.values.dtype) if row else 1.0 for row in logits]
+        gate = [gate_of(row, ready.name or str(block), self.step.router_dtype) if row else 1.0 for row in logits]
         if UNPLANNED in cases:
             raise PolicyError(f"the schedule does not cover step {step}")
-        record.add(record.context(self.context), step, block, gate, [_decision(ready, case) for case in cases])
+        record.add(
+            record.context(UNNAMED if self.context is None else self.context),
+            step,
+            block,
+            gate,
+            [_decision(ready, case) for case in cases],
+        )
         self.tally.guard()
         for case in cases:
             if case in (SKIP_CASE, REUSE_CASE):

@@ -36,6 +36,9 @@ class Recorder(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """Entered around all that a call does on the device: calls of other threads and streams are over by then."""
 
+    def finish(self) -> None:
+        """Wait for all calls so far."""
+
     def record(self, work: Work) -> Work:
         """What replays `work` on the current stream and gives the very tensors that `work` gave.
 
@@ -59,4 +62,9 @@ def recorder_for(device: torch.device) -> Recorder:
         raise RecordError(f"steps are recorded on a GPU, and this program is on {device}")
     from runtime.device.cuda_graph import CudaRecorder
 
-    return CudaRecorder(device)
+    try:
+        return CudaRecorder(device)
+    except RecordError:
+        raise
+    except Exception as error:  # libraries that are not there, or not the ones that fit
+        raise RecordError(f"{error} (cuda-bindings and NVRTC: pip install '.[device-dispatch]')") from error

@@ -21,9 +21,12 @@ from runtime.guard import answering
 from runtime.policy import EMPTY, Decider
 from runtime.rows import one_row
 
+OWN = 4
+"""Numbers of a context of its own (see ``decide.cu``)."""
+
 
 class Step:
-    """One forward with the shapes of `inputs`, recorded at once. RecordError where it cannot be recorded.
+    """One forward with the shapes of `inputs`, recorded at once. Raises whatever keeps it from being recorded.
 
     A replay leaves what it decided in one tensor, `whole` (float64), so that one copy brings it to the host: the
     context's own four numbers (see ``decide.cu``), then what `views` shows. `names` are those of the inputs, `guarded`
@@ -47,8 +50,9 @@ class Step:
         routed: bool,
     ) -> None:
         self._recorder, self._glue = recorder, glue
-        self.blocks = blocks.blocks
+        self.blocks = blocks.bound_again()  # an engine's context serves one recording, or calls, not both
         self._routers = blocks.routers if routed else None
+        self.router_dtype = torch.float64 if blocks.routers is None else blocks.routers.dtype
         self.names = tuple(inputs)
         self._inputs = [given.clone() for given in inputs.values()]
         device = self._inputs[0].device
@@ -60,21 +64,22 @@ class Step:
         count, choices = len(self.blocks), self._choices()
         self.policy = PolicyNumbers(self.blocks, rows, device)
         self.held = torch.full((count, rows), EMPTY, dtype=torch.int32, device=device)
-        self.own = torch.zeros(4, dtype=torch.int32, device=device)
-        self.whole = torch.zeros(4 + len(inputs) + count * rows * (choices + 1), dtype=torch.float64, device=device)
+        self.own = torch.zeros(OWN, dtype=torch.int32, device=device)
+        self.whole = torch.zeros(OWN + len(inputs) + count * rows * (choices + 1), dtype=torch.float64, device=device)
         self._finite, self._logits, self._decisions = self.views(self.whole)
         self._variants = [self._variant_indices(block, device) for block in self.blocks]
         self._embedding: Tensor | None = None
-        try:
-            self._replay: Work = recorder.record(self._work)
-        except Exception as error:  # of torch, of the engine, of CUDA: whatever is done that cannot be recorded
-            raise RecordError(f"a step could not be recorded: {error}") from error
+        self._replay: Work = recorder.record(self._work)
         self._embedding = None
         self.reset()
 
-    def reset(self) -> None:
-        """Forget all residuals, for another request."""
+    def empty(self) -> None:
+        """Forget all residuals."""
         self.held.fill_(EMPTY)
+
+    def reset(self) -> None:
+        """Forget everything, for another request."""
+        self.empty()
         self.own.zero_()
 
     def run(
@@ -96,7 +101,7 @@ class Step:
         """
         count, choices = len(self.blocks), self._choices()
         cells = count * self.rows
-        finite, logits, cases = whole[4:].split([len(self.names), cells * choices, cells])
+        finite, logits, cases = whole[OWN:].split([len(self.names), cells * choices, cells])
         return finite, logits.view(count, self.rows, choices), cases.view(count, self.rows)
 
     def _probe(self) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
@@ -130,7 +135,7 @@ class Step:
 
     def _work(self) -> list[Tensor]:
         self._embedding = None
-        self.whole[:4].copy_(self.own)
+        self.whole[:OWN].copy_(self.own)
         for flag, given in zip(self._finite, self._inputs, strict=True):
             flag.copy_(torch.isfinite(given).all())
         with answering(self._answer):

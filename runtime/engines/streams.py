@@ -1,6 +1,6 @@
 """The stream on which an engine's library works, in step with the stream on which torch works.
 
-Unverified: nothing in this file has been run, for want of a GPU.
+Unverified: no GPU has run this; the order of waits is tested with streams that are stood in for.
 
 What is enqueued inside `enqueueing` or `own_stream_in_step` comes after what torch has enqueued and before what it will
 enqueue; the host waits for neither. Memory that torch frees meanwhile is safe: it is handed out again on torch's stream
@@ -29,11 +29,12 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
 def own_stream_in_step(device: torch.device) -> Iterator[int]:
     """The handle of our own stream, which waits for torch's current one here, and for which that waits afterwards."""
     current, own = torch.cuda.current_stream(device), own_stream(device)
-    own.wait_stream(current)
-    try:
-        yield own.cuda_stream
-    finally:
-        current.wait_stream(own)
+    with torch.cuda.device(device):
+        own.wait_stream(current)
+        try:
+            yield own.cuda_stream
+        finally:
+            current.wait_stream(own)
 
 
 @contextmanager
@@ -44,7 +45,8 @@ def enqueueing(device: torch.device) -> Iterator[int]:
     """
     current = torch.cuda.current_stream(device).cuda_stream
     if current:
-        yield current
+        with torch.cuda.device(device):
+            yield current
         return
     with own_stream_in_step(device) as own:
         yield own

@@ -44,13 +44,13 @@ class TensorRTEngine:
     missing, and for engines that are missing, damaged, or of another library version, GPU, precision or plan.
     """
 
-    recordable = True
-
     def __init__(self, name: str, weights: str, program: Program) -> None:
         self.name = name
         self._program = program
         self.library = open_library(name)
         self.packed = weights == "packed"
+        # packed engines would be there once more for each recording; TensorRT-RTX wants to be built for being captured
+        self.recordable = name == "tensorrt" and not self.packed
         if gpu_here() is None:
             raise EngineError(no_gpu(name))
         (self._target,) = targets(self.library)
