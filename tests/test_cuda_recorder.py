@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from runtime.device import cuda_graph, kernels, runner
+from runtime.device.reader import Reading
 from runtime.device.recorder import Condition
 from runtime.engines import pytorch
 from runtime.errors import RecordError
@@ -66,6 +67,30 @@ def test_replays_give_what_the_host_gives(fake: FakeCuda, rows: int) -> None:
         assert waits[-1] == ("event", mine, lane.last.handle)
     assert Stream.log.count(("record", mine, lane.last.handle)) == 16
     assert not lane.turns.locked()
+
+
+def test_a_call_has_its_turn_while_it_is_enqueued(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+    launch = FakeCuda.cuGraphLaunch
+
+    def noting(self, hGraphExec, hStream):
+        held.append(next(iter(cuda_graph._lanes.values())).turns.locked())
+        return launch(self, hGraphExec, hStream)
+
+    monkeypatch.setattr(FakeCuda, "cuGraphLaunch", noting)
+    device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", POLICY, dispatch="device")
+    with fake:
+        call(device, 1.0)
+    assert held == [True]
+
+
+def test_a_reading_is_there_when_its_event_says_so() -> None:
+    waited: list[str] = []
+    event = SimpleNamespace(query=lambda: bool(waited), synchronize=lambda: waited.append("host"))
+    reading = Reading(torch.zeros(1), event, None, None, None, None, None)  # type: ignore[arg-type]
+    assert not reading.arrived()
+    reading.wait()
+    assert reading.arrived()
 
 
 def test_warming_up_is_over_before_it_is_captured(fake: FakeCuda) -> None:
