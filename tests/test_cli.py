@@ -80,7 +80,7 @@ def test_plot_draws_a_bundle_and_a_written_trace(bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["inspect", "nowhere"], "not a bundle"),
+        (["inspect", "nowhere"], "there is no"),
         (["compile", "nowhere", "--inputs", "i.safetensors", "--output", "o"], "nowhere"),
         (["compile", "nowhere", "--inputs", "i.safetensors"], "--output"),
         (["train", "nothing.py:Task", "steps=1"], "nothing.py"),
