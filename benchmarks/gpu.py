@@ -31,6 +31,8 @@ from benchmarks.gpu_case import ENGINES
 from benchmarks.gpu_pieces import DEFAULT, PIECES
 from benchmarks.gpu_table import table_of
 from benchmarks.gpu_worker import BEGUN, Record
+from runtime.engines import check_name
+from runtime.errors import EngineError
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = (sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_worker")
@@ -136,6 +138,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of gpu.json")
     given = parser.parse_args(arguments)
     given.models = given.models or list(SMALL if given.small else FULL)
+    for engine in given.engines or ():
+        try:
+            check_name(engine)
+        except EngineError as error:
+            parser.error(str(error))
     unknown = [model for model in given.models if given.small and model not in SMALL]
     if unknown:
         parser.error(f"there is no small {unknown[0]}; there are {', '.join(SMALL)}")

@@ -16,7 +16,7 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"edit-compile needs {missing.name}: pip install 'edit-compile[cli]'") from None
+    raise SystemExit(f"edit-compile needs {missing.name}: pip install '.[cli]'") from None
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Elastic diffusion transformers, compiled.", rich_markup_mode=None
@@ -24,12 +24,17 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+OURS = ("edit_compile", "passes", "runtime")
+
 Bundle = Annotated[Path, typer.Argument(help="folder of a compiled bundle")]
 Model = Annotated[str, typer.Argument(help="elastic folder, saved diffusers model, or path/to/file.py:ClassName")]
 ModelName = typer.Option("--model", help="the model it was compiled from, as for `compile`")
 Inputs = Annotated[Path | None, typer.Option(help="safetensors file with the forward's keyword arguments")]
 Engine = Annotated[
     str, typer.Option(help="onnxruntime, torch or inductor; on a GPU onnxruntime-cuda, or, once built, tensorrt(-rtx)")
+]
+EngineOfBundle = Annotated[
+    str | None, typer.Option(help="as for `compile`; default: that of the engines in the bundle, else onnxruntime")
 ]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
 Budget = Annotated[
@@ -56,6 +61,10 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
+        except ModuleNotFoundError as error:
+            if os.environ.get("EDIT_COMPILE_DEBUG") or (error.name or "").partition(".")[0] in OURS:
+                raise
+            fail(f"{error.name} is not installed, which this command needs: pip install '.[compile]' in a checkout")
         except Exception as error:
             if os.environ.get("EDIT_COMPILE_DEBUG"):
                 raise
@@ -154,7 +163,12 @@ def build(
 
     if engine in MODULES:
         rows = MAX_BATCH if max_batch is None else max_batch
-        made = engine_building.build_engines(bundle, engine, target or (), weights or "shared", rows)
+        try:
+            made = engine_building.build_engines(bundle, engine, target or (), weights or "shared", rows)
+        except KeyboardInterrupt:
+            kept = len(list(bundle.glob("engines/*/*.engine")))
+            errors.print(f"interrupted: {kept} engines are kept in {bundle / 'engines'}; the same command goes on")
+            raise typer.Exit(130) from None
         console.print(engine_building.table_of(made, engine))
         return
     if target or max_batch is not None or weights is not None:
@@ -178,25 +192,30 @@ def verify(
     bundle: Bundle,
     model: Annotated[str | None, ModelName] = None,
     inputs: Inputs = None,
-    engine: Engine = "onnxruntime",
-    tolerance: Annotated[float, typer.Option(help="largest difference allowed, relative")] = 1e-3,
+    engine: EngineOfBundle = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="largest relative difference allowed; default: .001, .01 in float16, .02 in bfloat16"),
+    ] = None,
 ) -> None:
     """Compare a bundle's numbers with its model's, or, without one, its engine with torch at every width of every plan.
 
     Status 1 where they differ.
     """
-    from edit_compile.verify import table_of
+    from edit_compile.verify import TOLERANCE, table_of
     from edit_compile.verify import verify as run
     from edit_compile.verify_widths import verify_widths
     from runtime.loading import load
 
     compiled = load(bundle, engine=engine)
     given = _inputs_for(compiled, inputs)
+    allowed = TOLERANCE.get(str(compiled.dtype), 1e-3) if tolerance is None else tolerance
     if model is None:
-        checks = list(verify_widths(compiled, given, tolerance))
+        checks = list(verify_widths(compiled, given, allowed))
     else:
-        checks = run(compiled, _model_like(compiled, model), given, tolerance)
-    console.print(table_of(checks))
+        checks = run(compiled, _model_like(compiled, model), given, allowed)
+    against = "torch" if model is None else "the model"
+    console.print(table_of(checks, f"{compiled.engine} on {compiled.device}, against {against}"))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
@@ -207,7 +226,7 @@ def bench(
     bundle: Bundle,
     model: Annotated[str, ModelName],
     inputs: Inputs = None,
-    engine: Engine = "onnxruntime",
+    engine: EngineOfBundle = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Budget = None,
@@ -235,7 +254,7 @@ def plot(
     source: Annotated[Path, typer.Argument(help="a bundle, or a trace written by compiled.trace.to_json()")],
     output: Annotated[Path, typer.Option(help="image to write")] = Path("router.png"),
     inputs: Inputs = None,
-    engine: Engine = "onnxruntime",
+    engine: EngineOfBundle = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
 ) -> None:
     """Draw what the routers decided, over blocks and steps."""

@@ -21,6 +21,8 @@ from runtime.trace import RequestTrace
 from runtime.transformer import CompiledTransformer
 
 EXAMPLE_ROWS = 2
+TOLERANCE = {"torch.float16": 1e-2, "torch.bfloat16": 2e-2}
+"""Largest relative difference allowed by default, by the bundle's dtype; float32's is 1e-3. For GPUs a guess."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def verify(
     return checks
 
 
-def table_of(checks: Sequence[Check]) -> Table:
+def table_of(checks: Sequence[Check], title: str = "") -> Table:
     """The checks as a table."""
-    table = Table()
+    table = Table(title=title or None)
     for heading in ("check", "largest difference", "relative", "allowed", ""):
         table.add_column(heading)
     for check in checks:

@@ -49,7 +49,8 @@ def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tole
     """
     if compiled.engine == REFERENCE:
         raise EngineError(
-            "engine 'torch' is what the others are compared with: name another engine, or compare with the model"
+            "engine 'torch' is what the others are compared with: name another ('inductor' runs in any precision), or "
+            "compare with the model (--model)"
         )
     if compiled.program is None:
         raise ValueError("nothing is compiled yet: call the compiled transformer once")
@@ -74,6 +75,7 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
     if glue.file is None:
         raise EditError("this bundle is hosted by its model: compile the model here, and compare with that")
     arguments.check_tensors(glue, tensors, device)
+    arguments.check_finite(glue, tensors)
     graph = pt2.load(program.files[glue.file], glue.file, device)
     states = {plan.id: plan.states for plan in program.manifest.plans}
     seen: dict[int, list[Tensor]] = {}

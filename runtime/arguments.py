@@ -139,6 +139,13 @@ def check_finite(glue: Glue, tensors: Mapping[str, Tensor]) -> None:
         refuse_infinite([name for name, value in floats.items() if not torch.isfinite(value).all()])
 
 
+def rows(glue: Glue, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Rows of the batch in each input that carries it."""
+    return {
+        given.name: tensors[given.name].shape[given.shape.index(None)] for given in glue.inputs if None in given.shape
+    }
+
+
 def refuse_infinite(names: Sequence[str]) -> None:
     """InputError that names the inputs, if any, that are not finite."""
     if names:

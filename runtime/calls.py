@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from runtime import arguments
 from runtime.device.policy import why_not
-from runtime.errors import EditError, RecordError
+from runtime.errors import EditError, InputError, RecordError
 from runtime.host import HostRunner
 from runtime.loaded import Loaded, named
 from runtime.policy import Decider
@@ -67,6 +68,14 @@ class Calls:
                     request.resume(place)
         return self._on_host(loaded, call, policy, host)
 
+    def look(self, loaded: Loaded | None) -> None:
+        """Note why there can be no decisions on the device here, as far as that is known before a call."""
+        if self.wanted == "device" and loaded is not None and self.note is None:
+            try:
+                loaded.runner(self.traces)
+            except RecordError as error:
+                self.note = str(error)
+
     def settle(self, loaded: Loaded | None) -> None:
         """Wait for the device, so that traces and counters hold all calls."""
         if loaded is not None and loaded.started is not None:
@@ -115,7 +124,15 @@ class Calls:
             return host(**call.given)
 
         shapes = tuple(tuple(tensor.shape) for tensor in call.tensors.values())
-        return self.host(loaded, call.glue, shapes, call.timestep, policy, run, partial(self._count, call.glue))
+        try:
+            return self.host(loaded, call.glue, shapes, call.timestep, policy, run, partial(self._count, call.glue))
+        except (ValueError, IndexError, RuntimeError) as error:
+            rows = arguments.rows(call.glue, call.tensors)
+            agree = len(set(rows.values())) < 2 and 0 not in rows.values()
+            if agree or isinstance(error, (EditError, torch.OutOfMemoryError)):
+                raise
+            told = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise InputError(f"the inputs hold different numbers of rows ({told}): {error}") from error
 
     def _say(self, reason: str) -> None:
         if reason != self.note:

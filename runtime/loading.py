@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime import bundle
 from runtime.engines.tensorrt_cache import built
 from runtime.engines.tensorrt_library import gpu_here
+from runtime.errors import EngineError
 from runtime.policy import Decider
 from runtime.transformer import CompiledTransformer
 
@@ -23,7 +24,14 @@ def load(
     or foreign, EngineError where the engine cannot run it here.
     """
     program = bundle.load(path)
-    return CompiledTransformer(program, engine or built_engine(Path(path)), policy, dispatch=dispatch)
+    chosen = engine or built_engine(Path(path))
+    try:
+        return CompiledTransformer(program, chosen, policy, dispatch=dispatch)
+    except EngineError as error:
+        if engine is not None:
+            raise
+        holds = "no engines, for which onnxruntime is taken" if chosen == "onnxruntime" else f"engines of {chosen}"
+        raise EngineError(f"{path} holds {holds}, and no engine was named. {error}") from error
 
 
 def built_engine(folder: Path) -> str:

@@ -129,11 +129,13 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     @property
     def dispatch(self) -> str:
         """Where decisions are taken, "host" or "device"; `dispatch_note` says why it is not where they were wanted."""
-        return self._calls.wanted if self._calls.note is None else "host"
+        return self._calls.wanted if self.dispatch_note is None else "host"
 
     @property
     def dispatch_note(self) -> str | None:
-        """Why the last call's decisions were taken on the host although they were wanted on the device."""
+        """Why decisions are taken on the host although they were wanted on the device: those of the last call, or,
+        before the first, what is known of this machine and engine."""
+        self._calls.look(self._loaded)
         return self._calls.note
 
     def request(self, name: str) -> Any:

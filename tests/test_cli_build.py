@@ -103,3 +103,11 @@ def test_tensorrt_that_is_not_installed_says_how_to_get_it(tmp_path: Path, monke
     assert "TensorRT 11 is not installed here" in text
     assert "pip install 'tensorrt>=11'" in text
     assert len(text.strip().splitlines()) == 1
+
+
+def test_an_interrupted_build_says_what_is_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_building, "make", stopped)
+    assert "interrupted: 0 engines are kept" in run("build", bundle, *RTX, code=130)

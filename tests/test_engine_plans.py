@@ -134,10 +134,10 @@ def test_one_thread_pool_and_arena_for_all_sessions(monkeypatch: pytest.MonkeyPa
 
 def test_bfloat16_on_onnxruntime_names_the_engine_to_use() -> None:
     halved = replace(programs.SINGLE, inputs=(PlanInput("hidden", "bfloat16", (None, 5, 8), 0),))
-    with pytest.raises(EngineError, match="engine='torch'"):
+    with pytest.raises(EngineError, match="engine 'torch' or 'inductor'"):
         engines.make("onnxruntime").load(halved, 0, programs.plan_files())
     kernel = engines.make("onnxruntime").load(programs.SINGLE, 3, programs.plan_files())
-    with pytest.raises(EngineError, match="engine='torch'"):
+    with pytest.raises(EngineError, match="engine 'torch' or 'inductor'"):
         kernel.bind([torch.zeros(programs.H, programs.D, dtype=torch.bfloat16)] * 2)
 
 

@@ -160,7 +160,7 @@ def _kinds(data: bytes, rows: int | None) -> set[str]:
 @pytest.mark.parametrize(
     ("installed", "message"),
     [
-        (set(), r"onnxruntime-gpu is not installed: pip install 'edit-compile\[gpu\]'"),
+        (set(), r"onnxruntime-gpu is not installed: pip install '\.\[gpu\]'"),
         ({"onnxruntime"}, "onnxruntime is installed, which does not run on a GPU: pip uninstall onnxruntime"),
         ({"onnxruntime", "onnxruntime-gpu"}, "both installed"),
         ({"onnxruntime-gpu"}, "was built without CUDA"),

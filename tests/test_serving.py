@@ -33,10 +33,24 @@ def test_an_error_is_one_line_without_what_compiles(bundle: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: engine 'torch' is what the others are compared with")
 
 
+def test_what_needs_the_compiler_names_its_extra(bundle: Path, tmp_path: Path) -> None:
+    done = serving.run("plot", bundle, "--output", tmp_path / "x.png")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "error: matplotlib is not installed, which this command needs: pip install '.[compile]' in a checkout"
+    )
+
+
+def test_without_an_engines_library_the_bundle_says_why_it_was_taken(bundle: Path) -> None:
+    done = serving.run("verify", bundle, absent=(*serving.ABSENT, "onnxruntime", "threadpoolctl"))
+    assert done.returncode == 2
+    assert "holds no engines, for which onnxruntime is taken, and no engine was named" in done.stderr
+
+
 def test_without_its_own_packages_the_command_says_what_to_install() -> None:
     done = serving.run("--help", absent=("typer",))
     assert done.returncode == 1
-    assert done.stderr.strip() == "edit-compile needs typer: pip install 'edit-compile[cli]'"
+    assert done.stderr.strip() == "edit-compile needs typer: pip install '.[cli]'"
 
 
 def test_the_extra_of_the_command_line_is_all_that_it_imports_beyond_the_runtime() -> None:

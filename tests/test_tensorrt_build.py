@@ -139,7 +139,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here_alone(monkeypatch: pytest.Monk
     ("name", "module", "said"),
     [
         ("tensorrt", None, "TensorRT 11 is not installed here.*pip install 'tensorrt>=11'"),
-        ("tensorrt-rtx", None, r"TensorRT-RTX is not installed here.*edit-compile\[tensorrt-rtx\]"),
+        ("tensorrt-rtx", None, r"TensorRT-RTX is not installed here.*\.\[tensorrt-rtx\]"),
         ("tensorrt", SimpleNamespace(__version__="10.9.0"), "tensorrt 10.9.0 is installed, TensorRT 11 is needed"),
     ],
 )

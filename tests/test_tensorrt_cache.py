@@ -178,7 +178,7 @@ def test_a_cpu_runs_a_bundle_with_engines_only_when_asked_to(tmp_path: Path, mon
     bundle.save(programs.make(), path)
     assert loading.load(path).engine == "onnxruntime"
     write(path, replace(KEY, library="tensorrt-rtx", target="sm_120"), PROFILES, b"an engine", 1.0)
-    with pytest.raises(EngineError, match=r"engine 'tensorrt-rtx' runs on a GPU.*engine='onnxruntime'"):
+    with pytest.raises(EngineError, match=r"engine 'tensorrt-rtx' runs on a GPU.*'onnxruntime'"):
         loading.load(path)
     given = programs.inputs(2)
     assert loading.load(path, engine="onnxruntime")(**given).sample.isfinite().all()

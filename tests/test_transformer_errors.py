@@ -130,3 +130,13 @@ def test_the_trace_is_bounded_and_exports(tmp_path) -> None:
     assert {"request", "contexts", "context", "step", "block", "row", "p", "width", "done"} == exported[0].keys()
     model.trace.clear()
     assert len(model.trace) == 0
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_inputs_of_different_batches_are_told_by_their_rows(engine: str) -> None:
+    model = compiled(engine)
+    given = programs.inputs(2)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"].repeat(2, 1, 1)[:3]
+    with pytest.raises(InputError, match=r"different numbers of rows \(hidden_states 2, encoder_hidden_states 3"):
+        model(**given)
+    assert model(**programs.inputs(2)).sample.shape[0] == 2

@@ -148,6 +148,8 @@ class DeviceRunner:
 
 def make_runner(blocks: ReadyBlocks, device: torch.device, traces: Trace) -> DeviceRunner:
     """What runs the program of `blocks` on `device`; RecordError where steps cannot be recorded there."""
+    if device.type != "cuda" and not blocks.engine.recordable:
+        recorder_for(device)
     if not blocks.engine.recordable:
         raise RecordError(
             f"what engine {blocks.engine.name!r} does cannot be recorded: use 'torch', 'inductor' or 'tensorrt'"

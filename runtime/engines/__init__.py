@@ -83,7 +83,7 @@ def make(name: str, program: Program | None = None) -> Engine:
 def check_name(name: str) -> None:
     """EngineError where there is no engine called `name`."""
     if name not in NAMES and name.removesuffix("-packed") not in _TENSORRT:
-        raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}")
+        raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}; with -packed also the last two")
 
 
 def placed(name: str, program: Program) -> Program:
@@ -104,7 +104,10 @@ def placed(name: str, program: Program) -> Program:
 
 def no_gpu(name: str) -> str:
     """What to say where the engine called `name` is to run and there is no GPU."""
-    return f"engine {name!r} runs on a GPU, and torch sees none here: engine='onnxruntime' and 'torch' run on the CPU"
+    return (
+        f"engine {name!r} runs on a GPU, and torch sees none here: engines 'onnxruntime', 'torch' and 'inductor' run "
+        "on a CPU"
+    )
 
 
 def plan_file(plan: Plan, variant: int, suffix: str) -> str:

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from runtime.engines import Bound, Kernel, plan_bytes
@@ -47,7 +46,9 @@ class OnnxRuntimeEngine:
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Open a session; EngineError for bfloat16, which the CPU provider does not run."""
         if any(given.dtype == "bfloat16" for given in plan.inputs):
-            raise EngineError("onnxruntime does not run bfloat16 on a CPU: use engine='torch', or compile in float32")
+            raise EngineError(
+                "onnxruntime does not run bfloat16 on a CPU: use engine 'torch' or 'inductor', or compile in float32"
+            )
         ort = self._ort
         data = plan_bytes(plan, variant, "onnx", files, self.name)
         try:
@@ -67,7 +68,7 @@ class _Kernel:
             if weight.device.type != "cpu":
                 raise EngineError(f"weight {name} is on {weight.device}: onnxruntime runs on the CPU here")
             if weight.dtype not in ELEMENTS or weight.dtype == torch.bfloat16:
-                raise EngineError(f"onnxruntime does not run {weight.dtype} on a CPU: use engine='torch'")
+                raise EngineError(f"onnxruntime does not run {weight.dtype} on a CPU: use engine 'torch' or 'inductor'")
             if not weight.is_contiguous():
                 raise EngineError(f"weight {name} is not contiguous")
         return _Bound(self._plan, Bindings(self._session, self._plan, weights))
@@ -87,6 +88,8 @@ class _Bound:
 
 
 @functools.cache
-def _torch_pools() -> ThreadpoolController:
+def _torch_pools() -> Any:
     """Torch's OpenMP threads; a limit holds for the thread that sets it."""
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController().select(user_api="openmp")

@@ -27,7 +27,7 @@ def open_cuda_library() -> Any:
     """The onnxruntime module of the GPU build; EngineError, saying how to get it, where it is not what is installed."""
     ort = open_library(GPU_BUILD)
     if CUDA not in ort.get_available_providers():
-        raise EngineError(f"onnxruntime {ort.__version__} was built without CUDA: pip install 'edit-compile[gpu]'")
+        raise EngineError(f"onnxruntime {ort.__version__} was built without CUDA: pip install '.[gpu]'")
     return ort
 
 

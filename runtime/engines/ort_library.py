@@ -49,8 +49,11 @@ def open_library(needed: str = "") -> Any:
     with _lock:
         _check_installed(needed)
         if _library is None:
-            import onnxruntime
-
+            try:
+                import onnxruntime
+                import threadpoolctl  # noqa: F401  which the engine uses
+            except ImportError as error:
+                raise EngineError(f"onnxruntime cannot be loaded ({error}): pip install '.[cpu]'") from error
             # fails where the application has already made the pool: then it is used as it is
             with suppress(Exception):
                 onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
@@ -118,16 +121,14 @@ def _check_installed(needed: str) -> None:
     if len(found) == 2:
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
-            f"uninstall both, then pip install 'edit-compile[{extra}]'"
+            f"uninstall both, then pip install '.[{extra}]'"
         )
     if not found:
-        raise EngineError(
-            f"{needed or CPU_BUILD} is not installed: pip install 'edit-compile[{extra}]', or use engine='torch'"
-        )
+        raise EngineError(f"{needed or CPU_BUILD} is not installed: pip install '.[{extra}]', or use engine='torch'")
     if needed and needed not in found:
         raise EngineError(
             f"{found[0]} is installed, which does not run on a GPU: pip uninstall {found[0]}, then pip install "
-            f"'edit-compile[{extra}]', or use engine='torch'"
+            f"'.[{extra}]', or use engine='torch'"
         )
 
 

@@ -25,7 +25,7 @@ _OLDEST = {"tensorrt": 11, "tensorrt-rtx": 1}
 _TO_INSTALL = {
     "tensorrt": "on the machine with the GPU, `pip install 'tensorrt>=11'` fetches it from NVIDIA, or use NVIDIA's "
     "container image; RTX GPUs can be built for anywhere, with --engine tensorrt-rtx",
-    "tensorrt-rtx": "pip install 'edit-compile[tensorrt-rtx]'",
+    "tensorrt-rtx": "pip install '.[tensorrt-rtx]'",
 }
 
 
