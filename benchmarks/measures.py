@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from edit_compile.timing import Spread, interleaved
-from runtime import pt2
 from runtime.guard import answering
+from runtime.loaded import glue_graph
 from runtime.policy import SKIP, ScheduledPolicy
 from runtime.transformer import CompiledTransformer
 
@@ -114,9 +114,8 @@ def glue_alone(compiled: CompiledTransformer, inputs: Mapping[str, Any]) -> Call
     (glue,) = program.manifest.glues
     plans = {plan.id: plan for plan in program.manifest.plans}
     states = [plans[block.plan].states for block in program.manifest.blocks]
-    graph = pt2.load(program.files[glue.file], glue.file, compiled.device)
-    given = [program.weights[key] for key in glue.weights]
-    given += [inputs[wanted.name] for wanted in glue.inputs]
+    graph = glue_graph(program, glue, compiled.device)
+    given = [inputs[wanted.name] for wanted in glue.inputs]
 
     def call() -> None:
         with answering(lambda block, passed: [passed[index] for index in states[block]]):

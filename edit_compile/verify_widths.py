@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from edit_compile.verify import Check
-from runtime import arguments, pt2
+from runtime import arguments
 from runtime.blocks import ReadyBlock, ReadyBlocks
 from runtime.errors import EditError, EngineError
 from runtime.guard import answering
+from runtime.loaded import glue_graph
 from runtime.program import Program
 from runtime.spec import Block, Manifest, Plan
 from runtime.transformer import CompiledTransformer
@@ -76,7 +77,6 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
         raise EditError("this bundle is hosted by its model: compile the model here, and compare with that")
     arguments.check_tensors(glue, tensors, device)
     arguments.check_finite(glue, tensors)
-    graph = pt2.load(program.files[glue.file], glue.file, device)
     states = {plan.id: plan.states for plan in program.manifest.plans}
     seen: dict[int, list[Tensor]] = {}
 
@@ -85,7 +85,7 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
         return [given[at] for at in states[program.manifest.blocks[block].plan]]
 
     with answering(answer):
-        graph(*(program.weights[key] for key in glue.weights), *(tensors[given.name] for given in glue.inputs))
+        glue_graph(program, glue, device)(*(tensors[given.name] for given in glue.inputs))
     return seen
 
 

@@ -35,34 +35,33 @@ class Loaded:
         self.costs: dict[str, Costs] = {g.id: {(c.plan, c.variant): c for c in g.costs} for g in manifest.glues}
         self._glues: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
         self._lock = threading.Lock()
-        self._runner: DeviceRunner | RecordError | None = None
+        self._runner: DeviceRunner | None = None
+        self._no_runner: str | None = None
 
     def glue(self, glue: Glue) -> Callable[..., tuple[Tensor, ...]]:
         """The glue's graph with its weights."""
         found = self._glues.get(glue.id)
         if found is None:
-            assert glue.file is not None
-            graph = pt2.load(self.program.files[glue.file], glue.file, self.device)
-            weights = [self.program.weights[key] for key in glue.weights]
-            found = self._glues[glue.id] = lambda *inputs: graph(*weights, *inputs)
+            found = self._glues[glue.id] = glue_graph(self.program, glue, self.device)
         return found
 
     @property
     def started(self) -> DeviceRunner | None:
         """What runs steps on the device, if anything has been run there."""
-        return self._runner if isinstance(self._runner, DeviceRunner) else None
+        return self._runner
 
     def runner(self, traces: Trace) -> DeviceRunner:
         """What runs steps on the device, and traces them in `traces`; RecordError where there can be none."""
         with self._lock:
+            if self._no_runner is not None:
+                raise RecordError(self._no_runner)
             if self._runner is None:
                 try:
                     self._runner = make_runner(self.blocks, self.device, traces)
                 except RecordError as error:
-                    self._runner = error
-        if isinstance(self._runner, RecordError):
-            raise self._runner
-        return self._runner
+                    self._no_runner = str(error)  # not the error: its traceback would hold the frames of every call
+                    raise
+            return self._runner
 
     def timestep(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Tensor:
         """The timestep, one or one per row; on the CPU where it was given as a number."""
@@ -74,6 +73,14 @@ class Loaded:
         if not isinstance(value, (int, float)):
             raise InputError(f"missing input {name!r}")
         return torch.tensor([float(value)], dtype=torch.float64)
+
+
+def glue_graph(program: Program, glue: Glue, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """The graph of a glue that is not hosted, with its weights: a function of the glue's inputs, on `device`."""
+    assert glue.file is not None
+    graph = pt2.load(program.files[glue.file], glue.file, device)
+    weights = [program.weights[key] for key in glue.weights]
+    return lambda *inputs: graph(*weights, *inputs)
 
 
 def search(

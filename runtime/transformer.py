@@ -177,7 +177,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             if self._tracer is None:
                 raise
         with self._lock:
-            self._trace(self._tracer, given)
+            self._replace(self._tracer(given))
         return self._call(given)
 
     def _call(self, given: Mapping[str, object]) -> Any:
@@ -196,15 +196,12 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             with self._lock:
                 found = search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
                 if found is None:
-                    self._trace(self._tracer, given)
+                    self._replace(self._tracer(given))
                     found = search(self._loaded, tensors, constants)
         if found is None:
             glues = () if self._loaded is None else self._loaded.program.manifest.glues
             raise arguments.explain(glues, tensors, constants)
         return found
-
-    def _trace(self, tracer: Tracer, given: Mapping[str, object]) -> None:
-        self._replace(tracer(given))
 
     def _count(self, glue: Glue, done: Counters, rows: int) -> None:
         own = rows * glue.flops

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -164,6 +166,19 @@ def test_a_missing_library_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert caplog.text.count("libnvrtc") == 1
 
 
+def test_calls_that_fall_back_hold_nothing_of_their_inputs() -> None:
+    model = on_device()  # on a CPU, where every call is refused the device
+    held = []
+    for number in range(3):
+        given = programs.inputs(1, timestep=1 - number / 3)
+        held.append(weakref.ref(given["hidden_states"]))
+        model(**given)
+    del given
+    gc.collect()
+    assert model.dispatch == "host"
+    assert [each() for each in held] == [None] * 3
+
+
 @pytest.mark.parametrize("inside", [(True, False, False), (False, True, False)])
 def test_inference_mode_may_come_and_go(recorder: Emulator, inside: tuple[bool, ...]) -> None:
     model = on_device()
@@ -230,11 +245,11 @@ def test_a_new_program_loses_no_counts(recorder: Emulator, caplog: pytest.LogCap
     program = programs.make(KINDS, seed=3)
     model = CompiledTransformer(program, "torch", ALWAYS_REUSE, dispatch="device", tracer=lambda given: program)
     call(model, 1.0)
-    model._trace(model._tracer, {})
+    model._replace(program)
     call(model, 0.5)
     assert model.counters.calls == 2
     model(**infinite())
-    model._trace(model._tracer, {})
+    model._replace(program)
     assert "hidden_states" in caplog.text
 
 
