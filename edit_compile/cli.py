@@ -209,7 +209,7 @@ def verify(
 
     compiled = load(bundle, engine=engine)
     given = _inputs_for(compiled, inputs)
-    allowed = TOLERANCE.get(str(compiled.dtype), 1e-3) if tolerance is None else tolerance
+    allowed = TOLERANCE.get(compiled.dtype, 1e-3) if tolerance is None else tolerance
     if model is None:
         checks = list(verify_widths(compiled, given, allowed))
     else:

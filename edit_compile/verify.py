@@ -21,8 +21,8 @@ from runtime.trace import RequestTrace
 from runtime.transformer import CompiledTransformer
 
 EXAMPLE_ROWS = 2
-TOLERANCE = {"torch.float16": 1e-2, "torch.bfloat16": 2e-2}
-"""Largest relative difference allowed by default, by the bundle's dtype; float32's is 1e-3. For GPUs a guess."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Largest relative difference allowed by default, by the bundle's dtype. For GPUs a guess."""
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class Requests(Generic[H]):
         try:
             yield request
         except BaseException:
-            self.abandon(request)
+            self._abandon(request)
             raise
         finally:
             request.busy.release()
@@ -259,7 +259,7 @@ class Requests(Generic[H]):
             self._own = threading.local()
             self._named.clear()
 
-    def abandon(self, request: H) -> None:
+    def _abandon(self, request: H) -> None:
         """Forget `request` and what was traced of it."""
         request.forget()
         with self._lock:

@@ -42,7 +42,6 @@ class PolicyNumbers:
         self.bounds = torch.zeros(2, dtype=torch.float64, device=device)
         self.limits = torch.zeros(4, dtype=torch.int32, device=device)
         self.table = torch.zeros(STEPS, len(blocks), rows, dtype=torch.int32, device=device)
-        self.steps = STEPS
         self._set: Decider | None = None
 
     def set(self, policy: Decider, gated: bool) -> None:

@@ -174,7 +174,7 @@ class Step:
             policy.bounds,
             policy.limits,
             policy.table,
-            policy.steps,
+            len(policy.table),
             self.held.numel(),
             block * self.rows + row,
             self.own,
