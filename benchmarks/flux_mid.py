@@ -31,9 +31,9 @@ from edit_compile.benchmarking import benchmark
 from edit_compile.compiler import compile as compile_model
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.machine import describe_machine, summary
-from runtime.loading import load
-from runtime.policy import ScheduledPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.face.load import load
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import ScheduledPolicy
 
 RESULTS = Path(__file__).parent / "results"
 GATE, WIDTH = 0.5, 0.6

@@ -31,8 +31,8 @@ from benchmarks.gpu_case import ENGINES
 from benchmarks.gpu_pieces import DEFAULT, PIECES
 from benchmarks.gpu_table import table_of
 from benchmarks.gpu_worker import BEGUN, Record
+from runtime.base.errors import EngineError
 from runtime.engines import check_name
-from runtime.errors import EngineError
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = (sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_worker")

@@ -19,12 +19,12 @@ from benchmarks.configurations import Configuration, Place
 from edit_compile.compiler import WIDTHS, Tracer
 from edit_compile.engine_building import build_program
 from runtime import engines
-from runtime.engines.tensorrt_library import MODULES, open_library, targets
-from runtime.engines.tensorrt_profiles import MAX_BATCH
-from runtime.errors import EngineError
-from runtime.policy import ScheduledPolicy
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import EngineError
+from runtime.bundle.program import Program
+from runtime.engines.tensorrt.library import MODULES, open_library, targets
+from runtime.engines.tensorrt.profiles import MAX_BATCH
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import ScheduledPolicy
 
 ENGINES = {
     "cuda": ("torch", "inductor", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"),

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.configurations import FULL, Configuration, Place
-from runtime.router import Router
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.router import Router
 
 RESERVE = 4 << 30
 """Bytes left for activations, products' workspaces and libraries."""

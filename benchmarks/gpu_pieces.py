@@ -19,9 +19,9 @@ from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, wi
 from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.timing import Spread, interleaved, timed
 from passes.check import TOLERANCE, distance, largest
-from runtime.loading import load
-from runtime.policy import REUSE, SKIP, ScheduledPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.face.load import load
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
 
 Result = dict[str, Any]
 NEEDS_CUDA = {"unavailable": "needs CUDA"}

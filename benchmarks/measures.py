@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from edit_compile.timing import Spread, interleaved
-from runtime.guard import answering
-from runtime.loaded import glue_graph
-from runtime.policy import SKIP, ScheduledPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.base.guard import answering
+from runtime.calls.loaded import glue_graph
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import SKIP, ScheduledPolicy
 
 ROUNDS_PER_REPEAT = 25
 """Steps that skip everything take little and are told apart by less: they are timed that much more often."""
@@ -118,7 +118,7 @@ def glue_alone(compiled: CompiledTransformer, inputs: Mapping[str, Any]) -> Call
     given = [inputs[wanted.name] for wanted in glue.inputs]
 
     def call() -> None:
-        with answering(lambda block, passed: [passed[index] for index in states[block]]):
+        with answering(lambda block, passed, form: [passed[index] for index in states[block]]):
             graph(*given)
 
     return call

@@ -28,8 +28,8 @@ from edit_compile.machine import describe_machine, summary
 from passes.graph import MlpSite, Report
 from passes.onnx_format import LowerError
 from passes.pipeline import Analysis, Group
-from runtime.errors import EngineError
-from runtime.spec import Manifest
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "models.json"

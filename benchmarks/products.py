@@ -1,7 +1,7 @@
 """What it costs that an MLP's second weight is kept row by row: python -m benchmarks.products [--output FOLDER]
 
 x W for 1152 tokens, 4096 to 1024 channels, by torch: W row by row ([H, D], as bundles keep it), W laid out anew before
-the product (`runtime.products`), and W column by column, as a linear keeps it. Writes results/products.json.
+the product (`runtime.engines.products`), and W column by column, as a linear keeps it. Writes results/products.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from edit_compile.machine import describe_machine, summary
 from edit_compile.timing import Spread, interleaved
-from runtime.products import Relaid
+from runtime.engines.products import Relaid
 
 TOKENS, HIDDEN, DIM = 1152, 4096, 1024
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,10 +21,10 @@ from rich.table import Table
 
 from edit_compile.compiler import Tracer
 from edit_compile.machine import describe_machine, summary
-from runtime.engines.tensorrt_jobs import jobs, make
-from runtime.engines.tensorrt_library import open_library, targets
-from runtime.program import Program
-from runtime.spec import Plan
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Plan
+from runtime.engines.tensorrt.jobs import jobs, make
+from runtime.engines.tensorrt.library import open_library, targets
 
 RESULTS = Path(__file__).parent / "results" / "rtx_full_size.json"
 SHAPES = {(4, 6): (64, 512), (6, 10): (64, 512)}

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from edit_compile.elastic import elasticize as elasticize
     from edit_compile.layout import ElasticError as ElasticError
     from edit_compile.storage import load_elastic as load_elastic
-    from runtime.errors import BundleError as BundleError
-    from runtime.errors import EditError as EditError
-    from runtime.errors import EngineError as EngineError
-    from runtime.errors import InputError as InputError
-    from runtime.errors import PolicyError as PolicyError
-    from runtime.errors import ShapeError as ShapeError
-    from runtime.loading import load as load
-    from runtime.policy import RoutingPolicy as RoutingPolicy
-    from runtime.policy import ScheduledPolicy as ScheduledPolicy
-    from runtime.spec import RouterConfig as RouterConfig
-    from runtime.transformer import CompiledTransformer as CompiledTransformer
+    from runtime.base.errors import BundleError as BundleError
+    from runtime.base.errors import EditError as EditError
+    from runtime.base.errors import EngineError as EngineError
+    from runtime.base.errors import InputError as InputError
+    from runtime.base.errors import PolicyError as PolicyError
+    from runtime.base.errors import ShapeError as ShapeError
+    from runtime.bundle.spec import RouterConfig as RouterConfig
+    from runtime.face.load import load as load
+    from runtime.face.transformer import CompiledTransformer as CompiledTransformer
+    from runtime.routing.policy import RoutingPolicy as RoutingPolicy
+    from runtime.routing.policy import ScheduledPolicy as ScheduledPolicy
 
 _HOMES = {
     "edit_compile.benchmarking": ("benchmark",),
@@ -41,11 +41,11 @@ _HOMES = {
     "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
     "edit_compile.layout": ("ElasticError",),
     "edit_compile.storage": ("load_elastic",),
-    "runtime.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
-    "runtime.loading": ("load",),
-    "runtime.policy": ("RoutingPolicy", "ScheduledPolicy"),
-    "runtime.spec": ("RouterConfig",),
-    "runtime.transformer": ("CompiledTransformer",),
+    "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
+    "runtime.face.load": ("load",),
+    "runtime.routing.policy": ("RoutingPolicy", "ScheduledPolicy"),
+    "runtime.bundle.spec": ("RouterConfig",),
+    "runtime.face.transformer": ("CompiledTransformer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from edit_compile.comparison import BlockWork, Comparison
 from edit_compile.machine import describe_machine
 from edit_compile.timing import Call, Spread, interleaved
-from runtime.arguments import find_glue, flatten
-from runtime.spec import Manifest, Plan
-from runtime.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
-from runtime.transformer import CompiledTransformer
+from runtime.bundle.spec import Manifest, Plan
+from runtime.face.arguments import find_glue, flatten
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
 
 
 def benchmark(

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
-from runtime import bundle, engines
+from runtime import engines
+from runtime.bundle import files as bundle
 
 FILES = {"onnxruntime": "onnx", "onnxruntime-cuda": "onnx", "torch": "pt2", "inductor": "pt2"}
 

@@ -78,7 +78,7 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _expected() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user."""
     from edit_compile.loading import UserError
-    from runtime.errors import EditError  # those of the passes are of its kind
+    from runtime.base.errors import EditError  # those of the passes are of its kind
 
     return UserError, EditError, ValueError, OSError
 
@@ -120,7 +120,7 @@ def compile_model(
     from edit_compile.elastic import elasticize
     from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
     from passes.weightless import weightless
-    from runtime.policy import RoutingPolicy
+    from runtime.routing.policy import RoutingPolicy
 
     if output is None and not dry_run:
         raise UserError("give --output FOLDER to write the bundle to, or --dry-run")
@@ -158,8 +158,8 @@ def build(
     """Build every plan of a bundle at every width, and show what each costs; TensorRT's are kept in the bundle."""
     from edit_compile import building, engine_building
     from edit_compile.loading import UserError
-    from runtime.engines.tensorrt_library import MODULES
-    from runtime.engines.tensorrt_profiles import MAX_BATCH
+    from runtime.engines.tensorrt.library import MODULES
+    from runtime.engines.tensorrt.profiles import MAX_BATCH
 
     if engine in MODULES:
         rows = MAX_BATCH if max_batch is None else max_batch
@@ -181,7 +181,7 @@ def build(
 def inspect(bundle: Bundle) -> None:
     """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions and policy."""
     from edit_compile.inspection import describe
-    from runtime.bundle import load
+    from runtime.bundle.files import load
 
     console.print(describe(load(bundle).manifest, bundle))
 
@@ -205,7 +205,7 @@ def verify(
     from edit_compile.verify import TOLERANCE, table_of
     from edit_compile.verify import verify as run
     from edit_compile.verify_widths import verify_widths
-    from runtime.loading import load
+    from runtime.face.load import load
 
     compiled = load(bundle, engine=engine)
     given = _inputs_for(compiled, inputs)
@@ -236,7 +236,7 @@ def bench(
 ) -> None:
     """Time a bundle against its model, interleaved."""
     from edit_compile.benchmarking import benchmark
-    from runtime.loading import load
+    from runtime.face.load import load
 
     compiled = load(bundle, engine=engine, dispatch=dispatch)
     _apply_schedule(compiled, schedule, steps)
@@ -260,7 +260,7 @@ def plot(
     """Draw what the routers decided, over blocks and steps."""
     from edit_compile.plot import read_trace, router_heat_map, save
     from edit_compile.verify import trace_of
-    from runtime.loading import load
+    from runtime.face.load import load
 
     if source.is_dir():
         compiled = load(source, engine=engine)
@@ -297,7 +297,7 @@ def _dense(model: Any) -> Any:
 
 def _apply_schedule(compiled: Any, budget: str | None, steps: int) -> None:
     from edit_compile.loading import UserError, parse_numbers
-    from runtime.policy import ScheduledPolicy
+    from runtime.routing.policy import ScheduledPolicy
 
     if budget is None:
         return

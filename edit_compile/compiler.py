@@ -27,12 +27,13 @@ from passes.pipeline import Analysis, analyse
 from passes.preview import preview_glue
 from passes.record import undisturbed
 from passes.weightless import UNCHECKED, weightless
-from runtime import bundle, engines
-from runtime.arguments import argument_names
-from runtime.errors import EditError
-from runtime.policy import Decider, RoutingPolicy, ScheduledPolicy
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime import engines
+from runtime.base.errors import EditError
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.face.arguments import argument_names
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import Decider, RoutingPolicy, ScheduledPolicy
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]

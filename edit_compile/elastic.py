@@ -17,9 +17,9 @@ from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, 
 from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
 from passes.experts import dense_experts
 from passes.packing import Packing
-from runtime.policy import RoutingPolicy
-from runtime.router import Router, rows_of_steps, sinusoid
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
+from runtime.routing.router import Router, rows_of_steps, sinusoid
 
 THRESHOLD = 0.5
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from runtime import bundle
-from runtime.engines import tensorrt_cache as cache
-from runtime.engines.tensorrt_build import Report
-from runtime.engines.tensorrt_jobs import Job, jobs, make
-from runtime.engines.tensorrt_library import Library, Target, open_library, targets
-from runtime.engines.tensorrt_profiles import MAX_BATCH
-from runtime.errors import EngineError
-from runtime.program import Program
+from runtime.base.errors import EngineError
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.engines.tensorrt import cache
+from runtime.engines.tensorrt.build import Report
+from runtime.engines.tensorrt.jobs import Job, jobs, make
+from runtime.engines.tensorrt.library import Library, Target, open_library, targets
+from runtime.engines.tensorrt.profiles import MAX_BATCH
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from runtime.spec import Glue, Manifest, Plan
+from runtime.bundle.spec import Glue, Manifest, Plan
 
 
 def describe(manifest: Manifest, folder: Path) -> RenderableType:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from runtime.arguments import flatten, unflatten
-from runtime.folder import separate
+from runtime.bundle.folder import separate
+from runtime.face.arguments import flatten, unflatten
 
 T = TypeVar("T")
 

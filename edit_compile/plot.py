@@ -18,8 +18,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from edit_compile.timing import Spread
-from runtime.policy import REUSE, SKIP
-from runtime.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
+from runtime.routing.policy import REUSE, SKIP
 
 Grid = npt.NDArray[np.generic]
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from edit_compile.activation import set_activation
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, find_layout
-from runtime.policy import RoutingPolicy
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
 
 POLICY = RoutingPolicy(threshold=0.5, margin=0.015, max_reuse=10, warmup_steps=15)
 ACTIVATION = "quick_gelu"
@@ -137,7 +137,7 @@ def _compare(path: Path, given: Mapping[str, Shape], expected: Mapping[str, Shap
 
 
 def _router(file: Any, index: int, sizes: _Sizes) -> dict[str, Tensor]:
-    """One router's parameters under the names of `runtime.router.Router`."""
+    """One router's parameters under the names of `runtime.routing.router.Router`."""
     tensors = {}
     for kind in ("weight", "bias"):
         delta, gamma, _ = file.get_tensor(f"gate_mlps.{index}.{_MODULATION}.{kind}").split(sizes.dim)

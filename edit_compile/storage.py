@@ -24,9 +24,9 @@ from edit_compile.activation import set_activation
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, Layout
 from edit_compile.release import load_release
-from runtime.folder import separate, written_whole
-from runtime.policy import RoutingPolicy
-from runtime.spec import RouterConfig
+from runtime.bundle.folder import separate, written_whole
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
 
 SCHEMA = 2
 _READ = (1, SCHEMA)

@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.benchmarking import trajectory_of
 from edit_compile.elastic import ElasticTransformer
-from runtime.arguments import unflatten
-from runtime.policy import RoutingPolicy, ScheduledPolicy
-from runtime.spec import Glue, GlueInput, Manifest
-from runtime.trace import RequestTrace
-from runtime.transformer import CompiledTransformer
+from runtime.bundle.spec import Glue, GlueInput, Manifest
+from runtime.face.arguments import unflatten
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import RequestTrace
+from runtime.routing.policy import RoutingPolicy, ScheduledPolicy
 
 EXAMPLE_ROWS = 2
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from edit_compile.verify import Check
-from runtime import arguments
-from runtime.blocks import ReadyBlock, ReadyBlocks
-from runtime.errors import EditError, EngineError
-from runtime.guard import answering
-from runtime.loaded import glue_graph
-from runtime.program import Program
-from runtime.spec import Block, Manifest, Plan
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import EditError, EngineError
+from runtime.base.guard import answering
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Block, Manifest, Plan
+from runtime.calls.bound import ReadyBlock, ReadyBlocks
+from runtime.calls.loaded import glue_graph
+from runtime.face import arguments
+from runtime.face.transformer import CompiledTransformer
 
 REFERENCE = "torch"
 
@@ -80,9 +80,9 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
     states = {plan.id: plan.states for plan in program.manifest.plans}
     seen: dict[int, list[Tensor]] = {}
 
-    def answer(block: int, given: Sequence[Tensor]) -> list[Tensor]:
+    def answer(block: int, given: Sequence[Tensor], form: int) -> list[Tensor]:
         seen[block] = list(given)
-        return [given[at] for at in states[program.manifest.blocks[block].plan]]
+        return [given[at] for at in states[program.manifest.blocks[block].forms[form].plan]]
 
     with answering(answer):
         glue_graph(program, glue, device)(*(tensors[given.name] for given in glue.inputs))

@@ -35,18 +35,30 @@ from passes.lower import Files, lower_glue, lower_plan
 from passes.pipeline import Analysis, Group
 from passes.real import as_real
 from passes.widths import at_widths
-from runtime.arguments import flatten
-from runtime.guard import Answer
-from runtime.program import Program
-from runtime.rows import one_row
-from runtime.spec import SCHEMA, Block, Cost, Glue, GlueInput, Manifest, Plan, PlanInput, Policy, RouterConfig, Variant
+from runtime.base.guard import Answer
+from runtime.base.rows import one_row
+from runtime.bundle.program import Program
+from runtime.bundle.spec import (
+    SCHEMA,
+    Block,
+    Cost,
+    Glue,
+    GlueInput,
+    Manifest,
+    Plan,
+    PlanInput,
+    Policy,
+    RouterConfig,
+    Variant,
+)
+from runtime.face.arguments import flatten
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a manifest says of the model itself (see runtime.spec.Manifest)."""
+    """What a manifest says of the model itself (see runtime.bundle.spec.Manifest)."""
 
     model: str
     config: dict[str, object]
@@ -253,6 +265,7 @@ def _full_width(
     weights: Mapping[str, Tensor],
     index: int,
     inputs: Sequence[Tensor],
+    form: int = 0,
 ) -> list[Tensor]:
     item = next(item for item in planned if item.plan.id == blocks[index].plan)
     return item.graph.block.run(item.graph.variants[-1], [weights[key] for key in blocks[index].weights], inputs)

@@ -17,8 +17,8 @@ from passes.real import as_real
 from passes.record import undisturbed
 from passes.weightless import hollow
 from passes.widths import site_rows
-from runtime.errors import EditError
-from runtime.guard import answering
+from runtime.base.errors import EditError
+from runtime.base.guard import Answer, answering
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -46,7 +46,7 @@ def check_open(
     outputs: Callable[[], Sequence[Tensor]],
     run: Run,
     model: nn.Module,
-    answer: Callable[[int, Sequence[Tensor]], list[Tensor]],
+    answer: Answer,
 ) -> None:
     """Compare a guarded model's `outputs`, its guards answered by `answer`, with the model's own on the same run."""
     with undisturbed(model), answering(answer):

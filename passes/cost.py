@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
-from runtime.guard import Answer, answering, guard
-from runtime.spec import Plan
+from runtime.base.guard import Answer, answering, guard
+from runtime.bundle.spec import Plan
 
 
 def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -96,7 +96,7 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 def _skipping(states: Mapping[Any, Any]) -> Answer:
     """Answers guards as if every block were skipped; `states` are the positions of a block's states in its inputs."""
-    return lambda block, inputs: [inputs[position].clone() for position in states[block]]
+    return lambda block, inputs, form: [inputs[position].clone() for position in states[block]]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
 from passes.weightless import changed_by, hollow, same
-from runtime.errors import EditError
+from runtime.base.errors import EditError
 
 _STEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
 

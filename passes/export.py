@@ -31,8 +31,8 @@ from passes.guards import fits_any
 from passes.plain import CONSTANT, PlainError, plain
 from passes.record import undisturbed
 from passes.weightless import hollow
-from runtime.errors import EditError
-from runtime.rows import one_row
+from runtime.base.errors import EditError
+from runtime.base.rows import one_row
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
 
 from passes.packing import Adapter, Samples
-from runtime.products import quickened
-from runtime.rows import row_by_row
+from runtime.base.rows import row_by_row
+from runtime.engines.products import quickened
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from passes.adapt import split_leaves
 from passes.graph import BlockGraph, Call, Discovery, Refusal, Report, Run, States
 from passes.packing import Adapter, Samples
 from passes.real import as_real
-from runtime.arguments import flatten
-from runtime.errors import EditError
-from runtime.guard import guard
+from runtime.base.errors import EditError
+from runtime.base.guard import guard
+from runtime.face.arguments import flatten
 
 _samples: ContextVar[int] = ContextVar("edit_compile_samples")
 """Samples in the call of a guarded model that is under way."""
@@ -56,7 +56,7 @@ class GlueGraph:
     belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
     inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
-    what the model gives (see runtime.spec.Glue).
+    what the model gives (see runtime.bundle.spec.Glue).
     """
 
     module: fx.GraphModule

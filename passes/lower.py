@@ -35,9 +35,9 @@ from passes.graph import PlanGraph
 from passes.guards import GlueGraph, is_free
 from passes.onnx_format import LowerError, to_onnx
 from passes.shapes import tell_shapes
-from runtime import pt2
+from runtime.bundle import archive as pt2
+from runtime.bundle.spec import Plan
 from runtime.engines import plan_file
-from runtime.spec import Plan
 
 # By file name, for the life of the process: a plan's name is a hash of all that its files depend on, so that another
 # model of the same make, or the same one traced for more shapes, need not be lowered again.

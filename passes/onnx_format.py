@@ -22,7 +22,7 @@ from onnxscript import FLOAT, opset18
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
-from runtime.errors import EditError
+from runtime.base.errors import EditError
 
 OPSET = 20
 _op: Any = opset18

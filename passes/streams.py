@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from passes.graph import BlockGraph, MlpSite, Refusal, Report
-from runtime.errors import EditError
+from runtime.base.errors import EditError
 
 NAME = "streams"
 

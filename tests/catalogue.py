@@ -18,9 +18,9 @@ from edit_compile.layout import layout_of
 from passes.check import check_equal
 from passes.graph import Report
 from passes.pipeline import Analysis
-from runtime.policy import REUSE, SKIP, ScheduledPolicy
-from runtime.spec import Manifest, RouterConfig
-from runtime.transformer import CompiledTransformer
+from runtime.bundle.spec import Manifest, RouterConfig
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
 from tests.schedule_oracle import ScheduleOracle
 from tests.zoo import CASES, Case
 

@@ -12,7 +12,7 @@ from torch import nn
 import edit_compile
 from edit_compile import ElasticTransformer
 from edit_compile.compiler import Tracer
-from runtime.program import Program
+from runtime.bundle.program import Program
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)

@@ -22,7 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from benchmarks.configurations import SMALL, Configuration, Place
 from edit_compile.compiler import WIDTHS, Tracer
 from passes import lower, pipeline
-from runtime.program import Program
+from runtime.bundle.program import Program
 
 NAME = "elsewhere"
 CPU = Place(torch.device("cpu"), torch.float32)

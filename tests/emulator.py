@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.base.guard import _guard as answer_guard
+from runtime.base.guard import guard
 from runtime.device.recorder import Argument, Condition, Work
-from runtime.guard import _guard as answer_guard
-from runtime.guard import guard
 
 SHIM = """
 #include <cmath>

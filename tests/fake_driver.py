@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.base.guard import _guard as answer_guard
+from runtime.base.guard import guard
 from runtime.device.recorder import Argument
-from runtime.guard import _guard as answer_guard
-from runtime.guard import guard
 from tests.emulator import call_kernel, record_operator
 
 OK = 0

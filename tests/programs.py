@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from runtime import pt2
-from runtime.guard import guard
-from runtime.program import Program
-from runtime.router import Router
-from runtime.spec import (
+from runtime.base.guard import guard
+from runtime.bundle import archive as pt2
+from runtime.bundle.program import Program
+from runtime.bundle.spec import (
     SCHEMA,
     Block,
     Cost,
@@ -27,6 +26,7 @@ from runtime.spec import (
     RouterConfig,
     Variant,
 )
+from runtime.routing.router import Router
 
 D, H, E, C = 8, 16, 6, 4
 IMAGE, TEXT = 5, 3

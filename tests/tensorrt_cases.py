@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx.parser
 import torch
 
-from runtime import bundle
-from runtime.program import Program
-from runtime.spec import Plan
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Plan
 from tests import programs
 
 ONNX_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}

@@ -22,8 +22,8 @@ from passes.discover import discover
 from passes.graph import BlockSite, Call, Run
 from passes.packing import Packing
 from passes.pipeline import analyse
-from runtime.policy import RoutingPolicy, ScheduledPolicy
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy, ScheduledPolicy
 from tests.models import noise, randomised
 
 DIM, FRAMES, TOKENS = 8, 3, 5

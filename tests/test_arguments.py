@@ -11,8 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from edit_compile.loading import load_inputs, save_inputs
-from runtime.arguments import OTHERS, argument_names, flatten, named, unflatten
-from runtime.errors import InputError
+from runtime.base.errors import InputError
+from runtime.face.arguments import OTHERS, argument_names, flatten, named, unflatten
 
 
 def closed(x: Any, t: Any = None, *, flag: bool = False) -> None: ...

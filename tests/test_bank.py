@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.bank import Residuals
-from runtime.policy import EMPTY
+from runtime.requests.bank import Residuals
+from runtime.routing.policy import EMPTY
 
 ROWS = 3
 operation = st.tuples(st.sampled_from(["keep", "reuse", "clear"]), st.sets(st.integers(0, ROWS - 1), min_size=1))

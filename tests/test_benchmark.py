@@ -16,9 +16,9 @@ from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, 
 from edit_compile.building import build
 from edit_compile.inspection import dense_flops, describe
 from edit_compile.verify import random_inputs, verify
-from runtime import bundle
-from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.bundle import files as bundle
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 
 TABLE = [[1.0, SKIP, 0.5], [REUSE, 0.25, 0.5]]

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from runtime import bundle
-from runtime.errors import BundleError
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import BundleError
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime import bundle
-from runtime.errors import BundleError
+from runtime.base.errors import BundleError
+from runtime.bundle import files as bundle
 from tests import programs
 
 

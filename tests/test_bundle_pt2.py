@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.export import Dim
 
-from runtime import pt2
-from runtime.errors import BundleError
+from runtime.base.errors import BundleError
+from runtime.bundle import archive as pt2
 
 
 class Ordinary(torch.nn.Module):

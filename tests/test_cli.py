@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from edit_compile.cli import _inputs_for, _model_like, app
 from edit_compile.loading import UserError, load_inputs, load_object, parse_dtype, parse_numbers, save_inputs
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 
 DENSE = "from tests.test_benchmark import Dense\n\n\ndef other():\n    return Dense(seed=1)\n"

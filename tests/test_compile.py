@@ -21,9 +21,9 @@ from edit_compile import (
     ShapeError,
 )
 from edit_compile.compiler import check_widths
-from runtime.engines.tensorrt_jobs import jobs, make
-from runtime.engines.tensorrt_library import open_library, targets
-from runtime.trace import COMPUTED, REUSED, SKIPPED
+from runtime.engines.tensorrt.jobs import jobs, make
+from runtime.engines.tensorrt.library import open_library, targets
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
 from tests.conftest import WIDTHS, Compiled
 from tests.flux_oracle import FluxOracle
 from tests.models import noise, tiny_flux, tiny_sd3

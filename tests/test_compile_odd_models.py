@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import edit_compile
-from runtime.errors import InnerShapeError
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import InnerShapeError
+from runtime.face.transformer import CompiledTransformer
 from tests.models import PlainDiT, noise, randomised
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* has no routers:UserWarning")]

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.base.errors import RecordError
 from runtime.device import cuda_graph, kernels, runner
 from runtime.device.reader import Reading
 from runtime.device.recorder import Condition
 from runtime.engines import pytorch
-from runtime.errors import RecordError
-from runtime.policy import RoutingPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import RoutingPolicy
 from tests import programs
 from tests.fake_driver import FakeCuda, Stream
 from tests.test_transformer_requests import call

@@ -15,9 +15,9 @@ from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.recorder import Condition
 from runtime.device.requests import FIELDS
 from runtime.device.step import OWN
-from runtime.policy import EMPTY, REUSE, SKIP, RoutingPolicy
-from runtime.state import Request
-from runtime.trace import Trace
+from runtime.requests.state import Request
+from runtime.requests.trace import Trace
+from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel
 
 WIDTHS = (0.25, 0.5, 1.0)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.base.errors import EditError, InputError, PolicyError
 from runtime.device import runner
 from runtime.device.policy import STEPS
 from runtime.engines import pytorch
-from runtime.errors import EditError, InputError, PolicyError
-from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
-from runtime.trace import COMPUTED, REUSED, SKIPPED
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.oracle import Oracle

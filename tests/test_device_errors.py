@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.base.errors import EditError, InputError, RecordError
 from runtime.device import runner, step
 from runtime.device.reader import Reading
-from runtime.errors import EditError, InputError, RecordError
-from runtime.policy import SKIP, RoutingPolicy, ScheduledPolicy
-from runtime.trace import COMPUTED, REUSED
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED
+from runtime.routing.policy import SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, on_device, recorder

@@ -6,7 +6,7 @@ import pytest
 
 from edit_compile.compiler import Tracer
 from runtime.device import runner
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions
 from tests.emulator import Emulator
 from tests.zoo import CASES

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.blocks import ReadyBlock
-from runtime.dispatch import Dispatch
+from runtime.base.errors import EditError, PolicyError
+from runtime.bundle.spec import Plan, PlanInput, Variant
+from runtime.calls.bound import ReadyBlock
+from runtime.calls.dispatch import Dispatch
 from runtime.engines.pytorch import TorchEngine
-from runtime.errors import EditError, PolicyError
-from runtime.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
-from runtime.spec import Plan, PlanInput, Variant
-from runtime.state import Branch
-from runtime.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.state import Branch
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 from tests.oracle import Oracle
 

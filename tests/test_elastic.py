@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edit_compile.elastic import ElasticTransformer, elasticize
 from edit_compile.layout import ElasticError
 from edit_compile.storage import load_elastic
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 CONFIG = RouterConfig(hidden=16)

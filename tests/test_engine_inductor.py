@@ -12,10 +12,10 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 
 from runtime import engines
-from runtime.blocks import ReadyBlocks
+from runtime.base.errors import EngineError
+from runtime.calls.bound import ReadyBlocks
 from runtime.engines import pytorch
-from runtime.errors import EngineError
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 from tests.conftest import Compiled
 from tests.test_engine_plans import weights

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from runtime import engines
-from runtime.blocks import ReadyBlocks
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import PlanInput
+from runtime.calls.bound import ReadyBlocks
 from runtime.engines import ort_library
-from runtime.errors import EngineError
-from runtime.spec import PlanInput
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # it compiles for minutes

@@ -13,7 +13,7 @@ from passes.discover import discover
 from passes.experts import dense_experts, find_experts
 from passes.export import ExportError, export_block
 from passes.states import find_states
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import check, follow_decisions, train_routers
 from tests.models import noise, randomised
 from tests.zoo import Case

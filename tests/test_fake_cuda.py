@@ -19,11 +19,12 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from edit_compile import elasticize
-from runtime import guard, pt2, transfer
-from runtime.bank import Residuals
-from runtime.policy import REUSE, SKIP, ScheduledPolicy
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.base import guard, transfer
+from runtime.bundle import archive as pt2
+from runtime.bundle.program import Program
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.bank import Residuals
+from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
 from tests import programs
 from tests.conftest import compiled_case
 from tests.models import tiny_flux

@@ -17,8 +17,8 @@ from passes.export import weight_values
 from passes.graph import Run
 from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
 from passes.pipeline import Analysis, analyse
-from runtime.guard import answering, guard
-from runtime.spec import Manifest
+from runtime.base.guard import answering, guard
+from runtime.bundle.spec import Manifest
 from tests.models import noise, randomised, tiny_dit, tiny_flux
 
 
@@ -38,7 +38,7 @@ def glue_of(analysis: Analysis) -> GlueGraph:
 
 
 def dense_answer(analysis: Analysis):
-    def answer(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def answer(index: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         graph = analysis.groups[analysis.group_of[index]].graph
         return list(graph.module(*weight_values(graph, analysis.discovery.blocks[index].module), *inputs))
 
@@ -66,7 +66,7 @@ def test_glue_takes_any_batch(analysed: Analysis, rows: int) -> None:
 def test_a_skipped_block_passes_its_states_on(analysed: Analysis) -> None:
     seen: list[list[Tensor]] = []
 
-    def skip(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def skip(index: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
         seen.append(list(inputs))
         return [inputs[position] for position in analysed.groups[analysed.group_of[index]].graph.states]
 
@@ -205,7 +205,7 @@ def test_glue_with_plain_numbers_for_each_sample_fits_the_call_that_it_was_given
 def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> None:
     honest = dense_answer(analysed)
 
-    def off(index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def off(index: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
         return [state * 1.01 for state in honest(index, inputs)]
 
     run, model = analysed.discovery.runs[1], analysed.discovery.model

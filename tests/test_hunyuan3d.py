@@ -19,8 +19,8 @@ import edit_compile
 from edit_compile import RoutingPolicy
 from edit_compile.compiler import Tracer
 from edit_compile.elastic import ElasticTransformer
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.bundle.program import Program
+from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions, train_routers
 from tests.models import noise, randomised
 from tests.zoo import Case

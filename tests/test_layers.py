@@ -16,7 +16,7 @@ PACKAGES = ("edit_compile", "passes", "runtime")
 FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks")
 LONGEST = 350
 MODEL_NAMES = re.compile(r"flux|qwen|hunyuan|pixart|cogv|z_?image|lumina|kandinsky|sd3|wan\b|sana|cosmos|hidream", re.I)
-PRESETS = ROOT / "runtime" / "policy.py"
+PRESETS = ROOT / "runtime" / "routing" / "policy.py"
 
 
 def sources(*folders: str) -> list[Path]:

@@ -15,8 +15,8 @@ from passes.assemble import plan_groups
 from passes.cost import variant_cost, weight_stand_ins
 from passes.lower import Files, lower_plan
 from passes.pipeline import analyse
-from runtime import pt2
-from runtime.transformer import CompiledTransformer
+from runtime.bundle import archive as pt2
+from runtime.face.transformer import CompiledTransformer
 from tests.models import noise, randomised, tiny_dit
 from tests.sessions import open_session
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edit_compile.elastic import ElasticTransformer, elasticize
 from edit_compile.layout import ElasticError, Layout
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
 from tests.models import noise, randomised
 
 DIM, HIDDEN, FRAMES = 8, 24, 3

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from runtime import engines
+from runtime.base.errors import EditError, EngineError
+from runtime.bundle.program import Program
 from runtime.engines import ort_cuda, ort_cuda_library, ort_library
 from runtime.engines.ort_cuda import OnnxRuntimeCudaEngine
-from runtime.errors import EditError, EngineError
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests import ort_stand_in, programs
 from tests.ort_stand_in import Session
 from tests.test_engine_plans import inputs, weights

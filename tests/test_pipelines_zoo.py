@@ -10,7 +10,7 @@ from torch import Tensor
 
 import edit_compile
 from edit_compile import CompiledTransformer
-from runtime.trace import COMPUTED
+from runtime.requests.trace import COMPUTED
 from tests.pipelines_zoo import PIPELINES, STEPS, Made
 
 QUICK = ("pixart_sigma", "wan", "z_image")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edit_compile.plot import decision_levels, read_trace, router_heat_map, save
-from runtime.policy import REUSE, SKIP
-from runtime.trace import COMPUTED, MISSING, REUSED, SKIPPED, RequestTrace, Trace
+from runtime.requests.trace import COMPUTED, MISSING, REUSED, SKIPPED, RequestTrace, Trace
+from runtime.routing.policy import REUSE, SKIP
 
 DECISIONS = [[[SKIP, 1.0], [0.25, 0.5]], [[REUSE, 0.25], [1.0, SKIP]]]
 

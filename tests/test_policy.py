@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import PolicyError
-from runtime.policy import EMPTY, REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.base.errors import PolicyError
+from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 
 probability = st.floats(0, 1)
 row = st.tuples(probability, st.sampled_from([0.25, 0.5, 1.0]), st.integers(EMPTY, 6))

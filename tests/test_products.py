@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import products
+from runtime.engines import products
 
 
 class Strides(TorchDispatchMode):

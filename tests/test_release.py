@@ -18,10 +18,10 @@ import edit_compile
 from edit_compile import ElasticError, ElasticTransformer
 from edit_compile.release import NARROW, POLICY
 from passes.check import check_equal
-from runtime.router import Router
-from runtime.spec import RouterConfig
-from runtime.trace import COMPUTED, REUSED, SKIPPED
-from runtime.transformer import CompiledTransformer
+from runtime.bundle.spec import RouterConfig
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
+from runtime.routing.router import Router
 from tests.zoo import CASES
 
 DIM, HIDDEN, BLOCKS = 48, 16, 2

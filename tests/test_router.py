@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime.router import Router, rows_of_steps, sinusoid
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.router import Router, rows_of_steps, sinusoid
 
 
 def random_router(config: RouterConfig, dim: int = 24, time_dim: int = 10) -> Router:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from runtime.router import Router, sinusoid
-from runtime.routing import FoldedRouter, Routers
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.folded import FoldedRouter, Routers
+from runtime.routing.router import Router, sinusoid
 
 D, E = 24, 10
 

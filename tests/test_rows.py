@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edit_compile.compiler import Tracer
 from passes.discover import DiscoveryError, discover
 from passes.packing import Packing, Samples
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import follow_decisions, train_routers
 from tests.models import noise, randomised
 from tests.zoo import Case

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.transformer import CompiledTransformer
+from runtime.face.transformer import CompiledTransformer
 from tests import programs, serving
 
 DOCKERFILE = (serving.ROOT / "Dockerfile").read_text()

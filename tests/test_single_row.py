@@ -15,11 +15,11 @@ from passes.discover import discover
 from passes.export import ExportError, export_block, weight_values
 from passes.graph import BlockGraph
 from passes.states import find_states
-from runtime.errors import BundleError
-from runtime.policy import ScheduledPolicy
-from runtime.rows import one_row, row_by_row
-from runtime.transformer import CompiledTransformer
-from runtime.validation import check
+from runtime.base.errors import BundleError
+from runtime.base.rows import one_row, row_by_row
+from runtime.bundle.checks import check
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import ScheduledPolicy
 from tests.catalogue import follow_decisions
 from tests.models import noise, randomised
 from tests.programs import make

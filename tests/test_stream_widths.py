@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import edit_compile
 from edit_compile import RoutingPolicy
-from runtime.router import Router, read_streams
-from runtime.routing import FoldedRouter
-from runtime.spec import RouterConfig
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.folded import FoldedRouter
+from runtime.routing.router import Router, read_streams
 from tests.models import noise, randomised
 
 VIDEO, AUDIO, TIME = 16, 6, 10

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.engines import tensorrt_library
-from runtime.engines.tensorrt_build import build
-from runtime.engines.tensorrt_jobs import jobs, make
-from runtime.engines.tensorrt_library import Library, Target, open_library, targets
-from runtime.engines.tensorrt_profiles import profile_for, profiles_of
-from runtime.errors import EngineError
-from runtime.spec import Plan, PlanInput
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import Plan, PlanInput
+from runtime.engines.tensorrt import library as tensorrt_library
+from runtime.engines.tensorrt.build import build
+from runtime.engines.tensorrt.jobs import jobs, make
+from runtime.engines.tensorrt.library import Library, Target, open_library, targets
+from runtime.engines.tensorrt.profiles import profile_for, profiles_of
 from tests import programs, tensorrt_cases
 
 SMS = ("sm_80", "sm_89", "sm_120")

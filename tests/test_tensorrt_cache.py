@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import runtime.engines.tensorrt as engine_module
-from runtime import bundle, loading
-from runtime.engines import tensorrt_library
-from runtime.engines.tensorrt_cache import Key, built, read, read_timings, write, write_timings
-from runtime.engines.tensorrt_jobs import jobs
-from runtime.engines.tensorrt_library import Library, Target
-from runtime.engines.tensorrt_profiles import profiles_of
-from runtime.errors import EngineError
+import runtime.engines.tensorrt.run as engine_module
+from runtime.base.errors import EngineError
+from runtime.bundle import files as bundle
+from runtime.engines.tensorrt import library as tensorrt_library
+from runtime.engines.tensorrt.cache import Key, built, read, read_timings, write, write_timings
+from runtime.engines.tensorrt.jobs import jobs
+from runtime.engines.tensorrt.library import Library, Target
+from runtime.engines.tensorrt.profiles import profiles_of
+from runtime.face import load as loading
 from tests import programs, tensorrt_cases
 
 KEY = Key("tensorrt", "11.4.0", "NVIDIA H20", "9.0", "bfloat16", "single", 0.5, "graph", "shared")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import runtime.engines
-from runtime.engines import tensorrt_build
+from runtime.engines.tensorrt import build as tensorrt_build
 from tests.tensorrt_api import Api, describe, stand_ins
 from tests.tensorrt_uses import uses_of
 
-SOURCES = sorted(Path(runtime.engines.__file__).parent.glob("tensorrt*.py"))
+SOURCES = sorted(Path(runtime.engines.__file__).parent.glob("tensorrt/*.py"))
 AHEAD_OF_TIME = (
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",

@@ -16,9 +16,9 @@ from edit_compile.compiler import Tracer
 from edit_compile.elastic import ElasticTransformer
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.model import inputs as example_inputs
-from runtime.engines.tensorrt_jobs import jobs, make
-from runtime.engines.tensorrt_library import Library, open_library, targets
-from runtime.program import Program
+from runtime.bundle.program import Program
+from runtime.engines.tensorrt.jobs import jobs, make
+from runtime.engines.tensorrt.library import Library, open_library, targets
 from tests.conftest import WIDTHS
 from tests.models import noise, tiny_flux, tiny_sd3
 from tests.test_hunyuan3d import tiny as tiny_hunyuan3d

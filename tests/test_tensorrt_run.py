@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import runtime.engines.tensorrt as engine_module
+import runtime.engines.tensorrt.run as engine_module
 from runtime import engines
-from runtime.engines.tensorrt_profiles import profiles_of
-from runtime.errors import EngineError
+from runtime.base.errors import EngineError
+from runtime.engines.tensorrt.profiles import profiles_of
 from tests import programs
 from tests.test_engine_plans import inputs, weights
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import transfer
-from runtime.policy import RoutingPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.base import transfer
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import RoutingPolicy
 from tests import programs
 
 done: list[object] = []

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime import bundle
-from runtime.errors import EditError, InputError, PolicyError, ShapeError
-from runtime.guard import guard
-from runtime.policy import REUSE, RoutingPolicy, ScheduledPolicy
-from runtime.program import Program
-from runtime.spec import Glue
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import EditError, InputError, PolicyError, ShapeError
+from runtime.base.guard import guard
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Glue
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE, RoutingPolicy, ScheduledPolicy
 from tests import programs
 
 

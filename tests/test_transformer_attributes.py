@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from edit_compile.compiler import Tracer
-from runtime import bundle
-from runtime.errors import InputError
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import InputError
+from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from runtime.errors import InputError
-from runtime.trace import COMPUTED, REUSED
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import InputError
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED
 from tests import programs
 from tests.test_transformer import in_threads
 from tests.test_transformer_requests import ALWAYS_REUSE, BLOCKS, call, compiled, done

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import state
-from runtime.bank import Residuals
-from runtime.errors import EditError
-from runtime.policy import REUSE, ScheduledPolicy
-from runtime.trace import COMPUTED, REUSED
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import EditError
+from runtime.face.transformer import CompiledTransformer
+from runtime.requests import state
+from runtime.requests.bank import Residuals
+from runtime.requests.trace import COMPUTED, REUSED
+from runtime.routing.policy import REUSE, ScheduledPolicy
 from tests import programs
 from tests.test_transformer import in_threads
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from edit_compile.cli import app
 from edit_compile.verify import Check
 from edit_compile.verify_widths import guard_inputs, verify_widths
-from runtime.errors import EditError, EngineError, InputError
-from runtime.program import Program
-from runtime.transformer import CompiledTransformer
+from runtime.base.errors import EditError, EngineError, InputError
+from runtime.bundle.program import Program
+from runtime.face.transformer import CompiledTransformer
 from tests import programs
 
 HALF = "plans/single-w050.onnx"

@@ -12,7 +12,7 @@ from diffusers.models import transformers
 
 from benchmarks.models import DOCUMENT, flops_left, kind_of
 from passes.discover import DiscoveryError
-from runtime.errors import EngineError
+from runtime.base.errors import EngineError
 from tests.catalogue import ENGINES, check
 from tests.zoo import CASES, LEFT_OUT
 

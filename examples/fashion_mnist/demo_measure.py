@@ -22,9 +22,9 @@ from examples.fashion_mnist.demo_reference import Reference, load_reference
 from examples.fashion_mnist.judge import Judge, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import STEPS, sample, save_grid
-from runtime.loading import load
-from runtime.policy import Decider, RoutingPolicy
-from runtime.transformer import CompiledTransformer
+from runtime.face.load import load
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import Decider, RoutingPolicy
 
 BATCH = 50
 SHOWN = 30

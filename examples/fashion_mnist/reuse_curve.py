@@ -17,9 +17,9 @@ from examples.fashion_mnist.demo_measure import draw, flops_left, judge_images
 from examples.fashion_mnist.demo_reference import load_reference
 from examples.fashion_mnist.judge import load_judge
 from examples.fashion_mnist.model import WEIGHTS
-from runtime.loading import load
-from runtime.policy import RoutingPolicy
-from runtime.trace import REUSED
+from runtime.face.load import load
+from runtime.requests.trace import REUSED
+from runtime.routing.policy import RoutingPolicy
 
 SETTINGS = ((0.0, 0), (0.02, 1), (0.02, 3), (0.1, 3))
 

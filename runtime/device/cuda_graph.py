@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.base.errors import RecordError
 from runtime.device.kernels import Kernels, checked
 from runtime.device.recorder import Argument, Condition, Work
-from runtime.errors import RecordError
 
 NEEDED = 12080
 """CUDA version of the first driver with switches."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.base.errors import RecordError
 from runtime.device.recorder import Argument, Condition
-from runtime.errors import RecordError
 
 KERNELS = ("advance", "decide")
 

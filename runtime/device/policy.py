@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.blocks import ReadyBlock
-from runtime.errors import PolicyError
-from runtime.policy import REUSE, SKIP, Decider, RoutingPolicy, ScheduledPolicy, keeps_residuals
+from runtime.base.errors import PolicyError
+from runtime.calls.bound import ReadyBlock
+from runtime.routing.policy import REUSE, SKIP, Decider, RoutingPolicy, ScheduledPolicy, keeps_residuals
 
 UNPLANNED, REUSE_CASE, COMPUTE_CASE, SKIP_CASE = -1, 0, 1, 1000
 """Cases of a guard's switch: reuse; the plan's variants from COMPUTE_CASE on; SKIP_CASE is past the last of them, and

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.arguments import refuse_infinite
-from runtime.blocks import ReadyBlock
+from runtime.base.errors import PolicyError
+from runtime.calls.bound import ReadyBlock
+from runtime.calls.tally import Tally
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.requests import DeviceRequest, Ledger
 from runtime.device.step import OWN, Step
-from runtime.errors import PolicyError
-from runtime.policy import REUSE, SKIP
-from runtime.routing import gate_of
-from runtime.tally import Tally
-from runtime.trace import RequestTrace
+from runtime.face.arguments import refuse_infinite
+from runtime.requests.trace import RequestTrace
+from runtime.routing.folded import gate_of
+from runtime.routing.policy import REUSE, SKIP
 
 UNNAMED = "branch 0"
 """How the calls that come without a context are called in traces."""

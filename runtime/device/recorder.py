@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runtime.errors import RecordError
+from runtime.base.errors import RecordError
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from weakref import finalize
 
 import torch
 
+from runtime.base.errors import EditError
 from runtime.device.recorder import Recorder
 from runtime.device.step import Step
-from runtime.errors import EditError
-from runtime.state import Place, Signature
-from runtime.trace import RequestTrace, Trace
+from runtime.requests.state import Place, Signature
+from runtime.requests.trace import RequestTrace, Trace
 
 FIELDS = 6
 """Numbers of a clock (see ``decide.cu``)."""

@@ -11,16 +11,16 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from runtime.blocks import ReadyBlocks
+from runtime.base.errors import EditError, RecordError
+from runtime.calls.bound import ReadyBlocks
+from runtime.calls.tally import Costs, Tally
 from runtime.device.reader import Reading
 from runtime.device.recorder import Recorder, recorder_for
 from runtime.device.requests import DeviceRequest, Shelf
 from runtime.device.step import Step
-from runtime.errors import EditError, RecordError
-from runtime.policy import Decider
-from runtime.state import Place, Requests, Signature, current_context
-from runtime.tally import Costs, Tally
-from runtime.trace import Counters, Trace
+from runtime.requests.state import Place, Requests, Signature, current_context
+from runtime.requests.trace import Counters, Trace
+from runtime.routing.policy import Decider
 
 log = logging.getLogger(__name__)
 

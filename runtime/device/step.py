@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runtime.blocks import ReadyBlock, ReadyBlocks
+from runtime.base.errors import RecordError
+from runtime.base.guard import answering
+from runtime.base.rows import one_row
+from runtime.calls.bound import ReadyBlock, ReadyBlocks
 from runtime.device.policy import PolicyNumbers
 from runtime.device.recorder import Recorder, Work
-from runtime.errors import RecordError
-from runtime.guard import answering
-from runtime.policy import EMPTY, Decider
-from runtime.rows import one_row
+from runtime.routing.policy import EMPTY, Decider
 
 OWN = 4
 """Numbers of a context of its own (see ``decide.cu``)."""
@@ -108,7 +108,7 @@ class Step:
         """A residual's buffers for every guard that the glue comes to, and those of its outputs."""
         deltas: dict[int, list[Tensor]] = {}
 
-        def answer(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        def answer(block: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
             states = [inputs[index] for index in self.blocks[block].states]
             deltas[block] = [torch.zeros_like(state) for state in states]
             return states
@@ -143,7 +143,7 @@ class Step:
                 own.copy_(output)
         return self._outputs
 
-    def _answer(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _answer(self, block: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
         ready = self.blocks[block]
         states = [inputs[index] for index in ready.states]
         if self._routers is not None:

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runtime.errors import EngineError
-from runtime.program import Program
-from runtime.spec import Plan
+from runtime.base.errors import EngineError
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Plan
 
 NAMES = ("onnxruntime", "torch", "inductor", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 """`tensorrt-packed` and `tensorrt-rtx-packed` are the last two with weights inside their engines."""
@@ -74,7 +74,7 @@ def make(name: str, program: Program | None = None) -> Engine:
         return OnnxRuntimeCudaEngine()
     if program is None:
         raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
-    from runtime.engines.tensorrt import TensorRTEngine
+    from runtime.engines.tensorrt.run import TensorRTEngine
 
     library = name.removesuffix("-packed")
     return TensorRTEngine(library, "shared" if library == name else "packed", program)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import Plan
 from runtime.engines import Bound, Kernel, plan_bytes
 from runtime.engines.ort_library import ELEMENTS, Bindings, open_library, session_options
-from runtime.errors import EngineError
-from runtime.spec import Plan
 
 _ALONE = 1 << 20
 """States of up to as many elements are handled by one thread: it takes a few milliseconds, as spinning does."""

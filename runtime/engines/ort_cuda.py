@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import Plan
 from runtime.engines import Bound, Kernel, no_gpu, plan_bytes
 from runtime.engines.ort_cuda_library import open_cuda_library, provider_missing, share_arena
 from runtime.engines.ort_library import CUDA, ELEMENTS, Bindings, session_options
 from runtime.engines.streams import own_stream, own_stream_in_step
-from runtime.errors import EngineError
-from runtime.spec import Plan
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from runtime.base.errors import EngineError
 from runtime.engines.ort_library import CUDA, GPU_BUILD, open_library
-from runtime.errors import EngineError
 
 _SAME_AS_REQUESTED = 1
 _arenas: set[int] = set()

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.errors import EngineError
-from runtime.spec import Plan
+from runtime.base.errors import EngineError
+from runtime.bundle.spec import Plan
 
 ELEMENTS = {
     torch.float32: 1,

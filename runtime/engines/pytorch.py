@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime import pt2
+from runtime.base.errors import EngineError
+from runtime.bundle import archive as pt2
+from runtime.bundle.spec import Plan
 from runtime.engines import Bound, Kernel, plan_bytes, plan_file
-from runtime.errors import EngineError
-from runtime.products import quickened
-from runtime.spec import Plan
+from runtime.engines.products import quickened
 
 Graph = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[tuple[int, ...], ...]

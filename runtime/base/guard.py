@@ -1,0 +1,50 @@
+"""The guard operator: the one opaque call that stands for a block in a glue graph.
+
+``edit_compile::guard(Tensor[] inputs, int[] states, int block, int form=0) -> Tensor[]`` takes a block's tensor
+inputs in plan order and gives its states after the block. `form` says in which of its forms the block is called
+(`runtime.bundle.spec.Block.forms`); ANY leaves it to the shapes of the inputs. Which dispatcher answers is set per
+thread and per task by `answering`, so that two compiled models never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+Answer = Callable[[int, Sequence[Tensor], int], list[Tensor]]
+"""From a block's number, its inputs and its form to its states."""
+
+ANY = -1
+"""The form that goes by the shapes of the inputs: the model's own Python may call a block with others each time."""
+
+_answer: ContextVar[Answer] = ContextVar("edit_compile_guard")
+_library = torch.library.Library("edit_compile", "DEF")
+_library.define("guard(Tensor[] inputs, int[] states, int block, int form=0) -> Tensor[]")
+
+
+def _guard(inputs: Sequence[Tensor], states: Sequence[int], block: int, form: int = 0) -> list[Tensor]:
+    return _answer.get()(block, inputs, form)
+
+
+def _fake_guard(inputs: Sequence[Tensor], states: Sequence[int], block: int, form: int = 0) -> list[Tensor]:
+    return [torch.empty_like(inputs[index]) for index in states]
+
+
+_library.impl("guard", _guard, "CompositeExplicitAutograd")
+torch.library.register_fake("edit_compile::guard", _fake_guard, lib=_library)
+
+guard = torch.ops.edit_compile.guard.default
+
+
+@contextmanager
+def answering(answer: Answer) -> Iterator[None]:
+    """Let `answer(block, inputs, form) -> states` serve the guards run inside the ``with`` block."""
+    token = _answer.set(answer)
+    try:
+        yield
+    finally:
+        _answer.reset(token)

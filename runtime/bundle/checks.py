@@ -1,0 +1,159 @@
+"""Whether what a manifest says holds together, and fits the tensors beside it; BundleError where not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from runtime.base.errors import BundleError
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Block, Glue, Manifest, Plan, PlanInput, RouterConfig
+
+ACTIVATIONS = frozenset(
+    (
+        "celu",
+        "elu",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "mish",
+        "relu",
+        "relu6",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "softsign",
+        "tanh",
+    )
+)
+"""Functions of torch.nn.functional that a router may name."""
+
+
+def check(program: Program) -> None:
+    """BundleError, naming the place, where the parts of `program` do not refer to each other rightly."""
+    manifest = program.manifest
+    _check_dtype(manifest.dtype, "the model")
+    _check_widths(manifest.widths, "the manifest")
+    plans = {plan.id: plan for plan in manifest.plans}
+    for plan in manifest.plans:
+        _check_plan(plan)
+    for block in manifest.blocks:
+        _check_block(block, plans, program.weights)
+    for glue in manifest.glues:
+        _check_glue(glue, plans, program)
+    if manifest.router is not None:
+        _check_router(manifest.router)
+    _check_router_keys(program.routers, manifest)
+
+
+def _check_plan(plan: Plan) -> None:
+    where = f"plan {plan.id}"
+    for given in plan.inputs:
+        _check_dtype(given.dtype, f"input {given.name} of {where}")
+        _need(
+            given.batch_dim is None or 0 <= given.batch_dim < len(given.shape),
+            f"input {given.name} of {where} has no dimension {given.batch_dim}",
+        )
+    _need(bool(plan.states), f"{where} has no states")
+    for index in (*plan.states, *(() if plan.time is None else (plan.time,))):
+        _need(0 <= index < len(plan.inputs), f"{where} has no input {index}")
+    _need(
+        not plan.single_row or all(plan.inputs[index].batch_dim is not None for index in plan.states),
+        f"{where} takes one row per call, but one of its states has no rows",
+    )
+    for bucket in plan.buckets:
+        _need(
+            len(bucket) == len(plan.inputs) and all(map(_fits, bucket, plan.inputs)),
+            f"{where} was compiled for the shapes {bucket}, which its inputs do not have",
+        )
+    _check_widths([variant.width for variant in plan.variants], where)
+    for variant in plan.variants:
+        _need(
+            len(variant.rows) == len(plan.weights) and min(variant.rows, default=0) >= 0,
+            f"{where} has {len(plan.weights)} weights, its variant {variant.width:g} rows {variant.rows}",
+        )
+
+
+def _fits(shape: tuple[int | None, ...], given: PlanInput) -> bool:
+    """Whether `shape` is one of `given`, with nothing free but the batch."""
+    return len(shape) == len(given.shape) and all(
+        want in (None, have) and (have is not None or dim == given.batch_dim)
+        for dim, (have, want) in enumerate(zip(shape, given.shape, strict=True))
+    )
+
+
+def _check_block(block: Block, plans: Mapping[str, Plan], weights: Mapping[str, Tensor]) -> None:
+    plan = plans.get(block.plan)
+    if plan is None:
+        raise _wrong(f"block {block.name} runs the plan {block.plan!r}, which is not there")
+    _need(
+        len(block.weights) == len(plan.weights),
+        f"block {block.name} has {len(block.weights)} weights, its plan {len(plan.weights)}",
+    )
+    _check_weights(block.weights, weights, f"block {block.name}")
+    for key, rows in zip(block.weights, zip(*(v.rows for v in plan.variants), strict=True), strict=True):
+        weight = weights[key]
+        _need(weight.dim() == 0 or weight.shape[0] >= max(rows), f"{key} of block {block.name} has too few rows")
+
+
+def _check_glue(glue: Glue, plans: Mapping[str, Plan], program: Program) -> None:
+    where = f"glue {glue.id}"
+    _need(glue.file is None or glue.file in program.files, f"{where} names the file {glue.file!r}, which is not there")
+    _check_weights(glue.weights, program.weights, where)
+    for given in glue.inputs:
+        _check_dtype(given.dtype, f"input {given.name} of {where}")
+    for cost in glue.costs:
+        known = cost.plan in plans and 0 <= cost.variant < len(plans[cost.plan].variants)
+        _need(known, f"{where} has a cost of plan {cost.plan!r}, variant {cost.variant}, which is not there")
+
+
+def _check_weights(keys: Sequence[str], weights: Mapping[str, Tensor], where: str) -> None:
+    for key in keys:
+        _need(key in weights, f"weights.safetensors lacks {key!r} of {where}")
+
+
+def _check_router(router: RouterConfig) -> None:
+    _need(router.activation in ACTIVATIONS, f"the router's activation {router.activation!r} is none that is known")
+    _need(
+        router.time_activation is None or router.time_activation in ACTIVATIONS,
+        f"the router's time_activation {router.time_activation!r} is none that is known",
+    )
+    _need(
+        router.modulation in {"full", "low_rank", "none"}, f"the router's modulation {router.modulation!r} is not known"
+    )
+    _check_widths(router.widths, "the router")
+
+
+def _check_router_keys(keys: Mapping[str, Tensor], manifest: Manifest) -> None:
+    _need(not keys or manifest.router is not None, "there are routers' weights, but no router is described")
+    for key in keys:
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(manifest.blocks) and name
+        _need(bool(known), f"routers.safetensors holds {key!r}, which is no block's")
+
+
+def _check_widths(widths: Sequence[float], where: str) -> None:
+    ascending = all(low < high for low, high in pairwise(widths))
+    _need(
+        bool(widths) and ascending and widths[0] > 0 and widths[-1] == 1.0,
+        f"the widths of {where} are {list(widths)}: they have to ascend to 1",
+    )
+
+
+def _check_dtype(name: str, where: str) -> None:
+    _need(isinstance(getattr(torch, name, None), torch.dtype), f"{where} has the dtype {name!r}, which torch lacks")
+
+
+def _need(holds: bool, told: str) -> None:
+    if not holds:
+        raise _wrong(told)
+
+
+def _wrong(told: str) -> BundleError:
+    return BundleError(f"manifest.json does not hold together: {told}; copy or compile the bundle again")

@@ -1,0 +1,1 @@
+"""One call of a compiled transformer: choose a glue, answer its guards, count the work."""

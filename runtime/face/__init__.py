@@ -1,0 +1,1 @@
+"""What a diffusers pipeline is given in place of the model."""

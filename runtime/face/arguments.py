@@ -1,0 +1,176 @@
+"""The arguments of a model's forward as a flat set of tensors and plain constants.
+
+Lists, tuples and dicts are flattened to dotted names (``x.0``), and made of them again; leaves are tensors or scalars.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.base.errors import InputError, ShapeError
+from runtime.bundle.spec import Glue, GlueInput
+
+Constant = bool | int | float | str | None
+
+IGNORED = frozenset({"return_dict"})
+"""Arguments that only say how the result is wrapped."""
+
+
+OTHERS = "**"
+"""Stands among the names of a forward's arguments for all others, where it takes any."""
+
+
+def argument_names(forward: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the arguments of `forward`, in order; OTHERS comes last where it takes others by keyword."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return (*names, OTHERS) if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
+
+
+def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Positional and keyword arguments by name; InputError for one the model does not take."""
+    own = [name for name in arguments if name != OTHERS]
+    if len(args) > len(own):
+        raise InputError(f"forward takes {len(own)} arguments, got {len(args)} by position")
+    given = dict(zip(own, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in own and OTHERS not in arguments:
+            raise InputError(f"forward takes no argument {name!r}; it takes {', '.join(arguments)}")
+        if name in given:
+            raise InputError(f"argument {name!r} is given twice")
+        given[name] = value
+    return given
+
+
+def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Constant]]:
+    """Tensors and constants by dotted name; None, empty lists and empty dicts are left out.
+
+    InputError for a leaf that is neither a tensor nor a scalar.
+    """
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Constant] = {}
+    for name, value in arguments.items():
+        if name not in IGNORED:
+            _flatten(name, value, tensors, constants)
+    return tensors, constants
+
+
+def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: dict[str, Constant]) -> None:
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        tensors[name] = value
+    elif isinstance(value, (bool, int, float, str)):
+        constants[name] = value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _flatten(f"{name}.{key}", item, tensors, constants)
+    else:
+        raise InputError(f"argument {name!r} is a {type(value).__name__}: neither a tensor nor plain data")
+
+
+def unflatten(values: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments by name, of leaves by dotted name; what has the keys 0, 1, ... becomes a list."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *path, last = name.split(".")
+        place = tree
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return {name: _lists(value) for name, value in tree.items()}
+
+
+def _lists(value: Any) -> Any:
+    if type(value) is not dict:
+        return value
+    items = {key: _lists(item) for key, item in value.items()}
+    numbers = [str(index) for index in range(len(items))]
+    return [items[key] for key in numbers] if items and items.keys() == set(numbers) else items
+
+
+def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
+    """The glue compiled for these shapes and constants."""
+    return next((glue for glue in glues if _fits(glue, tensors) and _same_constants(glue, constants)), None)
+
+
+def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> InputError:
+    """Why no glue fits: a missing or surplus input, a constant, or the shapes that were compiled."""
+    if not glues:
+        return ShapeError("nothing has been compiled yet")
+    shaped = [glue for glue in glues if _fits(glue, tensors)]
+    if shaped:
+        traced, given = _plain(shaped[0].constants), dict(constants)
+        names = sorted(n for n in traced.keys() | given.keys() if traced.get(n) != given.get(n))
+        told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {given.get(n)!r}" for n in names)
+        return ShapeError(f"these arguments are fixed when compiling: {told}")
+    wanted = {given.name for glue in glues for given in glue.inputs}
+    for name in sorted(wanted - tensors.keys()):
+        if all(name in {given.name for given in glue.inputs} for glue in glues):
+            return InputError(f"missing input {name!r}")
+    for name in sorted(tensors.keys() - wanted):
+        return InputError(f"input {name!r} was not given when compiling: compile with it, or leave it out")
+    shapes = "\n".join("  " + ", ".join(f"{i.name} {_shape(i.shape)}" for i in glue.inputs) for glue in glues)
+    called = ", ".join(f"{name} {_shape(tuple(tensor.shape))}" for name, tensor in tensors.items())
+    return ShapeError(f"not compiled for {called}\ncompiled shapes (* is any batch size):\n{shapes}")
+
+
+def check_tensors(glue: Glue, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """InputError for a wrong dtype or device."""
+    for given in glue.inputs:
+        tensor = tensors[given.name]
+        if tensor.dtype != getattr(torch, given.dtype):
+            raise InputError(f"input {given.name!r} is {str(tensor.dtype)[6:]}, compiled for {given.dtype}")
+        if tensor.device != device:
+            raise InputError(f"input {given.name!r} is on {tensor.device}, the compiled transformer on {device}")
+
+
+def check_finite(glue: Glue, tensors: Mapping[str, Tensor]) -> None:
+    """InputError for a float input that is not finite; waits for a GPU."""
+    floats = {i.name: tensors[i.name] for i in glue.inputs if tensors[i.name].is_floating_point()}
+    sums = [value.sum(dtype=torch.float32 if value.dtype.itemsize < 8 else None) for value in floats.values()]
+    if sums and not torch.isfinite(sum(sums)):  # type: ignore[arg-type]
+        # a sum may overflow on its own, so look again, closely
+        refuse_infinite([name for name, value in floats.items() if not torch.isfinite(value).all()])
+
+
+def rows(glue: Glue, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Rows of the batch in each input that carries it."""
+    return {
+        given.name: tensors[given.name].shape[given.shape.index(None)] for given in glue.inputs if None in given.shape
+    }
+
+
+def refuse_infinite(names: Sequence[str]) -> None:
+    """InputError that names the inputs, if any, that are not finite."""
+    if names:
+        raise InputError(f"input {', '.join(names)} holds NaN or infinity")
+
+
+def _fits(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
+    return len(glue.inputs) == len(tensors) and all(
+        given.name in tensors and _matches(given, tensors[given.name]) for given in glue.inputs
+    )
+
+
+def _matches(given: GlueInput, tensor: Tensor) -> bool:
+    return len(given.shape) == tensor.dim() and all(
+        want is None or want == have for want, have in zip(given.shape, tensor.shape, strict=True)
+    )
+
+
+def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
+    return _plain(glue.constants) == dict(constants)
+
+
+def _plain(constants: Mapping[str, Constant]) -> dict[str, Constant]:
+    return {name: value for name, value in constants.items() if value is not None and name not in IGNORED}
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"

@@ -1,0 +1,46 @@
+"""From a bundle on disk to a callable transformer; all that a machine without model code needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.base.errors import EngineError
+from runtime.bundle import files as bundle
+from runtime.engines.tensorrt.cache import built
+from runtime.engines.tensorrt.library import gpu_here
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import Decider
+
+
+def load(
+    path: str | Path, engine: str | None = None, policy: Decider | None = None, dispatch: str = "host"
+) -> CompiledTransformer:
+    """The compiled transformer of the bundle at `path`.
+
+    `engine` runs its plans (see CompiledTransformer). Without one it is what the bundle's engines were
+    built with, and "onnxruntime" for a bundle that holds none: engines of another GPU are refused rather than
+    replaced by a CPU's in silence. `policy` replaces the bundle's own. With `dispatch` "device" decisions are taken on
+    the GPU where that can be done (see CompiledTransformer). Raises BundleError where the bundle is damaged
+    or foreign, EngineError where the engine cannot run it here.
+    """
+    program = bundle.load(path)
+    chosen = engine or built_engine(Path(path))
+    try:
+        return CompiledTransformer(program, chosen, policy, dispatch=dispatch)
+    except EngineError as error:
+        if engine is not None:
+            raise
+        holds = "no engines, for which onnxruntime is taken" if chosen == "onnxruntime" else f"engines of {chosen}"
+        raise EngineError(f"{path} holds {holds}, and no engine was named. {error}") from error
+
+
+def built_engine(folder: Path) -> str:
+    """Name of the engine that the bundle's own engines are for, those for the GPU here before others."""
+    here = gpu_here()
+    records = sorted(
+        (record.key for record in built(folder)),
+        key=lambda key: (here is None or key.capability != here.capability, key.weights == "packed", key.library),
+    )
+    if not records:
+        return "onnxruntime"
+    return records[0].library + ("-packed" if records[0].weights == "packed" else "")

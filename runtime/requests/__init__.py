@@ -1,0 +1,1 @@
+"""What is remembered between calls: which generation a call belongs to, residuals, traces."""
