@@ -12,7 +12,7 @@ import torch
 
 from edit_compile.timing import Spread, interleaved
 from runtime.base.guard import answering
-from runtime.calls.loaded import glue_graph
+from runtime.calls.bound import glue_graph
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import SKIP, ScheduledPolicy
 

@@ -24,8 +24,7 @@ from runtime.base.errors import EditError, EngineError
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Block, Manifest, Plan
-from runtime.calls.bound import ReadyBlock, ReadyBlocks
-from runtime.calls.loaded import glue_graph
+from runtime.calls.bound import BoundBlock, BoundBlocks, glue_graph
 from runtime.face import arguments
 from runtime.face.transformer import CompiledTransformer
 
@@ -75,7 +74,7 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
         raise arguments.explain(program.manifest.glues, tensors, constants)
     if glue.file is None:
         raise EditError("this bundle is hosted by its model: compile the model here, and compare with that")
-    arguments.check_tensors(glue, tensors, device)
+    arguments.check_device(glue, tensors, device)
     arguments.check_finite(glue, tensors)
     states = {plan.id: plan.states for plan in program.manifest.plans}
     seen: dict[int, list[Tensor]] = {}
@@ -99,10 +98,10 @@ def _compared(manifest: Manifest, packed: bool) -> Iterator[tuple[int, Block, Pl
             yield index, block, plans[block.plan]
 
 
-def _alone(program: Program, engine: str, block: Block, plan: Plan) -> ReadyBlock:
+def _alone(program: Program, engine: str, block: Block, plan: Plan) -> BoundBlock:
     """`block` on an engine, nothing else loaded."""
     manifest = replace(program.manifest, plans=(plan,), blocks=(block,), router=None)
-    (ready,) = ReadyBlocks(replace(program, manifest=manifest, routers={}), engine).blocks
+    (ready,) = BoundBlocks(replace(program, manifest=manifest, routers={}), engine).forms[0]
     return ready
 
 
@@ -112,7 +111,7 @@ def _moved(program: Program, block: Block, device: torch.device) -> Program:
 
 
 def _compare(
-    name: str, mine: ReadyBlock, theirs: ReadyBlock, variant: int, given: Sequence[Tensor], tolerance: float
+    name: str, mine: BoundBlock, theirs: BoundBlock, variant: int, given: Sequence[Tensor], tolerance: float
 ) -> Check:
     expected = theirs.bound[variant](given)
     try:

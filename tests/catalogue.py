@@ -59,10 +59,13 @@ def follow_decisions(compiled: CompiledTransformer, analysis: Analysis, case: Ca
     oracle, blocks = ScheduleOracle(analysis), len(analysis.discovery.blocks)
     table = np.random.default_rng(0).choice([SKIP, REUSE, *WIDTHS], size=(steps, blocks))
     compiled.policy = ScheduledPolicy(table)
-    compiled._reset_stateful_cache()
     for step, decisions in enumerate(table):
         inputs = _at_step(case, analysis.discovery.timestep, step)
-        check_equal(compiled(**inputs), oracle(decisions, inputs), f"step {step} of {decisions.tolist()}")
+        with compiled.request("one"):
+            output = compiled(**inputs)
+        check_equal(output, oracle(decisions, inputs), f"step {step} of {decisions.tolist()}")
+    with compiled.request("one"):
+        compiled.reset()
 
 
 def train_routers(case: Case, analysis: Analysis) -> None:

@@ -229,6 +229,7 @@ def make(kinds: tuple[str, ...] = ("double", "single", "double"), seed: int = 0,
         outputs=("sample",),
         flops=10,
         costs=costs,
+        latents=(("hidden_states", 0),),
     )
     example_names = tuple(given.name for given in glue.inputs)
     manifest = Manifest(

@@ -25,12 +25,12 @@ def part(tensors: list[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
 
 def test_a_bank_filled_in_inference_mode_is_written_outside_of_it() -> None:
     for rows in ([0, 1, 2], [0, 2]):
-        bank, index = Residuals(ROWS, DIMS), torch.tensor(rows)
-        keep = bank.keep if len(rows) == ROWS else lambda *s, b=bank, r=rows, i=index: b.keep_rows(r, i, *s)
+        bank, index = Residuals(states(0), DIMS), torch.tensor(rows)
+        some = () if len(rows) == ROWS else (rows, index)
         with torch.inference_mode():
-            keep(part(states(0), rows), part(states(1), rows))
-        keep(part(states(2), rows), part(states(3), rows))
-        got = bank.reuse_rows(rows, index, part(states(2), rows))
+            bank.keep(part(states(0), rows), part(states(1), rows), *some)
+        bank.keep(part(states(2), rows), part(states(3), rows), *some)
+        got = bank.reuse(part(states(2), rows), rows, index)
         for have, want in zip(got, part(states(3), rows), strict=True):
             torch.testing.assert_close(have, want)
 
@@ -38,7 +38,7 @@ def test_a_bank_filled_in_inference_mode_is_written_outside_of_it() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(operation, max_size=12))
 def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:
-    bank = Residuals(ROWS, DIMS)
+    bank = Residuals(states(0), DIMS)
     model: dict[int, tuple[list[torch.Tensor], int]] = {}
     for seed, (kind, chosen) in enumerate(operations):
         rows = sorted(chosen)
@@ -49,7 +49,7 @@ def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:
             if whole:
                 bank.keep(before, after)
             else:
-                bank.keep_rows(rows, index, part(before, rows), part(after, rows))
+                bank.keep(part(before, rows), part(after, rows), rows, index)
             for row in rows:
                 model[row] = (
                     [y - x for x, y in zip(part(before, [row]), part(after, [row]), strict=True)],
@@ -60,7 +60,7 @@ def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:
             for row in rows:
                 model.pop(row, None)
         elif all(row in model for row in rows):
-            got = bank.reuse(before) if whole else bank.reuse_rows(rows, index, part(before, rows))
+            got = bank.reuse(before) if whole else bank.reuse(part(before, rows), rows, index)
             for place, row in enumerate(rows):
                 deltas, k = model[row]
                 model[row] = (deltas, k + 1)
@@ -71,7 +71,7 @@ def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:
 
 
 def test_buffers_are_written_again_after_clearing() -> None:
-    bank = Residuals(ROWS, DIMS)
+    bank = Residuals(states(0), DIMS)
     bank.keep(states(0), states(1))
     size, addresses = bank.nbytes, [d.data_ptr() for d in bank._deltas]
     bank.clear()
@@ -81,7 +81,7 @@ def test_buffers_are_written_again_after_clearing() -> None:
 
 
 def test_a_bank_holds_differences_of_its_own() -> None:
-    bank = Residuals(ROWS, DIMS)
+    bank = Residuals(states(0), DIMS)
     before, after = states(0), states(1)
     bank.keep(before, after)
     expected = [x + (y - x) for x, y in zip(before, after, strict=True)]
@@ -89,3 +89,10 @@ def test_a_bank_holds_differences_of_its_own() -> None:
     before[0].zero_(), after[0].zero_()
     for have, want in zip(bank.reuse(given), expected, strict=True):
         torch.testing.assert_close(have, want)
+
+
+def test_a_bank_is_for_states_of_one_kind() -> None:
+    bank = Residuals(states(0), DIMS)
+    assert bank.fits(states(1))
+    assert not bank.fits(states(1, rows=2))
+    assert not bank.fits([state.double() for state in states(1)])

@@ -169,7 +169,7 @@ def test_waits_of_the_host_are_counted_twice_over(on_cuda: Case, monkeypatch: py
 def test_on_a_gpu_both_ways_to_decide_are_compared(on_cuda: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda.on("torch")
     other = on_cuda.load("torch")
-    other._calls.note = "this GPU has no conditional nodes"
+    other._session._note = "this GPU has no conditional nodes"
     monkeypatch.setattr(on_cuda, "load", lambda engine, dispatch="host": other)
     found = gpu_pieces.dispatch(on_cuda, "torch")
     assert found["device"]["difference_from_host"] == 0

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from ctypes import addressof, c_uint
+from ctypes import addressof, c_double, c_int, c_uint, c_void_p
+from dataclasses import replace
 from importlib.resources import files
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.recorder import Condition
-from runtime.device.requests import FIELDS
+from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
-from runtime.requests.state import Request
-from runtime.requests.trace import Trace
+from runtime.requests.evidence import continues
+from runtime.requests.rule import Arrival, Verdict, advance
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
-from tests.emulator import call_kernel
+from tests.emulator import call_kernel, library
 
 WIDTHS = (0.25, 0.5, 1.0)
 VARIANTS = torch.tensor([0, 0, 1], dtype=torch.int32)  # a plan without a variant for .25
@@ -29,11 +31,11 @@ logit = st.floats(-4, 4)
 class Guard:
     """One row of one block, with a bank that was reused `held` times."""
 
-    def __init__(self, policy: RoutingPolicy, step: int, held: int, keeps: bool = True, untold: bool = False) -> None:
+    def __init__(self, policy: RoutingPolicy, step: int, held: int, keeps: bool = True) -> None:
         self.bounds = torch.tensor([policy.threshold, policy.threshold + policy.margin], dtype=torch.float64)
         self.limits = torch.tensor([policy.max_reuse, policy.warmup_steps, keeps, 0], dtype=torch.int32)
         self.table = torch.full((4, 2), UNPLANNED, dtype=torch.int32)
-        self.own = torch.tensor([0, 0, step, untold], dtype=torch.int32)
+        self.own = torch.tensor([0, 0, 0, step, 0], dtype=torch.int32)
         self.held = torch.tensor([77, held], dtype=torch.int32)
         self.decision = torch.zeros(1, dtype=torch.float64)
         self.switch = c_uint(99)
@@ -103,12 +105,6 @@ def test_where_nothing_is_ever_reused_the_bank_stays_empty() -> None:
     assert int(guard.held[1]) == EMPTY
 
 
-def test_branches_that_cannot_be_told_apart_reuse_nothing() -> None:
-    logits = [0.1, 0.0, 0.0, 1.0]
-    assert Guard(RoutingPolicy(), 0, 0)(logits) == REUSE_CASE
-    assert Guard(RoutingPolicy(), 0, 0, untold=True)(logits) == COMPUTE_CASE + 1
-
-
 def test_a_schedule_decides_by_step_and_row() -> None:
     cases = {0: SKIP_CASE, 1: REUSE_CASE, 2: COMPUTE_CASE, 3: UNPLANNED, 4: UNPLANNED}
     for step, planned in cases.items():
@@ -122,39 +118,81 @@ def test_a_schedule_decides_by_step_and_row() -> None:
     assert empty(None) == COMPUTE_CASE + 1
 
 
-calls = st.lists(
-    st.tuples(st.sampled_from(["cond", "uncond"]), st.lists(st.integers(0, 4), min_size=2, max_size=2)), max_size=12
+GRAMS = {  # of (d, x, v): the latents are the same, what an output makes of them, near, and others
+    "same": [[0.0, 0.0, 0.0], [0.0, 4.0, 1.0], [0.0, 1.0, 2.0]],
+    "continue": [[1.0, 0.5, 1.4], [0.5, 4.0, 1.0], [1.4, 1.0, 2.0]],
+    "near": [[0.01, 0.0, 0.0], [0.0, 4.0, 1.0], [0.0, 1.0, 2.0]],
+    "others": [[8.0, -4.0, 0.1], [-4.0, 4.0, 0.2], [0.1, 0.2, 2.0]],
+}
+call = st.tuples(
+    st.integers(0, 2),  # branch
+    st.lists(st.integers(0, 3), min_size=2, max_size=2),  # times
+    st.sampled_from([None, *GRAMS]),
+    st.booleans(),  # the latents are those of the first call
+    st.booleans(),  # the conditioning is another generation's
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(calls)
-def test_a_clock_goes_as_a_request_of_the_host_does(calls: list[tuple[str, list[int]]]) -> None:
-    """Steps, and which contexts find their banks emptied, for any order of calls."""
-    request = Request("r", Trace())
-    last, fields = torch.zeros(2, dtype=torch.float64), torch.zeros(6, dtype=torch.int32)
-    own = {name: torch.zeros(4, dtype=torch.int32) for name in ("cond", "uncond")}
-    held = {name: torch.full((3,), EMPTY, dtype=torch.int32) for name in own}
-    for name, times in calls:
-        branch = request.enter(tuple(map(float, times)), name, ())
-        bank = branch.bank(0, 3, (0,))
-        given = torch.tensor(times, dtype=torch.float64)
-        call_kernel("advance", (given, last, 2, 1, fields, own[name], held[name], 3))
-        assert int(own[name][2]) == request.step
-        assert held[name].tolist() == bank.held
-        bank.held = [1, 2, 3]
-        held[name].copy_(torch.tensor(bank.held))
+@settings(max_examples=500, deadline=None)
+@given(calls=st.lists(call, max_size=12), trusted=st.booleans())
+def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
+    """Steps, verdicts, and which branches find their banks emptied, for any order of calls."""
+    place, begun, left, tick = None, None, False, 0
+    ticks = dict.fromkeys(range(3), -1)
+    clock = Clock(2, torch.device("cpu"))
+    own = [torch.zeros(OWN, dtype=torch.int32) for _ in ticks]
+    held = [torch.full((3,), EMPTY, dtype=torch.int32) for _ in ticks]
+    banks = dict.fromkeys(ticks, EMPTY)
+    for branch, moments, kind, first, renewed in calls:
+        times = tuple(map(float, moments))
+        gram = None if kind is None else np.array([GRAMS[kind]])
+        again = begun is not None and kind is not None and first and (left or begun == (branch, times))
+        left = left or (kind is not None and not first)
+        on = None if gram is None else continues(gram, 1e-7, near=not renewed)
+        arrival = Arrival(times, ticks[branch] == tick, on, again, renewed, trusted)
+        before, (place, verdict) = place, advance(place, arrival)
+        if verdict is not Verdict.GOES_ON:
+            banks = dict.fromkeys(banks, EMPTY)
+        if verdict is Verdict.NEW:
+            begun, left = (branch, times), False
+        if before is None or verdict is Verdict.NEW or place.calls != before.calls:
+            tick += 1
+        ticks[branch] = tick
+        matrix = None if gram is None else torch.from_numpy(gram).contiguous()
+        flag = torch.tensor([int(first)], dtype=torch.int32)
+        call_kernel("advance", (
+            torch.tensor(times, dtype=torch.float64), clock.last, clock.begun, 2, matrix, 0 if gram is None else 1, 3,
+            flag, torch.tensor([1e-7], dtype=torch.float64), int(renewed), int(trusted), branch, clock.fields,
+            own[branch], held[branch], 3,
+        ))  # fmt: skip
+        assert int(own[branch][3]) == place.step
+        assert int(own[branch][4]) == verdict
+        assert set(held[branch].tolist()) == {banks[branch]}
+        assert clock.place == replace(place, times=times[:1] if len(set(times)) == 1 else times)
+        banks[branch] = 1
+        held[branch].fill_(1)
 
 
-def test_a_second_call_at_one_timestep_without_a_context_is_told() -> None:
-    last, fields, own = torch.zeros(1, dtype=torch.float64), torch.zeros(6, dtype=torch.int32), torch.zeros(4).int()
-    held = torch.zeros(1, dtype=torch.int32)
-    told = []
-    for time in (1.0, 0.8, 0.8, 0.6, 0.6):
-        call_kernel("advance", (torch.tensor([time], dtype=torch.float64), last, 1, 0, fields, own, held, 1))
-        told.append((int(own[3]), int(own[2]), int(held[0])))
-        held.fill_(0)
-    assert told == [(0, 0, 0), (0, 1, 0), (1, 1, EMPTY), (1, 2, 0), (1, 2, 0)]
+@settings(max_examples=200, deadline=None)
+@given(
+    vectors=st.integers(2, 6),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.0, 1e-8, 1e-3, 0.05, 1.0, 30.0]),
+    share=st.sampled_from([0.0, 0.4, 0.6, 1.0]),
+    near=st.booleans(),
+)
+def test_latents_continue_on_the_device_where_they_do_on_the_host(vectors, seed, scale, share, near) -> None:
+    draw = np.random.default_rng(seed)
+    basis = draw.normal(size=(vectors - 1, 40))
+    moved = scale * (share * draw.normal(size=40) + (1 - share) * draw.normal(size=vectors - 1) @ basis)
+    stack = np.stack([moved, *basis])
+    gram = stack @ stack.T
+    eps = 1e-3
+    matrix = torch.from_numpy(gram).contiguous()
+    function = library().continues
+    function.restype = c_int
+    found = function(c_void_p(matrix.data_ptr()), c_int(vectors), c_double(eps), c_int(near))
+    assert bool(found) == continues(gram[None], eps, near)
 
 
 def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
@@ -163,8 +201,10 @@ def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
         [name.strip().split(" = ")[0] for name in listed.split(",")] for listed in re.findall(r"enum \{(.*)\}", source)
     ]
     values = dict(re.findall(r"(\w+) = (-?\d+)[,} ]", source))
-    assert (len(enums[0]), len(enums[1]), len(enums[2])) == (FIELDS, OWN, 4)
-    assert enums[0][:3] == ["STARTED", "STEP", "DIRECTION"]  # which Clock reads and writes
+    assert (len(enums[0]), len(enums[1]), len(enums[4])) == (FIELDS, OWN, 4)
+    assert enums[0][:5] == ["STARTED", "STEP", "CALLS", "DIRECTION", "BROKE"]  # which Clock reads and writes
+    assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [9, 10, 2]
+    assert enums[2] == [verdict.name for verdict in Verdict]
     assert {name: int(values[name]) for name in ("UNPLANNED", "REUSE", "COMPUTE", "SKIP", "EMPTY")} == {
         "UNPLANNED": UNPLANNED,
         "REUSE": REUSE_CASE,

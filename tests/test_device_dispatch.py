@@ -33,6 +33,7 @@ ALWAYS_REUSE = ScheduledPolicy(np.full((100, len(KINDS)), REUSE))
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     emulator = Emulator()
     monkeypatch.setattr(runner, "recorder_for", lambda device: emulator)
+    monkeypatch.setattr(runner, "absent", lambda device: None)
     return emulator
 
 
@@ -50,7 +51,7 @@ def test_every_row_is_what_algorithm_1_makes_of_it_alone(recorder: Emulator, row
     for step in range(28):
         for number, context in enumerate(("cond", "uncond")):
             given = programs.inputs(rows, seed=2 * step + number, timestep=1 - step / 28)
-            with model.cache_context(context):
+            with model.request("one"), model.cache_context(context):
                 sample = model(**given).sample
             expected = oracle(context, step, given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
             torch.testing.assert_close(sample, expected, rtol=2e-5, atol=2e-5)
@@ -132,29 +133,22 @@ def test_requests_begin_where_those_of_the_host_do(recorder: Emulator) -> None:
     assert done(model, 3) == [COMPUTED]
 
 
-def test_rows_that_move_apart_start_a_request(recorder: Emulator) -> None:
+def test_rows_may_move_apart_as_long_as_latents_continue(recorder: Emulator) -> None:
     model = on_device()
     given = programs.inputs(2)
     for times in ([0.5, 0.5], [0.4, 0.6]):
         model(**{**given, "timestep": torch.tensor(times)})
-    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+    assert [done(model, n) for n in range(len(model.trace))] == [[COMPUTED, REUSED]]
 
 
-def test_branches_with_contexts_reuse_and_those_without_do_not(
-    recorder: Emulator, caplog: pytest.LogCaptureFixture
-) -> None:
-    host = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE)
-    model = on_device()
-    for got, expected in zip(alternating(model, True), alternating(host, True), strict=True):
+@pytest.mark.parametrize("contexts", [True, False])
+def test_branches_of_guidance_are_those_of_the_host(recorder: Emulator, contexts: bool) -> None:
+    host, device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE), on_device()
+    for got, expected in zip(alternating(device, contexts), alternating(host, contexts), strict=True):
         torch.testing.assert_close(got, expected)
-    assert done(model).count(REUSED) == 4
-    model._reset_stateful_cache()
-    full = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ScheduledPolicy(np.ones((9, len(KINDS)))))
-    with caplog.at_level(logging.WARNING):
-        for got, expected in zip(alternating(model, False), alternating(full, True), strict=True):
-            torch.testing.assert_close(got, expected)
-        assert all(REUSED not in record.arrays()["done"] for record in list(model.trace)[1:])
-    assert "cache context" in caplog.text
+    assert device.dispatch_note is None
+    assert done(device) == done(host)
+    assert done(device).count(REUSED) == 4
 
 
 def test_recordings_are_used_again_when_a_request_has_ended(recorder: Emulator) -> None:

@@ -158,6 +158,7 @@ def test_a_missing_library_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: p
         raise RecordError("Failed to dlopen libnvrtc.so.13 (pip install ...)")
 
     monkeypatch.setattr(runner, "recorder_for", missing)
+    monkeypatch.setattr(runner, "absent", lambda device: None)
     model = on_device()
     with caplog.at_level(logging.WARNING):
         call(model, 1.0)
@@ -227,10 +228,12 @@ def test_two_first_calls_at_once_make_one_recorder(monkeypatch: pytest.MonkeyPat
         return made[-1]
 
     monkeypatch.setattr(runner, "recorder_for", slowly)
+    monkeypatch.setattr(runner, "absent", lambda device: None)
     model, outputs = on_device(BY_STEP), {}
 
     def trajectory(seed: int) -> None:
-        outputs[seed] = [call(model, 1 - number / 4, seed=10 * seed + number) for number in range(4)]
+        with model.request(f"{seed}"):
+            outputs[seed] = [call(model, 1 - number / 4, seed=10 * seed + number) for number in range(4)]
 
     in_threads([lambda seed=seed: trajectory(seed) for seed in range(3)])
     assert len(made) == 1
@@ -238,18 +241,20 @@ def test_two_first_calls_at_once_make_one_recorder(monkeypatch: pytest.MonkeyPat
     for seed, got in outputs.items():
         host = on_host(BY_STEP)
         for number, sample in enumerate(got):
-            torch.testing.assert_close(sample, call(host, 1 - number / 4, seed=10 * seed + number))
+            with host.request("alone"):
+                expected = call(host, 1 - number / 4, seed=10 * seed + number)
+            torch.testing.assert_close(sample, expected)
 
 
-def test_a_new_program_loses_no_counts(recorder: Emulator, caplog: pytest.LogCaptureFixture) -> None:
-    program = programs.make(KINDS, seed=3)
-    model = CompiledTransformer(program, "torch", ALWAYS_REUSE, dispatch="device", tracer=lambda given: program)
+def test_a_move_loses_no_counts(recorder: Emulator, caplog: pytest.LogCaptureFixture) -> None:
+    model = on_device()
     call(model, 1.0)
-    model._replace(program)
+    model._session.move(lambda tensor: tensor.clone())
     call(model, 0.5)
     assert model.counters.calls == 2
+    model.reset()
     model(**infinite())
-    model._replace(program)
+    model._session.move(lambda tensor: tensor.clone())
     assert "hidden_states" in caplog.text
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from runtime.base.errors import EditError, PolicyError
-from runtime.bundle.spec import Plan, PlanInput, Variant
-from runtime.calls.bound import ReadyBlock
-from runtime.calls.dispatch import Dispatch
+from runtime.bundle.spec import Glue, Plan, PlanInput, Variant
+from runtime.calls.bound import BoundBlock
+from runtime.calls.dispatch import Dispatch, Scene
 from runtime.engines.pytorch import TorchEngine
 from runtime.face.transformer import CompiledTransformer
-from runtime.requests.state import Branch
+from runtime.requests.request import Branch
+from runtime.requests.sighting import Sighting
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
 from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
@@ -35,7 +36,7 @@ def test_every_row_is_what_algorithm_1_makes_of_it_alone(engine: str, rows: int)
     for step in range(STEPS):
         for number, context in enumerate(("cond", "uncond")):
             given = programs.inputs(rows, seed=2 * step + number, timestep=1 - step / STEPS)
-            with compiled.cache_context(context):
+            with compiled.request("one"), compiled.cache_context(context):
                 sample = compiled(**given).sample
             expected = oracle(context, step, given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
             torch.testing.assert_close(sample, expected, rtol=2e-5, atol=2e-5)
@@ -56,6 +57,13 @@ def test_every_row_is_what_algorithm_1_makes_of_it_alone(engine: str, rows: int)
     assert len(compiled.trace) == 1
 
 
+GLUE = Glue("g", "glue/g.pt2", (), {}, (), (), 0, ())
+
+
+def branch_of_one() -> Branch:
+    return Branch("b", 0, Sighting(torch.zeros(1), None, {}, "b", {}), {})
+
+
 class Fake:
     """A block of one state whose engine adds the width, and remembers what it was given."""
 
@@ -71,7 +79,7 @@ class Fake:
             (),
             (Variant(0.5, ()), Variant(1.0, ())),
         )
-        self.ready = ReadyBlock(plan, [self._engine(0.5), self._engine(1.0)])
+        self.ready = BoundBlock(plan, [self._engine(0.5), self._engine(1.0)])
         self.engine = TorchEngine()
 
     def _engine(self, width: float):
@@ -83,8 +91,11 @@ class Fake:
         return run
 
     @property
-    def blocks(self):
-        return [self.ready]
+    def forms(self):
+        return [[self.ready]]
+
+    def fitting(self, block, form, inputs, sized_by):
+        return self.ready
 
     routers = None
 
@@ -92,10 +103,11 @@ class Fake:
 def run(fake: Fake, decisions: list[list[float]], x: torch.Tensor, copies: bool = False) -> list[torch.Tensor]:
     """One guard per entry of `decisions`, each at its own step."""
     policy = ScheduledPolicy(np.array([[step] for step in decisions]))
-    branch, record, shared = Branch("b", ()), RequestTrace("r"), torch.zeros(3)
+    branch, record, shared = branch_of_one(), RequestTrace("r"), torch.zeros(3)
+    glue = GLUE if not copies else replace(GLUE, file=None)
     results = []
     for step in range(len(decisions)):
-        dispatch = Dispatch(fake, policy, branch, step, record, lambda: x, {}, copies)
+        dispatch = Dispatch(fake, policy, Scene(branch, step, record, torch.zeros(1)), glue)
         results.append(dispatch(0, [x + 10 * step, shared])[0])
     return results
 
@@ -115,7 +127,7 @@ def test_rows_that_need_the_same_share_one_engine_call(batch_dim: int) -> None:
 
 def test_nothing_is_gathered_where_all_rows_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
-    monkeypatch.setattr(ReadyBlock, "take", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr(BoundBlock, "take", lambda *_: pytest.fail("gathered"))
     x = torch.zeros(2, 2)
     _, reused, skipped = run(fake, [[1.0, 1.0], [REUSE, REUSE], [SKIP, SKIP]], x)
     assert [width for width, _ in fake.calls] == [1.0]
@@ -133,7 +145,8 @@ def test_residuals_belong_to_rows() -> None:
 
 def test_skipped_states_are_copied_only_where_asked() -> None:
     x = torch.zeros(1, 2)
-    kept = Dispatch(Fake(), ScheduledPolicy(np.zeros((1, 1))), Branch("b", ()), 0, RequestTrace("r"), lambda: x, {})
+    scene = Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1))
+    kept = Dispatch(Fake(), ScheduledPolicy(np.zeros((1, 1))), scene, GLUE)
     assert kept(0, [x, torch.zeros(3)])[0] is x
     (copied,) = run(Fake(), [[SKIP]], x, copies=True)
     assert copied.data_ptr() != x.data_ptr()
@@ -157,18 +170,18 @@ class Reckless:
 
 def test_reusing_what_is_not_there_is_an_error() -> None:
     x = torch.zeros(2, 2)
-    dispatch = Dispatch(Fake(), Reckless(), Branch("b", ()), 0, RequestTrace("r"), lambda: x, {})
+    dispatch = Dispatch(Fake(), Reckless(), Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1)), GLUE)
     with pytest.raises(PolicyError, match="none"):
         dispatch(0, [x, torch.zeros(3)])
 
 
 def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
-    fake, branch = Fake(), Branch("b", ())
+    fake, branch = Fake(), branch_of_one()
     x = torch.zeros(2, 2)
     keeping, dropping = ScheduledPolicy(np.array([[REUSE]])), ScheduledPolicy(np.array([[1.0]]))
     for policy in (keeping, dropping):
-        Dispatch(fake, policy, branch, 0, RequestTrace("r"), lambda: x, {})(0, [x, torch.zeros(3)])
-    assert branch.bank(0, 2, (0,)).held == [-1, -1]
+        Dispatch(fake, policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1)), GLUE)(0, [x, torch.zeros(3)])
+    assert branch.bank(0, [x], (0,)).held == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +195,9 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
     ],
 )
 def test_without_routers_residuals_are_kept_only_where_they_can_be_reused(policy, kept: bool) -> None:
-    branch, x = Branch("b", ()), torch.zeros(2, 2)
-    Dispatch(Fake(), policy, branch, 0, RequestTrace("r"), lambda: x, {})(0, [x, torch.zeros(3)])
-    assert (branch.bank(0, 2, (0,)).nbytes > 0) == kept
+    branch, x = branch_of_one(), torch.zeros(2, 2)
+    Dispatch(Fake(), policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1)), GLUE)(0, [x, torch.zeros(3)])
+    assert (branch.bank(0, [x], (0,)).nbytes > 0) == kept
 
 
 def test_a_router_that_overflows_is_an_error_not_a_skip() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime import engines
 from runtime.base.errors import EngineError
-from runtime.calls.bound import ReadyBlocks
+from runtime.calls.bound import BoundBlocks
 from runtime.engines import pytorch
 from runtime.face.transformer import CompiledTransformer
 from tests import programs
@@ -124,7 +124,7 @@ def test_it_follows_its_weights() -> None:
 
 @pytest.mark.slow
 def test_flux_is_what_the_torch_engine_makes_of_it_at_every_width(flux: Compiled) -> None:
-    compiled, eager = ReadyBlocks(flux.program, "inductor"), ReadyBlocks(flux.program, "torch")
+    compiled, eager = BoundBlocks(flux.program, "inductor"), BoundBlocks(flux.program, "torch")
     draw = torch.Generator().manual_seed(0)
     seen = set()
     for one, other in zip(compiled.blocks, eager.blocks, strict=True):

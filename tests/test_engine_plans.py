@@ -13,7 +13,7 @@ from torch import Tensor
 from runtime import engines
 from runtime.base.errors import EngineError
 from runtime.bundle.spec import PlanInput
-from runtime.calls.bound import ReadyBlocks
+from runtime.calls.bound import BoundBlocks
 from runtime.engines import ort_library
 from runtime.face.transformer import CompiledTransformer
 from tests import programs
@@ -96,7 +96,7 @@ def test_widths_are_views_of_one_copy(engine: str, monkeypatch: pytest.MonkeyPat
     original = kernel.bind
     monkeypatch.setattr(kernel, "bind", lambda self, given, block: bound_weights.extend(given) or original(self, given))
     program = programs.make()
-    ReadyBlocks(program, engine)
+    BoundBlocks(program, engine)
     stored = {w.data_ptr(): w for w in program.weights.values()}
     assert len(bound_weights) == 4 * (4 + 2 + 4)
     assert all(w.data_ptr() in stored and w.is_contiguous() for w in bound_weights)
@@ -125,7 +125,7 @@ def test_one_thread_pool_and_arena_for_all_sessions(monkeypatch: pytest.MonkeyPa
         return session(data, options, **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
-    ReadyBlocks(programs.make(), "onnxruntime")
+    BoundBlocks(programs.make(), "onnxruntime")
     assert len(seen) == 8
     for options in seen:
         assert not options.use_per_session_threads

@@ -123,7 +123,7 @@ def test_whole_calls_stay_on_the_gpu(made, fake, rows: int, table: np.ndarray, m
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_variant_and_router_stays_on_the_gpu(made, fake, rows: int) -> None:
     program, _ = made
-    blocks = CompiledTransformer(on_gpu(program, fake), "torch")._loaded.blocks
+    blocks = CompiledTransformer(on_gpu(program, fake), "torch")._session.blocks
     assert {block.plan.kind for block in blocks.blocks} == {plan.kind for plan in program.manifest.plans}
     for index, block in enumerate(blocks.blocks):
         shapes = [tuple(rows if size is None else size for size in given.shape) for given in block.plan.inputs]

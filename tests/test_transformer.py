@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED
 from runtime.routing.policy import REUSE, RoutingPolicy, ScheduledPolicy
 from tests import programs
 
@@ -63,25 +65,67 @@ def test_no_gradients_are_recorded() -> None:
 
 def test_moving_it_where_it_is_changes_nothing() -> None:
     model = compiled()
-    loaded = model._loaded
+    blocks = model._session.blocks
     assert model.to("cpu") is model.to(torch.float32) is model.float() is model
-    assert model._loaded is loaded
+    assert model._session.blocks is blocks
+
+
+def test_another_dtype_is_taken_and_given_and_said() -> None:
+    model, given = compiled(), programs.inputs(2)
+    expected = model(**given).sample
+    with pytest.warns(RuntimeWarning, match="keeps computing in float32"):
+        model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    half = {name: tensor.bfloat16() for name, tensor in given.items()}
+    output = model(**half).sample
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+    model.to("cpu")
+    assert model.dtype == torch.bfloat16
+    model.to(torch.float32)
+    torch.testing.assert_close(model(**given).sample, expected)
 
 
 def test_moves_that_cannot_be_made_are_refused() -> None:
-    for move in (lambda m: m.to(torch.bfloat16), lambda m: m.half()):
-        with pytest.raises(EditError, match="then compile"):
-            move(compiled())
-    with pytest.raises(EditError, match="'onnxruntime' runs where it was loaded"):
-        CompiledTransformer(programs.make(("single",)), "onnxruntime").to("meta")
+    for model in (compiled(), CompiledTransformer(programs.make(("single",)), "onnxruntime")):
+        with pytest.raises(EditError, match="meta device"):
+            model.to("meta")
+        assert model(**programs.inputs(1)).sample.shape == (1, programs.IMAGE, programs.C)
 
 
 def test_the_torch_engine_moves_its_weights() -> None:
-    model = compiled().to("meta")
+    model = compiled()
+    model._session.move(lambda tensor: tensor.to("meta"))
     assert model.device == torch.device("meta")
     assert {w.device.type for w in model.program.weights.values()} == {"meta"}
     with pytest.raises(InputError, match="is on cpu"):
         model(**programs.inputs(1))
+
+
+def test_its_weights_are_parameters_that_cannot_be_exchanged() -> None:
+    model = compiled()
+    tensors = dict(model.named_parameters())
+    assert (
+        tensors.keys()
+        == model.state_dict().keys()
+        == set(model.program.weights) | {f"routers.{key}" for key in model.program.routers}
+    )
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+    assert all(tensors[key].data_ptr() == weight.data_ptr() for key, weight in model.program.weights.items())
+    with pytest.raises(EditError, match="then compile"):
+        model.load_state_dict(model.state_dict())
+
+
+def test_copies_share_weights_and_no_request() -> None:
+    model = compiled(policy=ScheduledPolicy(np.full((9, 2), REUSE)))
+    given = programs.inputs(1)
+    expected = model(**given).sample
+    for twin in (copy.copy(model), copy.deepcopy(model)):
+        torch.testing.assert_close(twin(**given).sample, expected)
+        assert twin.counters.computed == 2
+        assert twin.program.weights["glue.into"] is model.program.weights["glue.into"]
+    with pytest.raises(EditError, match=r"compiled\.save"):
+        model.__reduce_ex__(2)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +138,7 @@ def test_the_torch_engine_moves_its_weights() -> None:
         ({"scale": object()}, InputError, "'scale' is a object"),
         ({"hidden_states": torch.zeros(1, 7, programs.C)}, ShapeError, r"hidden_states \(\*, 5, 4\)"),
         ({"hidden_states": torch.zeros(1, 5)}, ShapeError, "not compiled for"),
-        ({"timestep": torch.ones(1, dtype=torch.float64)}, InputError, "float64, compiled for float32"),
+        ({"timestep": torch.full((1,), 0.1, dtype=torch.float64)}, InputError, "float64, compiled for float32"),
         ({"timestep": torch.ones(1, device="meta")}, InputError, "is on meta"),
         ({"hidden_states": torch.full((1, 5, 4), float("nan"))}, InputError, "hidden_states holds NaN"),
         ({"encoder_hidden_states": torch.full((1, 3, 8), float("-inf"))}, InputError, "encoder_hidden_states holds"),
@@ -173,43 +217,95 @@ def test_saving_keeps_the_policy(tmp_path) -> None:
 
 
 class Tracer:
-    """Hands out the program, once per call for which nothing was compiled."""
+    """Makes the program of hand grow by a glue for each other scale."""
 
     def __init__(self, kinds: tuple[str, ...] = ("single",)) -> None:
-        self.program = programs.make(kinds)
+        self.whole = programs.make(kinds)
         self.calls: list[dict[str, object]] = []
+        self.moves = 0
 
-    def __call__(self, kwargs):
-        self.calls.append(dict(kwargs))
+    def untraced(self) -> Program:
+        manifest = replace(self.whole.manifest, plans=(), blocks=(), glues=())
+        return Program(manifest, {}, {}, {})
+
+    def changed(self) -> str | None:
+        return None
+
+    def apply(self, fn) -> None:
+        self.moves += 1
+
+    def __call__(self, given, program):
+        self.calls.append(dict(given))
         time.sleep(0.05)
-        glues = [replace(g, constants={"scale": kwargs.get("scale")}) for g in self.program.manifest.glues]
-        self.program = with_glues(self.program, *glues)
-        return self.program
+        (glue,) = self.whole.manifest.glues
+        glues = (
+            *program.manifest.glues,
+            replace(glue, id=f"{len(self.calls)}", constants={"scale": given.get("scale")}),
+        )
+        return with_glues(self.whole, *glues)
+
+
+def lazy(**options) -> tuple[CompiledTransformer, Tracer]:
+    tracer = Tracer()
+    return CompiledTransformer(tracer.untraced(), "torch", tracer=tracer, **options), tracer
 
 
 def test_a_lazy_transformer_traces_at_its_first_call() -> None:
-    tracer, eager = Tracer(), nn.Linear(1, 1)
-    eager.config, eager.dtype, eager.device = {"in_channels": 4}, torch.float32, torch.device("cpu")
-    model = CompiledTransformer(None, "torch", tracer=tracer, eager=eager)
-    assert model.program is None
-    assert model.config == {"in_channels": 4}
-    assert not list(model.parameters())
+    eager = nn.Linear(1, 1)
+    model, tracer = lazy(eager=eager)
+    assert model.config["in_channels"] == programs.C
+    assert [id(p) for p in model.parameters()] == [id(p) for p in eager.parameters()]
     with pytest.raises(EditError, match="once"):
         model.save("nowhere")
+    model.to("cpu")
+    assert tracer.moves == 1  # nothing is compiled yet: the model itself is moved
     model(**programs.inputs(1))
     model(**programs.inputs(3, timestep=0.5))
     assert len(tracer.calls) == 1
     model(**programs.inputs(1), scale=2.0)
     assert [call.get("scale") for call in tracer.calls] == [None, 2.0]
-    with pytest.raises(EditError, match="tracer"):
-        CompiledTransformer(None, "torch")
+    assert model.state_dict().keys() >= {"blocks.0.up", "glue.into"}
 
 
 def test_threads_that_need_the_same_trace_make_it_once() -> None:
-    tracer = Tracer()
-    model = CompiledTransformer(None, "torch", tracer=tracer)
+    model, tracer = lazy()
     in_threads([lambda: model(**programs.inputs(1))] * 3)
     assert len(tracer.calls) == 1
+
+
+def test_tracing_in_one_thread_disturbs_no_request_of_another() -> None:
+    model, tracer = lazy(policy=ScheduledPolicy(np.full((9, 1), REUSE)))
+    first, second = threading.Event(), threading.Event()
+
+    def waiting() -> None:
+        model(**programs.inputs(1))
+        first.set()
+        assert second.wait(20)
+        model(**programs.inputs(1, timestep=0.5))
+
+    def tracing() -> None:
+        assert first.wait(20)
+        model(**programs.inputs(1), scale=3.0)
+        second.set()
+
+    with model.request("named"):
+        model(**programs.inputs(1))
+    in_threads([waiting, tracing])
+    with model.request("named"):
+        model(**programs.inputs(1, timestep=0.5))
+    assert len(tracer.calls) == 2
+    done = sorted((record.arrays()["done"].tolist() for record in model.trace), key=len)
+    assert done == [[COMPUTED], [COMPUTED, REUSED], [COMPUTED, REUSED]]
+
+
+def test_tracing_disturbs_no_request() -> None:
+    model, tracer = lazy(policy=ScheduledPolicy(np.full((9, 1), REUSE)))
+    for timestep, scale in ((1.0, None), (0.8, None), (0.8, 2.0), (0.6, None), (0.6, 2.0)):
+        model(**programs.inputs(1, timestep=timestep), scale=scale)
+    assert len(tracer.calls) == 2
+    columns = model.trace[0].arrays()  # calls with other constants are another branch
+    assert columns["step"].tolist() == [0, 1, 1, 2, 2]
+    assert columns["done"].tolist() == [COMPUTED, REUSED, COMPUTED, REUSED, REUSED]
 
 
 def in_threads(works: list[Callable[[], object]]) -> list[object]:

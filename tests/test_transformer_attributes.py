@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from edit_compile.compiler import Tracer
-from runtime.base.errors import InputError
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from tests import programs
+from tests.test_transformer import lazy
 
 
 class Model(nn.Module):
@@ -66,18 +66,10 @@ def test_only_parts_without_weights_are_handed_through() -> None:
 
 def test_the_first_call_may_be_by_position() -> None:
     given = programs.inputs(1)
-    seen: list[set[str]] = []
-
-    def tracer(arguments: object) -> Program:
-        seen.append(set(arguments))
-        return program()
-
-    lazy = CompiledTransformer(None, "torch", tracer=tracer, eager=Model())
-    output = lazy(*given.values(), return_dict=False)
-    torch.testing.assert_close(output, CompiledTransformer(program(), "torch")(**given, return_dict=False))
-    assert seen == [{*given, "return_dict"}]
-    with pytest.raises(InputError, match="by position"):
-        CompiledTransformer(None, "torch", tracer=tracer)(*given.values())
+    model, tracer = lazy()
+    output = model(*given.values(), return_dict=False)
+    torch.testing.assert_close(output, CompiledTransformer(tracer.whole, "torch")(**given, return_dict=False))
+    assert tracer.calls[0].keys() == {*given, "return_dict"}
 
 
 def test_a_cache_context_may_tell_of_progress() -> None:

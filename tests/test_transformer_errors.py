@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import replace
-
 import pytest
 import torch
 
 from runtime.base.errors import InputError
-from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED
 from tests import programs
 from tests.test_transformer import in_threads
-from tests.test_transformer_requests import ALWAYS_REUSE, BLOCKS, call, compiled, done
+from tests.test_transformer_requests import BLOCKS, call, compiled, done
 
 
 def test_a_refused_call_does_no_harm_to_the_request_of_another_thread() -> None:
     model = compiled()
-    ready = model._loaded.blocks.blocks[0]
+    ready = model._session.blocks.forms[0][0]
     original = ready.bound
 
     def interrupted(inputs):
@@ -36,52 +32,17 @@ def test_a_refused_call_does_no_harm_to_the_request_of_another_thread() -> None:
     assert done(model) == [COMPUTED, REUSED]
 
 
-def test_another_trace_empties_every_request() -> None:
-    def tracer(given):
-        program = programs.make(("double", "single"))
-        (glue,) = program.manifest.glues
-        seen.append(given["hidden_states"].shape[0])
-        glues = tuple(
-            replace(glue, id=str(rows), inputs=tuple(replace(i, shape=(rows, *i.shape[1:])) for i in glue.inputs))
-            for rows in seen
-        )
-        return replace(program, manifest=replace(program.manifest, glues=glues))
-
-    seen: list[int] = []
-    model = CompiledTransformer(None, "torch", ALWAYS_REUSE, tracer)
-    first, second = threading.Event(), threading.Event()
-
-    def waiting() -> None:
-        call(model, 1.0)
-        first.set()
-        assert second.wait(20)
-        call(model, 0.5)
-
-    def tracing() -> None:
-        assert first.wait(20)
-        call(model, 1.0, rows=2)
-        second.set()
-
-    with model.request("named"):
-        call(model, 1.0)
-    in_threads([waiting, tracing])
-    with model.request("named"):
-        call(model, 0.5)
-    assert seen == [1, 2]
-    assert [done(model, n) for n in range(len(model.trace))] == [[COMPUTED]] * 5
-
-
 def test_an_exception_leaves_nothing_behind() -> None:
     model = compiled()
     call(model, 1.0)
-    ready = model._loaded.blocks.blocks[1]
+    ready = model._session.blocks.forms[1][0]
     original = ready.bound
 
     def broken(inputs):
         raise RuntimeError("out of memory")
 
     ready.bound = (broken,) * 4
-    model._calls.host.requests._current()._branches["branch 0"].clear()
+    model._session.requests._current()._branches[0].clear()
     before = model.counters
     with pytest.raises(RuntimeError, match="out of memory"):
         call(model, 0.8)

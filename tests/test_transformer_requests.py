@@ -13,7 +13,6 @@ from torch import Tensor
 
 from runtime.base.errors import EditError
 from runtime.face.transformer import CompiledTransformer
-from runtime.requests import state
 from runtime.requests.bank import Residuals
 from runtime.requests.trace import COMPUTED, REUSED
 from runtime.routing.policy import REUSE, ScheduledPolicy
@@ -30,6 +29,12 @@ def compiled(engine: str = "torch") -> CompiledTransformer:
 
 def call(model: CompiledTransformer, timestep: float, seed: int = 0, rows: int = 1) -> Tensor:
     return model(**programs.inputs(rows, seed, timestep)).sample
+
+
+def guided(model: CompiledTransformer, timestep: float, prompt: int) -> Tensor:
+    """A call of one branch of guidance: latents are those of all branches, the text is its own."""
+    text = programs.inputs(1, prompt)["encoder_hidden_states"]
+    return model(**{**programs.inputs(1, 0, timestep), "encoder_hidden_states": text}).sample
 
 
 def done(model: CompiledTransformer, request: int = -1) -> list[int]:
@@ -57,12 +62,12 @@ def test_a_timestep_may_rise_all_along() -> None:
     assert [int(s) for s in model.trace[0].grid()["done"].shape] == [4, BLOCKS, 1]
 
 
-def test_rows_that_move_apart_start_a_request() -> None:
+def test_rows_may_move_apart_as_long_as_latents_continue() -> None:
     model = compiled()
     given = programs.inputs(2)
-    for times in ([0.5, 0.5], [0.4, 0.6]):
+    for times in ([0.5, 0.5], [0.4, 0.6], [0.3, 1.0]):
         model(**{**given, "timestep": torch.tensor(times)})
-    assert [done(model, 0), done(model, 1)] == [[COMPUTED], [COMPUTED]]
+    assert [done(model, n) for n in range(len(model.trace))] == [[COMPUTED, REUSED, REUSED]]
 
 
 def test_images_of_one_step_do_not_share_residuals() -> None:
@@ -72,14 +77,6 @@ def test_images_of_one_step_do_not_share_residuals() -> None:
             with model.cache_context(name):
                 call(model, 1.0)
     assert [done(model, 0), done(model, 1)] == [[COMPUTED, COMPUTED]] * 2
-
-
-def test_one_rows_rising_timestep_starts_a_request() -> None:
-    model = compiled()
-    given = programs.inputs(2)
-    for times in ([1.0, 0.8], [0.5, 0.4], [0.3, 1.0]):
-        model(**{**given, "timestep": torch.tensor(times)})
-    assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED], [COMPUTED]]
 
 
 def test_a_bank_is_empty_when_the_batch_changes() -> None:
@@ -104,9 +101,9 @@ def alternating(model: CompiledTransformer, contexts: bool) -> list[Tensor]:
         for seed, name in ((1, "cond"), (2, "uncond")):
             if contexts:
                 with model.cache_context(name):
-                    outputs.append(call(model, timestep, seed))
+                    outputs.append(guided(model, timestep, seed))
             else:
-                outputs.append(call(model, timestep, seed))
+                outputs.append(guided(model, timestep, seed))
     return outputs
 
 
@@ -116,36 +113,39 @@ def test_guidance_branches_do_not_share_residuals(contexts: bool) -> None:
     for seed, own in ((1, together[::2]), (2, together[1::2])):
         alone = compiled()
         for got, timestep in zip(own, (1.0, 0.5, 0.1), strict=True):
-            torch.testing.assert_close(got, call(alone, timestep, seed))
+            torch.testing.assert_close(got, guided(alone, timestep, seed))
 
 
 def test_a_context_left_out_does_not_shift_the_other() -> None:
     model, alone = compiled(), compiled()
-    for timestep, guided in ((1.0, True), (0.8, False), (0.5, True), (0.2, False)):
+    for timestep, both in ((1.0, True), (0.8, False), (0.5, True), (0.2, False)):
         with model.cache_context("cond"):
-            torch.testing.assert_close(call(model, timestep, seed=1), call(alone, timestep, seed=1))
-        if guided:
+            torch.testing.assert_close(guided(model, timestep, 1), guided(alone, timestep, 1))
+        if both:
             with model.cache_context("uncond"):
-                call(model, timestep, seed=2)
+                guided(model, timestep, 2)
     assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED, REUSED]
 
 
-def test_unnamed_branches_start_empty_once_their_number_changed() -> None:
-    model = compiled()
-    for timestep, calls in ((1.0, 2), (0.8, 2), (0.6, 1), (0.4, 1), (0.2, 1)):
-        for _ in range(calls):
-            call(model, timestep)
-    assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED, COMPUTED, REUSED]
+def test_an_unnamed_branch_that_is_left_out_does_not_shift_the_other() -> None:
+    model, alone = compiled(), compiled()
+    for timestep, prompts in ((1.0, (1, 2)), (0.8, (1, 2)), (0.6, (2,)), (0.4, (2,)), (0.2, (1, 2))):
+        for prompt in prompts:
+            got = guided(model, timestep, prompt)
+            if prompt == 2:
+                torch.testing.assert_close(got, guided(alone, timestep, prompt))
+    assert done(model) == [COMPUTED, COMPUTED, *[REUSED] * 6]
+    assert len(model.trace) == 1
 
 
-def test_named_branches_outlive_a_change_of_the_unnamed() -> None:
+def test_branches_of_one_prompt_are_two_all_the_same() -> None:
     model = compiled()
-    for timestep, calls in ((1.0, 2), (0.8, 1), (0.6, 1)):
-        with model.cache_context("named"):
-            call(model, timestep)
+    for timestep, calls in ((1.0, 2), (0.8, 2), (0.6, 1)):
         for _ in range(calls):
             call(model, timestep)
-    assert done(model) == [COMPUTED, COMPUTED, COMPUTED, REUSED, REUSED, REUSED, COMPUTED]
+    assert done(model) == [COMPUTED, COMPUTED, REUSED, REUSED, REUSED]
+    assert model.trace[0].contexts == ["branch 0", "branch 1"]
+    assert set(model.trace[0].arrays()["step"].tolist()) == {0, 1, 2}
 
 
 def test_a_context_that_joins_late_is_at_the_same_step() -> None:
@@ -163,7 +163,7 @@ def test_a_context_that_joins_late_is_at_the_same_step() -> None:
 
 def test_repeating_one_timestep_without_end_does_not_grow() -> None:
     model = compiled()
-    for _ in range(3 * state.BRANCHES):
+    for _ in range(12):
         call(model, 0.5)
     gc.collect()
     assert sum(isinstance(thing, Residuals) and bool(thing._deltas) for thing in gc.get_objects()) <= BLOCKS * 4 + 8
@@ -187,23 +187,32 @@ def test_alternating_requests_are_as_if_alone(engine: str) -> None:
                 got = call(model, timestep + shift, seed=step)
             alone = compiled("torch")
             for before in range(step + 1):
-                expected = call(alone, (1.0, 0.7, 0.4)[before] + shift, seed=before)
+                with alone.request("alone"):
+                    expected = call(alone, (1.0, 0.7, 0.4)[before] + shift, seed=before)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert [record.request for record in model.trace] == ["a", "b"]
     assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED]] * 2
 
 
-def test_named_requests_beyond_those_kept_are_forgotten() -> None:
+def test_requests_beyond_the_limit_of_memory_lose_residuals_and_not_their_step() -> None:
     model = compiled()
-    model._calls.host.requests.keep = 2
-    for name in ("a", "b", "c", "a"):
+    with model.request("a"):
+        call(model, 1.0)
+    model.memory_limit = model._session.requests._named["a"].nbytes * 2
+    for name in ("b", "c"):
         with model.request(name):
-            call(model, 1.0 if name != "a" else 0.5)
-    with model.request("c"):
-        call(model, 0.5)
-    assert [record.request for record in model.trace] == ["a", "b", "c", "a"]
+            if name == "b":
+                call(model, 1.0)
+            else:
+                with pytest.warns(RuntimeWarning, match="go on at their own step"):
+                    call(model, 1.0)
+    for name in ("c", "a"):
+        with model.request(name):
+            call(model, 0.5)
+    assert [record.request for record in model.trace] == ["a", "b", "c"]
     assert done(model, 2) == [COMPUTED, REUSED]  # c was kept
-    assert done(model, 3) == [COMPUTED]  # the first a was not
+    assert done(model, 0) == [COMPUTED, COMPUTED]  # a was not
+    assert set(model.trace[0].arrays()["step"].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
@@ -212,7 +221,8 @@ def test_threads_are_as_if_alone(engine: str) -> None:
     times = [1 - n / 12 for n in range(12)]
 
     def trajectory(target: CompiledTransformer, seed: int) -> list[Tensor]:
-        return [call(target, timestep, 100 * seed + n) for n, timestep in enumerate(times)]
+        with target.request(f"{seed}"):
+            return [call(target, timestep, 100 * seed + n) for n, timestep in enumerate(times)]
 
     together = in_threads([lambda seed=seed: trajectory(model, seed) for seed in range(4)])
     for seed, samples in enumerate(together):
@@ -227,7 +237,7 @@ def test_a_threads_state_goes_with_the_thread() -> None:
 
     def work() -> None:
         call(model, 1.0)
-        found.append(weakref.ref(model._calls.host.requests._current()))
+        found.append(weakref.ref(model._session.requests._current()))
 
     in_threads([work])
     gc.collect()
@@ -237,7 +247,7 @@ def test_a_threads_state_goes_with_the_thread() -> None:
 def test_one_request_in_two_threads_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = compiled()
     inside, go = threading.Event(), threading.Event()
-    ready = model._loaded.blocks.blocks[0]
+    ready = model._session.blocks.forms[0][0]
     original = ready.bound
 
     def slow(inputs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EditError(Exception):
     """Base of the errors of a compiled transformer."""
@@ -37,3 +39,9 @@ class BusyError(EditError):
 
 class RecordError(EditError):
     """Steps cannot be recorded, to be replayed on the device, of this program here; the message says why."""
+
+
+def refuse_infinite(names: Sequence[str]) -> None:
+    """InputError that names the inputs, if any, that are not finite."""
+    if names:
+        raise InputError(f"input {', '.join(names)} holds NaN or infinity")

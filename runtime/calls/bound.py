@@ -1,22 +1,25 @@
-"""A program's blocks made ready to run: plans loaded, weights bound, routers folded."""
+"""A program's blocks on an engine: plans loaded, bound to each block's weights in each of its forms, routers folded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from runtime import engines
 from runtime.base.errors import BundleError, EditError, InnerShapeError
+from runtime.base.guard import ANY
 from runtime.base.rows import RowByRow
+from runtime.bundle import archive
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Block, Plan
+from runtime.bundle.spec import Block, Form, Glue, Plan
 from runtime.engines import Bound, Kernel
 from runtime.routing.folded import Routers
 
 
-class ReadyBlock:
-    """One block: its plan bound to its weights at every width, and where its rows and states are."""
+class BoundBlock:
+    """One form of a block: its plan bound to its weights at every width, and where its rows and states are."""
 
     def __init__(self, plan: Plan, bound: Sequence[Bound], name: str = "") -> None:
         self.name = name
@@ -42,19 +45,16 @@ class ReadyBlock:
         """Rows of the batch in a call with `inputs`."""
         return inputs[self.states[0]].shape[self.state_dims[0]]
 
-    def check_shapes(self, inputs: Sequence[Tensor]) -> None:
-        """InnerShapeError where an input, its rows aside, has another shape than the plan was made for."""
-        for tensor, given in zip(inputs, self.plan.inputs, strict=True):
-            pairs = enumerate(zip(given.shape, tensor.shape, strict=True))
-            if any(want not in (None, have) for dim, (want, have) in pairs if dim != given.batch_dim):
-                raise InnerShapeError(
-                    f"{given.name} of block {self.name} is {tuple(tensor.shape)}, compiled for {given.shape}: that "
-                    "depends on what the model's inputs hold, so compile with inputs of both kinds"
-                )
-
-    def calls(self, rows: int) -> int:
-        """Calls of the engine that compute `rows` rows."""
-        return rows if self.plan.single_row else 1
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether `inputs`, their rows aside, are what the plan was made for."""
+        return len(inputs) == len(self.plan.inputs) and all(
+            len(given.shape) == tensor.dim()
+            and all(
+                want is None or want == have or dim == given.batch_dim
+                for dim, (want, have) in enumerate(zip(given.shape, tensor.shape, strict=True))
+            )
+            for tensor, given in zip(inputs, self.plan.inputs, strict=True)
+        )
 
     def rows_first(self, states: Sequence[Tensor]) -> list[Tensor]:
         """`states` with the rows of the batch as dimension 0, as routers read them."""
@@ -68,45 +68,82 @@ class ReadyBlock:
         ]
 
 
-class ReadyBlocks:
-    """All blocks of a program on one engine; shared by all calls and threads.
+class BoundBlocks:
+    """All blocks of a program on one engine, by number and form; shared by all calls and threads. It only grows.
 
-    Weights are held once, by `program`: variants are bound to views of their leading rows.
+    Weights are held once, by the program: variants are bound to views of their leading rows.
     """
 
     def __init__(self, program: Program, engine: str) -> None:
+        self.engine = engines.make(engine, program)
+        self.forms: list[list[BoundBlock]] = [[] for _ in program.manifest.blocks]
+        self.routers: Routers | None = None
+        self._program = program
+        self._kernels: dict[str, list[Kernel]] = {}
         manifest = program.manifest
-        loader = engines.make(engine, program)
-        plans = {plan.id: plan for plan in manifest.plans}
-        kernels = {
-            plan.id: [loader.load(plan, variant, program.files) for variant in range(len(plan.variants))]
-            for plan in manifest.plans
-        }
-        self.engine = loader
-        self._bind = lambda: [
-            self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks
-        ]
-        self.blocks = self._bind()
-        self.routers = None
         if manifest.router is not None and program.routers:
             _check_routers(manifest.blocks, program.routers)
             self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
+        self.grow(program)
 
-    def bound_again(self) -> list[ReadyBlock]:
-        """The blocks with bindings of their own: what an engine keeps for a binding is not shared with `blocks`."""
-        return self._bind()
+    def __len__(self) -> int:
+        return len(self.forms)
 
-    @staticmethod
-    def _ready(program: Program, block: Block, plan: Plan, kernels: Sequence[Kernel]) -> ReadyBlock:
-        missing = [key for key in block.weights if key not in program.weights]
+    def grow(self, program: Program) -> None:
+        """Take in the forms of blocks that `program` has more than there were."""
+        self._program = program
+        for own, block in zip(self.forms, program.manifest.blocks, strict=True):
+            own.extend([self._bind(block, form) for form in block.forms[len(own) :]])
+
+    def named(self, block: int, form: int) -> BoundBlock:
+        """`form` of `block`; the first where the form is ANY."""
+        return self.forms[block][max(form, 0)]
+
+    def fitting(self, block: int, form: int, inputs: Sequence[Tensor], sized_by: Sequence[str]) -> BoundBlock:
+        """`form` of `block` if `inputs` are what it is for, else another one that they are for.
+
+        InnerShapeError, naming the arguments `sized_by` (all where there are none), where there is no such form.
+        """
+        forms = self.forms[block]
+        first = forms[form : form + 1] if form != ANY else []
+        for ready in (*first, *forms):
+            if ready.fits(inputs):
+                return ready
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        told = f"the values of {', '.join(sized_by)}" if sized_by else "the values of the model's arguments"
+        raise InnerShapeError(
+            f"block {forms[0].name} is called with shapes ({shapes}) that were not compiled. They depend on {told}: "
+            "compile with inputs of this kind, too"
+        )
+
+    def bound_again(self, block: int, form: int) -> BoundBlock:
+        """A form of a block with bindings of its own: what an engine keeps for a binding is shared with nobody."""
+        manifest = self._program.manifest
+        return self._bind(manifest.blocks[block], manifest.blocks[block].forms[max(form, 0)])
+
+    def _bind(self, block: Block, form: Form) -> BoundBlock:
+        program = self._program
+        plan = next(plan for plan in program.manifest.plans if plan.id == form.plan)
+        if plan.id not in self._kernels:
+            variants = range(len(plan.variants))
+            self._kernels[plan.id] = [self.engine.load(plan, variant, program.files) for variant in variants]
+        missing = [key for key in form.weights if key not in program.weights]
         if missing:
             raise BundleError(f"weights.safetensors lacks {missing[0]!r} of block {block.name}: compile again")
-        weights = [program.weights[key] for key in block.weights]
+        weights = [program.weights[key] for key in form.weights]
         bound = []
-        for kernel, variant in zip(kernels, plan.variants, strict=True):
-            heads = [engines.head(w, rows) for w, rows in zip(weights, variant.rows, strict=True)]
+        for kernel, variant in zip(self._kernels[plan.id], plan.variants, strict=True):
+            heads = [engines.head(weight, rows) for weight, rows in zip(weights, variant.rows, strict=True)]
             bound.append(kernel.bind(heads, block.name))
-        return ReadyBlock(plan, bound, block.name)
+        return BoundBlock(plan, bound, block.name)
+
+
+def glue_graph(program: Program, glue: Glue, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """The graph of a glue that is not hosted, with its weights: a function of the glue's inputs, on `device`."""
+    assert glue.file is not None
+    graph = archive.load(program.files[glue.file], glue.file, device)
+    weights = [program.weights[key] for key in glue.weights]
+    return lambda *inputs: graph(*weights, *inputs)
 
 
 def _check_routers(blocks: Sequence[Block], parameters: Iterable[str]) -> None:

@@ -2,162 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from runtime.base import transfer
-from runtime.base.errors import PolicyError
-from runtime.calls.bound import ReadyBlock, ReadyBlocks
-from runtime.calls.tally import Costs, Tally
+from runtime.base.errors import InnerShapeError, PolicyError
+from runtime.bundle.spec import Glue, Plan
+from runtime.calls.bound import BoundBlock, BoundBlocks
 from runtime.requests.bank import Residuals
-from runtime.requests.state import Branch
-from runtime.requests.trace import Counters, RequestTrace
+from runtime.requests.request import Branch
+from runtime.requests.trace import RequestTrace
 from runtime.routing.folded import gate_of
 from runtime.routing.policy import EMPTY, REUSE, SKIP, Decider, keeps_residuals
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a call's guards are answered from: its branch, step, trace and timestep (one, or one per row)."""
+
+    branch: Branch
+    step: int
+    trace: RequestTrace
+    timestep: Tensor
 
 
 class Dispatch:
     """Answers the guards of one forward call (`runtime.base.guard.Answer`).
 
-    Each guard costs one transfer to the host (the router's logits), for which the host waits: what it
-    enqueues next depends on it. It waits for nothing else between guards; a guard without a router does
-    not wait at all. Rows that need the same thing share one engine call; where all rows agree nothing is
-    gathered or scattered. With `copies`, a skipped block's states are copied instead of passed on, for
-    callers that write into them.
+    Each guard costs one transfer to the host (the router's logits), which synchronises with the device: what is
+    enqueued next depends on it. Nothing else between guards does; a guard without a router does not either. Rows that
+    need the same thing share one engine call; where all rows agree nothing is gathered or scattered.
+
+    Around a hosted glue a skipped block's states are copied, since the model's own Python may write into them. There,
+    and where values set sizes, the shapes of a block's inputs are checked; `grow` makes the program fit the call.
+    `answered` is each guard's plan and what was done with its rows.
     """
 
     def __init__(
         self,
-        blocks: ReadyBlocks,
+        blocks: BoundBlocks,
         policy: Decider,
-        branch: Branch,
-        step: int,
-        record: RequestTrace,
-        timestep: Tensor,
-        costs: Costs,
-        copies: bool = False,
+        scene: Scene,
+        glue: Glue,
+        grow: Callable[[], None] | None = None,
     ) -> None:
-        self._engine, self._blocks = blocks.engine, blocks.blocks
+        self._engine, self._blocks, self._grow = blocks.engine, blocks, grow
         self._routers = blocks.routers if policy.routed else None
-        self._widths = blocks.routers.config.widths if blocks.routers is not None else (1.0,)
         self._policy = policy
         self._keeps = keeps_residuals(policy, self._routers is not None)
-        self._branch = branch
-        self._step = step
-        self._record = record
-        self._context = record.context(branch.name)
-        self._timestep = timestep
+        self._scene = scene
+        self._context = scene.trace.context(scene.branch.name)
         self._embedding: Tensor | None = None
-        self._tally = Tally(costs)
-        self._copies = copies
+        self._copies = glue.file is None
+        self._checks = self._copies or bool(glue.sized_by)
+        self._sized_by = glue.sized_by
+        self.answered: list[tuple[Plan, list[float]]] = []
         self.rows = 1
 
     def __call__(self, block: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         """The states of `block` after it, from its tensor inputs in plan order."""
-        ready = self._blocks[block]
+        ready = self._fitting(block, form, inputs) if self._checks else self._blocks.forms[block][form]
         states = [inputs[index] for index in ready.states]
-        if self._copies:  # the model's own Python runs between the blocks
-            ready.check_shapes(inputs)
         with self._engine.hosting(sum(state.numel() for state in states)):
             return self._answer(block, ready, inputs, states)
 
-    def _answer(self, block: int, ready: ReadyBlock, inputs: Sequence[Tensor], states: list[Tensor]) -> list[Tensor]:
+    def _fitting(self, block: int, form: int, inputs: Sequence[Tensor]) -> BoundBlock:
+        """The form that takes inputs of these shapes, traced first if need be; InnerShapeError where there is none."""
+        try:
+            return self._blocks.fitting(block, form, inputs, self._sized_by)
+        except InnerShapeError:
+            if self._grow is None:
+                raise
+        self._grow()
+        return self._blocks.fitting(block, form, inputs, self._sized_by)
+
+    def _answer(self, block: int, ready: BoundBlock, inputs: Sequence[Tensor], states: list[Tensor]) -> list[Tensor]:
         rows = self.rows = ready.rows(inputs)
         gate, width = self._route(block, ready, inputs, states, rows)
-        bank = self._branch.bank(block, rows, ready.state_dims)
-        decisions = self._policy.decide(self._step, block, gate, width, bank.held)
+        scene = self._scene
+        bank = scene.branch.bank(block, states, ready.state_dims)
+        decisions = self._policy.decide(scene.step, block, gate, width, bank.held)
         done = [d if d <= SKIP else ready.plan.variants[ready.variant_for(d)].width for d in decisions]
-        self._record.add(self._context, self._step, block, gate, done)
-        self._tally.guard()
-        first = done[0]
-        if done.count(first) == rows:
-            return self._whole(ready, bank, first, inputs, states, rows)
-        return self._split(ready, bank, done, inputs, states)
-
-    def counters(self) -> Counters:
-        """What this call has done so far (glue not included)."""
-        return self._tally.counters()
+        if any(d == REUSE and k == EMPTY for d, k in zip(done, bank.held, strict=True)):
+            raise PolicyError("the policy reuses a residual where there is none")
+        scene.trace.add(self._context, scene.step, block, gate, done)
+        self.answered.append((ready.plan, done))
+        if done.count(done[0]) == rows:
+            return self._rows_alike(ready, bank, done[0], inputs, states)
+        return self._rows_apart(ready, bank, done, inputs, states)
 
     def _route(
-        self, block: int, ready: ReadyBlock, inputs: Sequence[Tensor], states: Sequence[Tensor], rows: int
+        self, block: int, ready: BoundBlock, inputs: Sequence[Tensor], states: Sequence[Tensor], rows: int
     ) -> tuple[list[float], list[float]]:
         """p and width per row (equations 10 and 12); wide open where there is no router."""
         if self._routers is None:
             return [1.0] * rows, [1.0] * rows
-        time = self._sinusoid() if ready.time is None else inputs[ready.time]
+        if ready.time is not None:
+            time = inputs[ready.time]
+        else:
+            if self._embedding is None:
+                self._embedding = self._routers.embed(self._scene.timestep, rows)
+            time = self._embedding
         logits: list[list[float]] = transfer.to_host(self._routers(block, ready.rows_first(states), time))
-        gate, width = [], []
-        for row in logits:
-            gate.append(gate_of(row, ready.name or str(block), self._routers.dtype))
-            choices = row[1:]
-            width.append(self._widths[choices.index(max(choices))])
-        return gate, width
+        widths = self._routers.config.widths
+        gate = [gate_of(row, ready.name or str(block), self._routers.dtype) for row in logits]
+        return gate, [widths[row.index(max(row[1:]), 1) - 1] for row in logits]
 
-    def _sinusoid(self) -> Tensor:
-        if self._embedding is None:
-            assert self._routers is not None
-            self._embedding = self._routers.embed(self._timestep, self.rows)
-        return self._embedding
-
-    def _whole(
-        self,
-        ready: ReadyBlock,
-        bank: Residuals,
-        decision: float,
-        inputs: Sequence[Tensor],
-        states: list[Tensor],
-        rows: int,
+    def _rows_alike(
+        self, ready: BoundBlock, bank: Residuals, decision: float, inputs: Sequence[Tensor], states: list[Tensor]
     ) -> list[Tensor]:
         """The same for all rows."""
         if decision == SKIP:
-            self._tally.left(ready, SKIP, rows)
             return [state.clone() for state in states] if self._copies else states
         if decision == REUSE:
-            _check_held(bank, range(rows))
-            self._tally.left(ready, REUSE, rows)
             return bank.reuse(states)
-        after = self._compute(ready, decision, inputs, rows)
+        after = ready.bound[ready.variant_for(decision)](inputs)
         if self._keeps:
             bank.keep(states, after)
         else:
             bank.clear()
         return after
 
-    def _split(
-        self, ready: ReadyBlock, bank: Residuals, done: Sequence[float], inputs: Sequence[Tensor], states: list[Tensor]
+    def _rows_apart(
+        self, ready: BoundBlock, bank: Residuals, done: Sequence[float], inputs: Sequence[Tensor], states: list[Tensor]
     ) -> list[Tensor]:
         """Rows grouped by what they need, results scattered back."""
         after = [state.clone() for state in states]
-        for decision in sorted(set(done)):
+        for decision in sorted(set(done) - {SKIP}):
             chosen = [row for row, own in enumerate(done) if own == decision]
-            if decision == SKIP:
-                self._tally.left(ready, SKIP, len(chosen))
-                continue
             index = transfer.row_index(tuple(chosen), states[0].device)
             if decision == REUSE:
                 before = [s.index_select(dim, index) for s, dim in zip(states, ready.state_dims, strict=True)]
-                _check_held(bank, chosen)
-                self._tally.left(ready, REUSE, len(chosen))
-                parts = bank.reuse_rows(chosen, index, before)
+                parts = bank.reuse(before, chosen, index)
             else:
                 taken = ready.take(inputs, index, len(done))
-                parts = self._compute(ready, decision, taken, len(chosen))
+                parts = ready.bound[ready.variant_for(decision)](taken)
                 if self._keeps:
-                    bank.keep_rows(chosen, index, [taken[i] for i in ready.states], parts)
+                    bank.keep([taken[i] for i in ready.states], parts, chosen, index)
                 else:
                     bank.clear(chosen)
             for whole, part, dim in zip(after, parts, ready.state_dims, strict=True):
                 whole.index_copy_(dim, index, part)
         return after
-
-    def _compute(self, ready: ReadyBlock, width: float, inputs: Sequence[Tensor], rows: int) -> list[Tensor]:
-        variant = ready.variant_for(width)
-        after = ready.bound[variant](inputs)
-        self._tally.computed(ready, variant, rows)
-        return after
-
-
-def _check_held(bank: Residuals, rows: Sequence[int]) -> None:
-    if any(bank.held[row] == EMPTY for row in rows):
-        raise PolicyError("the policy reuses a residual where there is none")

@@ -3,9 +3,11 @@
 
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
-// Fields of `clock`, which all contexts of a request share, and of `own`, which is one context's.
-enum { STARTED, STEP, DIRECTION, EPOCH, TICK, UNTOLD };
-enum { OWN_EPOCH, OWN_TICK, OWN_STEP, OWN_UNTOLD };
+// Fields of `clock`, which all branches of a request share, and of `own`, which is one branch's.
+enum { STARTED, STEP, CALLS, DIRECTION, BROKE, LEFT, BRANCH, EPOCH, BANKS, TICK, VERDICT };
+enum { OWN_EPOCH, OWN_BANKS, OWN_TICK, OWN_STEP, OWN_VERDICT };
+enum { GOES_ON, NEW, IN_DOUBT };
+enum { MOST = 16 };  // vectors of a Gram matrix
 // Fields of `limits`.
 enum { MAX_REUSE, WARMUP, KEEPS, SCHEDULED };
 // Values of a decision: REUSE and, from COMPUTE on, the variants are bodies of the switch; SKIP is past the last of them,
@@ -13,45 +15,92 @@ enum { MAX_REUSE, WARMUP, KEEPS, SCHEDULED };
 enum { UNPLANNED = -1, REUSE = 0, COMPUTE = 1, SKIP = 1000 };
 enum { EMPTY = -1 };
 
-// Brings the clock to the call at `time` (one per row, or one for all). A new request starts where the timestep turns
-// back, or where a context is called again at the same timestep. Without a context (`named` is 0) that is more likely
-// another branch of guidance: then the request goes on, but from then on nothing is reused. `held` (cells) is emptied
-// where a request started, and where branches cannot be told apart.
-extern "C" __global__ void advance(
-    const double* time, double* last, int rows, int named, int* clock, int* own, int* held, int cells)
+// Squared length of the first vector of a Gram matrix (k, k) without its projection onto the next `n` - 1.
+extern "C" __device__ double unexplained(const double* gram, int k, int n)
 {
-    int up = 0, down = 0;
-    for (int row = 0; row < rows; ++row) {
+    double system[MOST][MOST + 1];
+    int there[MOST], count = 0;
+    for (int i = 1; i < n; ++i)
+        if (gram[i * k + i] > 0) there[count++] = i;
+    for (int i = 0; i < count; ++i) {
+        double length = sqrt(gram[there[i] * k + there[i]]);
+        for (int j = 0; j < count; ++j)
+            system[i][j] = gram[there[i] * k + there[j]] / (length * sqrt(gram[there[j] * k + there[j]]));
+        system[i][i] += 1e-6;
+        system[i][count] = gram[there[i]] / length;
+    }
+    double explained = 0;
+    for (int i = 0; i < count; ++i) {
+        for (int row = i + 1; row < count; ++row) {
+            double factor = system[row][i] / system[i][i];
+            for (int j = i; j <= count; ++j) system[row][j] -= factor * system[i][j];
+        }
+        explained += system[i][count] * system[i][count] / system[i][i];
+    }
+    return gram[0] > explained ? gram[0] - explained : 0;
+}
+
+// Whether latents of the precision `eps` continue: runtime/requests/evidence.py.
+extern "C" __device__ int continues(const double* gram, int k, double eps, int near)
+{
+    double moved = gram[0], own = gram[0] + 2 * gram[1] + gram[k + 1];
+    if (moved == 0 || (near && moved <= 0.01 * own)) return 1;
+    double unscaled = unexplained(gram, k, 2);
+    return unscaled <= 4 * eps * eps * own || unexplained(gram, k, k) < 0.25 * unscaled;
+}
+
+// Brings the clock to the call at `time` (one per row, or one for all) of the branch `branch`: the rule is that of
+// runtime/requests/rule.py. `grams` (rows, k, k) are those of its latents, none where nothing came before; `first` says
+// whether they are those of the first call. `held` (cells) is emptied where the request began anew or is in doubt.
+extern "C" __global__ void advance(
+    const double* time, double* last, double* begun, int times, const double* grams, int rows, int k, const int* first,
+    const double* eps, int renewed, int trusted, int branch, int* clock, int* own, int* held, int cells)
+{
+    int up = 0, down = 0, same = 1, on = 1;
+    for (int row = 0; row < times; ++row) {
         up |= time[row] > last[row];
         down |= time[row] < last[row];
+        same &= time[row] == begun[row];
     }
-    int moved = up || down;
-    if (clock[STARTED]) {
-        int again = !moved && own[OWN_TICK] == clock[TICK];
-        int turned = (up && down) || (up && clock[DIRECTION] < 0) || (down && clock[DIRECTION] > 0);
-        if (again && !named) clock[UNTOLD] = 1;
-        if ((again && named) || turned) {
-            clock[STARTED] = 0;
-            clock[EPOCH] += 1;
-        }
+    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, !renewed);
+    int moved = up || down, direction = up && down ? 0 : up - down;
+    int turned = (up && down) || direction * clock[DIRECTION] < 0;
+    int another = !moved && own[OWN_TICK] != clock[TICK];
+    int again = rows && *first && (clock[LEFT] || (same && branch == clock[BRANCH]));
+    if (rows && !*first) clock[LEFT] = 1;
+    int verdict = GOES_ON, calls = clock[CALLS] + !another, broke = 0, certain = 1;
+    if (!clock[STARTED] || again) verdict = NEW;
+    else if (!((rows && on) || (!rows && another) || (trusted && !turned))) {
+        certain = turned || !moved || renewed;
+        broke = !certain;
+        verdict = certain || (rows && !clock[BROKE]) ? NEW : IN_DOUBT;
     }
-    if (!clock[STARTED]) {
+    if (verdict == NEW) {
         clock[STEP] = 0;
-        clock[DIRECTION] = 0;
-        clock[TICK] += 1;
-    } else if (moved) {
-        clock[STEP] += 1;
-        clock[DIRECTION] = up ? 1 : -1;
-        clock[TICK] += 1;
+        clock[CALLS] = certain ? 0 : calls;
+        clock[LEFT] = 0;
+        clock[BRANCH] = branch;
+        clock[EPOCH] += clock[STARTED];
+        for (int row = 0; row < times; ++row) begun[row] = time[row];
+    } else {
+        clock[STEP] = verdict == IN_DOUBT ? calls : clock[STEP] + !another;
+        clock[CALLS] = calls;
     }
+    if (verdict == NEW && certain) clock[DIRECTION] = 0;
+    else if (moved) clock[DIRECTION] = direction;
+    if (verdict == NEW || !another) clock[TICK] += 1;
+    if (verdict != GOES_ON) clock[BANKS] += 1;
     clock[STARTED] = 1;
-    for (int row = 0; row < rows; ++row) last[row] = time[row];
-    if (own[OWN_EPOCH] != clock[EPOCH] || own[OWN_UNTOLD] != clock[UNTOLD])
+    clock[BROKE] = broke;
+    clock[VERDICT] = verdict;
+    for (int row = 0; row < times; ++row) last[row] = time[row];
+    if (own[OWN_BANKS] != clock[BANKS])
         for (int cell = 0; cell < cells; ++cell) held[cell] = EMPTY;
     own[OWN_EPOCH] = clock[EPOCH];
+    own[OWN_BANKS] = clock[BANKS];
     own[OWN_TICK] = clock[TICK];
     own[OWN_STEP] = clock[STEP];
-    own[OWN_UNTOLD] = clock[UNTOLD];
+    own[OWN_VERDICT] = verdict;
 }
 
 // Decides for one row of one block and sets its switch. `logits`: the gate's, then one for each of `widths` widths, of
@@ -74,9 +123,9 @@ extern "C" __global__ void decide(
     int step = own[OWN_STEP], k = held[place], done;
     if (limits[SCHEDULED]) {
         done = step < steps ? table[step * cells + place] : UNPLANNED;
-        if (done == REUSE && (k == EMPTY || own[OWN_UNTOLD])) done = COMPUTE + widest;
+        if (done == REUSE && k == EMPTY) done = COMPUTE + widest;
     } else {
-        int most = own[OWN_UNTOLD] || step < limits[WARMUP] ? 0 : limits[MAX_REUSE];
+        int most = step < limits[WARMUP] ? 0 : limits[MAX_REUSE];
         done = gate < bounds[0] ? SKIP : gate <= bounds[1] && k >= 0 && k < most ? REUSE : COMPUTE + width;
     }
     if (done == REUSE) held[place] = k + 1;

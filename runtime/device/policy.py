@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.base.errors import PolicyError
-from runtime.calls.bound import ReadyBlock
+from runtime.calls.bound import BoundBlock
 from runtime.routing.policy import REUSE, SKIP, Decider, RoutingPolicy, ScheduledPolicy, keeps_residuals
 
 UNPLANNED, REUSE_CASE, COMPUTE_CASE, SKIP_CASE = -1, 0, 1, 1000
@@ -36,7 +36,7 @@ class PolicyNumbers:
     kept, whether `table` decides. `table` (STEPS, blocks, rows) int32: cases.
     """
 
-    def __init__(self, blocks: Sequence[ReadyBlock], rows: int, device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[BoundBlock], rows: int, device: torch.device) -> None:
         self._blocks = blocks
         self._rows = rows
         self.bounds = torch.zeros(2, dtype=torch.float64, device=device)
@@ -83,7 +83,7 @@ class PolicyNumbers:
         there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)
 
 
-def _case(block: ReadyBlock, decision: float) -> int:
+def _case(block: BoundBlock, decision: float) -> int:
     if decision == SKIP:
         return SKIP_CASE
     return REUSE_CASE if decision == REUSE else COMPUTE_CASE + block.variant_for(decision)

@@ -8,44 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.base.errors import PolicyError
-from runtime.calls.bound import ReadyBlock
-from runtime.calls.tally import Tally
+from runtime.base.errors import PolicyError, refuse_infinite
+from runtime.calls.bound import BoundBlock
 from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
-from runtime.device.requests import DeviceRequest, Ledger
+from runtime.device.state import DeviceState, Ledger
 from runtime.device.step import OWN, Step
-from runtime.face.arguments import refuse_infinite
-from runtime.requests.trace import RequestTrace
+from runtime.requests.rule import Verdict
+from runtime.requests.trace import Costs, Counters, work
 from runtime.routing.folded import gate_of
 from runtime.routing.policy import REUSE, SKIP
-
-UNNAMED = "branch 0"
-"""How the calls that come without a context are called in traces."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A copy of `Step.whole` under way to the host; `done` is None where it is there already."""
+    """A copy of `Step.whole` under way to the host; `done` is None where it is there already. `branch` is its name."""
 
     values: Tensor
     done: torch.cuda.Event | None
     step: Step
-    context: str | None
+    branch: str
     ledger: Ledger
-    request: weakref.ref[DeviceRequest]
-    tally: Tally
+    state: weakref.ref[DeviceState]
+    costs: Costs
 
     @classmethod
-    def begin(cls, step: Step, context: str | None, request: DeviceRequest, tally: Tally) -> Reading:
+    def begin(cls, step: Step, branch: str, state: DeviceState, costs: Costs) -> Reading:
         """Start copying what the last replay of `step` left."""
-        there = step.whole
-        if not there.is_cuda:
-            return cls(there.clone(), None, step, context, request.ledger, weakref.ref(request), tally)
-        values = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
-        values.copy_(there, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return cls(values, done, step, context, request.ledger, weakref.ref(request), tally)
+        values, done = step.whole, None
+        if not values.is_cuda:
+            values = values.clone()
+        else:
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values.copy_(step.whole, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return cls(values, done, step, branch, state.ledger, weakref.ref(state), costs)
 
     def wait(self) -> None:
         """Until the copy is there."""
@@ -56,41 +53,30 @@ class Reading:
         """Whether the copy is there."""
         return self.done is None or self.done.query()
 
-    def write_down(self) -> bool:
-        """Fill the request's trace and the tally, once the copy is there; whether nothing may be reused (see requests).
+    def write_down(self) -> tuple[Verdict, Counters]:
+        """Fill the request's trace, once the copy is there; what the call was to its request, and its work.
 
         Raises InputError for inputs and EditError for a router's logits that are not finite, PolicyError for a step
         that a schedule lacks.
         """
-        epoch, _, number, untold = map(int, self.values[:OWN].tolist())
+        epoch, _, _, number, verdict = map(int, self.values[:OWN].tolist())
         finite, logits, decisions = self.step.views(self.values)
         refuse_infinite([name for name, flag in zip(self.step.names, finite.tolist(), strict=True) if not flag])
         record = self.ledger.record(epoch)
+        answered = []
         for block in self.step.guarded:
-            self._guard(block, number, logits[block].tolist(), decisions[block].int().tolist(), record)
-        return bool(untold)
-
-    def _guard(self, block: int, step: int, logits: list[list[float]], cases: list[int], record: RequestTrace) -> None:
-        ready = self.step.blocks[block]
-        gate = [gate_of(row, ready.name or str(block), self.step.router_dtype) if row else 1.0 for row in logits]
-        if UNPLANNED in cases:
-            raise PolicyError(f"the schedule does not cover step {step}")
-        record.add(
-            record.context(UNNAMED if self.context is None else self.context),
-            step,
-            block,
-            gate,
-            [_decision(ready, case) for case in cases],
-        )
-        self.tally.guard()
-        for case in cases:
-            if case in (SKIP_CASE, REUSE_CASE):
-                self.tally.left(ready, _decision(ready, case), 1)
-            else:
-                self.tally.computed(ready, case - COMPUTE_CASE, 1)
+            ready, cases = self.step.blocks[block], decisions[block].int().tolist()
+            router = self.step.router_dtype
+            gate = [gate_of(row, ready.name or str(block), router) if row else 1.0 for row in logits[block].tolist()]
+            if UNPLANNED in cases:
+                raise PolicyError(f"the schedule does not cover step {number}")
+            done = [_decision(ready, case) for case in cases]
+            record.add(record.context(self.branch), number, block, gate, done)
+            answered.append((ready.plan, done))
+        return Verdict(verdict), work(answered, self.costs, together=False)
 
 
-def _decision(ready: ReadyBlock, case: int) -> float:
+def _decision(ready: BoundBlock, case: int) -> float:
     if case == SKIP_CASE:
         return SKIP
     return REUSE if case == REUSE_CASE else ready.plan.variants[case - COMPUTE_CASE].width

@@ -56,10 +56,13 @@ class Recorder(Protocol):
         """Record all `bodies`; a replay runs the one that `condition` was set to, none if that is past the last."""
 
 
+def absent(device: torch.device) -> str | None:
+    """Why there is no recorder for `device`; None where there may be one."""
+    return None if device.type == "cuda" else f"steps are recorded on a GPU, and this program is on {device}"
+
+
 def recorder_for(device: torch.device) -> Recorder:
-    """The recorder for `device`; RecordError where there is none, or what it needs is missing."""
-    if device.type != "cuda":
-        raise RecordError(f"steps are recorded on a GPU, and this program is on {device}")
+    """The recorder for `device`; RecordError where what it needs is missing."""
     from runtime.device.cuda_graph import CudaRecorder
 
     try:

@@ -2,7 +2,7 @@
 
 A guard's states after it start as a copy of those before it, which is all that a skip needs. Then every row of the
 batch has a switch of its own: reuse adds the residual, compute runs the block on the row at one of its widths and keeps
-what that added. The buffers belong to one cache context of one request at a time.
+what that added. The buffers belong to one branch of one request at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from runtime.base.errors import RecordError
 from runtime.base.guard import answering
 from runtime.base.rows import one_row
-from runtime.calls.bound import ReadyBlock, ReadyBlocks
+from runtime.calls.bound import BoundBlock, BoundBlocks
 from runtime.device.policy import PolicyNumbers
 from runtime.device.recorder import Recorder, Work
 from runtime.routing.policy import EMPTY, Decider
 
-OWN = 4
-"""Numbers of a context of its own (see ``decide.cu``)."""
+OWN = 5
+"""Numbers of a branch of its own (see ``decide.cu``)."""
 
 
 class Step:
     """One forward with the shapes of `inputs`, recorded at once. Raises whatever keeps it from being recorded.
 
     A replay leaves what it decided in one tensor, `whole` (float64), so that one copy brings it to the host: the
-    context's own four numbers (see ``decide.cu``), then what `views` shows. `names` are those of the inputs, `guarded`
+    branch's own numbers (see ``decide.cu``), then what `views` shows. `names` are those of the inputs, `guarded`
     the blocks that the glue asks for, in order, `rows` the rows of the batch.
 
     Args:
@@ -43,14 +43,14 @@ class Step:
     def __init__(
         self,
         recorder: Recorder,
-        blocks: ReadyBlocks,
+        blocks: BoundBlocks,
         glue: Callable[..., Sequence[Tensor]],
         inputs: Mapping[str, Tensor],
         timestep: Tensor,
         routed: bool,
     ) -> None:
         self._recorder, self._glue = recorder, glue
-        self.blocks = blocks.bound_again()  # an engine's context serves one recording, or calls, not both
+        self.blocks = [blocks.named(block, 0) for block in range(len(blocks))]
         self._routers = blocks.routers if routed else None
         self.router_dtype = torch.float64 if blocks.routers is None else blocks.routers.dtype
         self.names = tuple(inputs)
@@ -58,7 +58,7 @@ class Step:
         device = self._inputs[0].device
         self._timestep = timestep.to(device, copy=True)
         self.time = self._timestep.reshape(-1).double()
-        self._deltas, self._outputs = self._probe()
+        self._deltas, self._outputs = self._probe(blocks)
         self.rows = rows = self._rows()
         self.guarded = tuple(self._deltas)
         count, choices = len(self.blocks), self._choices()
@@ -104,11 +104,15 @@ class Step:
         finite, logits, cases = whole[OWN:].split([len(self.names), cells * choices, cells])
         return finite, logits.view(count, self.rows, choices), cases.view(count, self.rows)
 
-    def _probe(self) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
-        """A residual's buffers for every guard that the glue comes to, and those of its outputs."""
+    def _probe(self, blocks: BoundBlocks) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+        """A residual's buffers for every guard that the glue comes to, and those of its outputs.
+
+        The blocks get bindings of their own: an engine's context serves one recording, or calls, not both.
+        """
         deltas: dict[int, list[Tensor]] = {}
 
         def answer(block: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
+            self.blocks[block] = blocks.bound_again(block, form)
             states = [inputs[index] for index in self.blocks[block].states]
             deltas[block] = [torch.zeros_like(state) for state in states]
             return states
@@ -126,7 +130,7 @@ class Step:
     def _choices(self) -> int:
         return 0 if self._routers is None else 1 + len(self._routers.config.widths)
 
-    def _variant_indices(self, block: ReadyBlock, device: torch.device) -> Tensor | None:
+    def _variant_indices(self, block: BoundBlock, device: torch.device) -> Tensor | None:
         """The variant run for each width that a router may choose."""
         if self._routers is None:
             return None
@@ -160,7 +164,7 @@ class Step:
             self._embedding = self._routers.embed(self._timestep, self.rows)
         return self._embedding
 
-    def _guard(self, block: int, ready: ReadyBlock, row: int, inputs: Sequence[Tensor], after: list[Tensor]) -> None:
+    def _guard(self, block: int, ready: BoundBlock, row: int, inputs: Sequence[Tensor], after: list[Tensor]) -> None:
         """Decide for one row and do it."""
         condition = self._recorder.condition()
         policy, variants = self.policy, self._variants[block]

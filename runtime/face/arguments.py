@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.base.errors import InputError, ShapeError
+from runtime.base.errors import InputError, ShapeError, refuse_infinite
 from runtime.bundle.spec import Glue, GlueInput
 
 Constant = bool | int | float | str | None
@@ -74,6 +74,21 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
         raise InputError(f"argument {name!r} is a {type(value).__name__}: neither a tensor nor plain data")
 
 
+def mapped(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """`arguments` with ``change(dotted name, tensor)`` in the place of every tensor."""
+    return {name: _mapped(name, value, change) for name, value in arguments.items()}
+
+
+def _mapped(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(f"{name}.{key}", item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(f"{name}.{key}", item, change) for key, item in enumerate(value))
+    return value
+
+
 def unflatten(values: Mapping[str, object]) -> dict[str, Any]:
     """Arguments by name, of leaves by dotted name; what has the keys 0, 1, ... becomes a list."""
     tree: dict[str, Any] = {}
@@ -95,20 +110,47 @@ def _lists(value: Any) -> Any:
 
 
 def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
-    """The glue compiled for these shapes and constants."""
-    return next((glue for glue in glues if _fits(glue, tensors) and _same_constants(glue, constants)), None)
+    """The glue compiled for this form of call: the same tensors, by name, shape and dtype, and the same constants."""
+    return next(
+        (g for g in glues if _shaped(g, tensors) and _typed(g, tensors) and _same_constants(g, constants)), None
+    )
+
+
+def retyped(
+    glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant], name: str
+) -> dict[str, Tensor] | None:
+    """`tensors` with the one called `name` in the dtype that some glue takes, if that loses nothing.
+
+    Schedulers count timesteps in integers or floats. Synchronises with the device where a glue is found.
+    """
+    for glue in glues:
+        if name in tensors and _shaped(glue, tensors) and _same_constants(glue, constants):
+            wanted = {given.name: getattr(torch, given.dtype) for given in glue.inputs}
+            cast = {**tensors, name: tensors[name].to(wanted[name])}
+            if _typed(glue, cast) and torch.equal(cast[name].double(), tensors[name].double()):
+                return cast
+    return None
 
 
 def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> InputError:
-    """Why no glue fits: a missing or surplus input, a constant, or the shapes that were compiled."""
+    """Why no glue fits: a missing or surplus input, a dtype, a constant, or the shapes that were compiled."""
     if not glues:
         return ShapeError("nothing has been compiled yet")
-    shaped = [glue for glue in glues if _fits(glue, tensors)]
-    if shaped:
-        traced, given = _plain(shaped[0].constants), dict(constants)
-        names = sorted(n for n in traced.keys() | given.keys() if traced.get(n) != given.get(n))
-        told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {given.get(n)!r}" for n in names)
+    shaped = [glue for glue in glues if _shaped(glue, tensors)]
+    for given in shaped[0].inputs if shaped else ():
+        dtypes = sorted({i.dtype for glue in shaped for i in glue.inputs if i.name == given.name})
+        if str(tensors[given.name].dtype)[6:] not in dtypes:
+            told = f"input {given.name!r} is {str(tensors[given.name].dtype)[6:]}, compiled for {' and '.join(dtypes)}"
+            return InputError(f"{told}: cast it, or compile with inputs of this dtype, too")
+    typed = [glue for glue in shaped if _typed(glue, tensors)]
+    if typed:
+        traced, called = _plain(typed[0].constants), dict(constants)
+        names = sorted(n for n in traced.keys() | called.keys() if traced.get(n) != called.get(n))
+        told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {called.get(n)!r}" for n in names)
         return ShapeError(f"these arguments are fixed when compiling: {told}")
+    if shaped:
+        told = ", ".join(f"{name} {str(tensor.dtype)[6:]}" for name, tensor in tensors.items())
+        return InputError(f"not compiled for these dtypes together: {told}")
     wanted = {given.name for glue in glues for given in glue.inputs}
     for name in sorted(wanted - tensors.keys()):
         if all(name in {given.name for given in glue.inputs} for glue in glues):
@@ -116,22 +158,20 @@ def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Map
     for name in sorted(tensors.keys() - wanted):
         return InputError(f"input {name!r} was not given when compiling: compile with it, or leave it out")
     shapes = "\n".join("  " + ", ".join(f"{i.name} {_shape(i.shape)}" for i in glue.inputs) for glue in glues)
-    called = ", ".join(f"{name} {_shape(tuple(tensor.shape))}" for name, tensor in tensors.items())
-    return ShapeError(f"not compiled for {called}\ncompiled shapes (* is any batch size):\n{shapes}")
+    called_with = ", ".join(f"{name} {_shape(tuple(tensor.shape))}" for name, tensor in tensors.items())
+    return ShapeError(f"not compiled for {called_with}\ncompiled shapes (* is any batch size):\n{shapes}")
 
 
-def check_tensors(glue: Glue, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """InputError for a wrong dtype or device."""
+def check_device(glue: Glue, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """InputError for an input elsewhere than on `device`."""
     for given in glue.inputs:
-        tensor = tensors[given.name]
-        if tensor.dtype != getattr(torch, given.dtype):
-            raise InputError(f"input {given.name!r} is {str(tensor.dtype)[6:]}, compiled for {given.dtype}")
-        if tensor.device != device:
-            raise InputError(f"input {given.name!r} is on {tensor.device}, the compiled transformer on {device}")
+        if tensors[given.name].device != device:
+            where = tensors[given.name].device
+            raise InputError(f"input {given.name!r} is on {where}, the compiled transformer on {device}")
 
 
 def check_finite(glue: Glue, tensors: Mapping[str, Tensor]) -> None:
-    """InputError for a float input that is not finite; waits for a GPU."""
+    """InputError for a float input that is not finite. Synchronises with the device."""
     floats = {i.name: tensors[i.name] for i in glue.inputs if tensors[i.name].is_floating_point()}
     sums = [value.sum(dtype=torch.float32 if value.dtype.itemsize < 8 else None) for value in floats.values()]
     if sums and not torch.isfinite(sum(sums)):  # type: ignore[arg-type]
@@ -146,13 +186,7 @@ def rows(glue: Glue, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def refuse_infinite(names: Sequence[str]) -> None:
-    """InputError that names the inputs, if any, that are not finite."""
-    if names:
-        raise InputError(f"input {', '.join(names)} holds NaN or infinity")
-
-
-def _fits(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
+def _shaped(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
     return len(glue.inputs) == len(tensors) and all(
         given.name in tensors and _matches(given, tensors[given.name]) for given in glue.inputs
     )
@@ -162,6 +196,10 @@ def _matches(given: GlueInput, tensor: Tensor) -> bool:
     return len(given.shape) == tensor.dim() and all(
         want is None or want == have for want, have in zip(given.shape, tensor.shape, strict=True)
     )
+
+
+def _typed(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensors[given.name].dtype == getattr(torch, given.dtype) for given in glue.inputs)
 
 
 def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:

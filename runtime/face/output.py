@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from torch.utils import _pytree as pytree
+
 Part = Any
 """A tensor, or a list of one tensor for each sample."""
 
@@ -45,3 +47,10 @@ class Output:
     def to_tuple(self) -> tuple[Part, ...]:
         """The outputs in order."""
         return tuple(self._items.values())
+
+
+pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.to_tuple()), list(output._items)),
+    lambda parts, names: Output(zip(names, parts, strict=True)),
+)

@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from runtime import engines
-from runtime.base.errors import EditError, InnerShapeError
+from runtime.base.errors import EditError
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Glue
-from runtime.calls.calls import Call, Calls, Host
-from runtime.calls.loaded import Loaded, search
 from runtime.face import arguments
 from runtime.face.adapters import WithoutAdapters, refuse_adapters
-from runtime.face.arguments import Constant
-from runtime.requests.state import cache_context, named_request
+from runtime.face.session import Host, Session, Tracer
+from runtime.requests.scope import cache_context, named_request
 from runtime.requests.trace import Counters, Trace
 from runtime.routing.policy import Decider, RoutingPolicy
 
-Tracer = Callable[[Mapping[str, object]], Program]
+_numbers = itertools.count(1)
 
 
 class CompiledTransformer(WithoutAdapters, nn.Module):
     """A program run by an engine, called like the model it was compiled from.
 
     Args:
-        program: what to run; None to have `tracer` make it at the first call.
+        program: what to run.
         engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside.
         policy: what decides; the program's own policy when None. Settable between calls.
-        tracer: called with the arguments of a call that nothing was compiled for; gives a program
-            that was. Without it such a call is a ShapeError.
+        tracer: makes the program grow where a call has a form that was not compiled. Without it that is a ShapeError.
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
-        dispatch: "host", or "device" to take decisions on the GPU, where no step waits for the host (`runtime.device`).
-            Where that cannot be done they are taken on the host; `dispatch_note` then says why, and so does the log.
-        eager: the model itself; shows its device, and without a program its config and dtype, before the first call.
+        dispatch: "host", or "device" to take decisions on the GPU, where no step synchronises (`runtime.device`). Where
+            that cannot be done they are taken on the host; `dispatch_note` then says why, and so does the log.
+        eager: the model itself, in which a program that holds nothing yet has its weights.
 
-    The forward runs without gradients. Errors are `runtime.base.errors.EditError`. An exception drops the
-    state of the request it came in; a call refused for its arguments leaves all requests as they were.
+    The forward runs without gradients, and in the compiled dtype whatever autocast says. Errors are
+    `runtime.base.errors.EditError`. An exception drops the state of the request it came in; a call refused for its
+    arguments leaves all requests as they were. Which calls make one generation: docs/requests.md.
     """
 
     def __init__(
         self,
-        program: Program | None,
+        program: Program,
         engine: str = "onnxruntime",
         policy: Decider | None = None,
         tracer: Tracer | None = None,
@@ -58,31 +58,26 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         dispatch: str = "host",
     ) -> None:
         super().__init__()
-        if program is None and tracer is None:
-            raise EditError("a compiled transformer needs a program, or a tracer to make one")
-        self.engine = engine
-        self._policy = policy
-        self._tracer = tracer
-        self._host = host
-        self._eager = (eager,)  # in a tuple: not a submodule, its weights are not ours
-        self._lock = threading.Lock()
-        self._counting = threading.Lock()
-        self._counters = Counters()
-        self._calls = Calls(dispatch, self._count)
-        self._loaded: Loaded | None = None if program is None else Loaded(program, engine)
+        self._policy, self._tracer, self._host = policy, tracer, host
+        self._eager = (eager,)  # in a tuple: not a submodule
+        self._asked_dtype: torch.dtype | None = None
+        self._session = Session(program, engine, dispatch, tracer, host, self._hold)
         self.eval()
 
     @property
-    def program(self) -> Program | None:
-        """What runs; None before the first call of a lazily compiled one."""
-        return None if self._loaded is None else self._loaded.program
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._session.engine
+
+    @property
+    def program(self) -> Program:
+        """What runs; it holds no blocks before the first call of a lazily compiled one."""
+        return self._session.program
 
     @property
     def policy(self) -> Decider:
-        """What decides for each block; set it between calls, nothing is rebuilt."""
-        if self._policy is not None:
-            return self._policy
-        return RoutingPolicy() if self._loaded is None else RoutingPolicy.stored(self._loaded.program.manifest.policy)
+        """What decides for each block; set it between calls, nothing is rebuilt. None: the program's own."""
+        return self._policy or RoutingPolicy.stored(self.program.manifest.policy)
 
     @policy.setter
     def policy(self, policy: Decider | None) -> None:
@@ -91,75 +86,93 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     @property
     def trace(self) -> Trace:
         """The decisions of the last requests."""
-        self._calls.settle(self._loaded)
-        return self._calls.traces
+        self._session.settle()
+        return self._session.trace
 
     @property
     def counters(self) -> Counters:
         """The work done since `reset_counters`."""
-        self._calls.settle(self._loaded)
-        return self._counters
+        self._session.settle()
+        return self._session.counters
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self._calls.settle(self._loaded)
-        with self._counting:
-            self._counters = Counters()
+        self._session.settle()
+        self._session.reset_counters()
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that residuals of all requests may take; None: a quarter of the device's memory.
+
+        Beyond it the requests used longest ago lose their residuals, with a warning, and go on at their own step.
+        """
+        return self._session.requests.limit
+
+    @memory_limit.setter
+    def memory_limit(self, limit: int | None) -> None:
+        self._session.requests.limit = limit
 
     @property
     def config(self) -> Any:
         """The model's configuration, by attribute and by key."""
-        return self._eager_value("config") if self._loaded is None else self._loaded.config
+        return self._session.config
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights and latents."""
-        if self._loaded is None:
-            dtype: torch.dtype = self._eager_value("dtype")
-            return dtype
-        return self._loaded.dtype
+        """Dtype of latents; that of the weights, unless the module was told to take another (`to`)."""
+        return self._asked_dtype or self._session.dtype
 
     @property
     def device(self) -> torch.device:
         """Where inputs have to be."""
-        if self._loaded is not None and (self._loaded.program.weights or self._eager[0] is None):
-            return self._loaded.device
-        if self._eager[0] is None:
-            raise EditError("device is not known before the first call")
-        return next(self._eager[0].parameters()).device
+        first = next(iter(self._parameters.values()), None)
+        return self._session.device if first is None else first.device
 
     @property
     def dispatch(self) -> str:
         """Where decisions are taken, "host" or "device"; `dispatch_note` says why it is not where they were wanted."""
-        return self._calls.wanted if self.dispatch_note is None else "host"
+        return self._session.wanted if self.dispatch_note is None else "host"
 
     @property
     def dispatch_note(self) -> str | None:
         """Why decisions are taken on the host although they were wanted on the device: those of the last call, or,
         before the first, what is known of this machine and engine."""
-        self._calls.look(self._loaded)
-        return self._calls.note
+        return self._session.why_not_on_device()
 
-    def request(self, name: str) -> Any:
-        """Context manager: calls inside belong to the request `name`, whatever thread they are in."""
-        return named_request(str(name))
+    @contextmanager
+    def request(self, name: str | None = None) -> Iterator[None]:
+        """Context manager: calls inside belong to one generation at a time, called `name`, whatever thread they are in.
+
+        It is told from all others, and trusted to go on where its latents do not (a sampler that adds noise). Without a
+        name it is a new one, which ends with the ``with`` block; one with a name ends by `reset` inside, or an error.
+        """
+        with named_request(f"request {next(_numbers)}" if name is None else str(name)):
+            try:
+                yield
+            finally:
+                if name is None:
+                    self._session.requests.drop()
 
     def cache_context(self, name: str, **progress: object) -> Any:
-        """Context manager: calls inside use the residuals of the cache context `name` (diffusers).
+        """Context manager: calls inside are those of guidance's branch `name` (diffusers).
 
-        `progress` is what a pipeline tells of where its loop is; the timestep of the calls says it all.
+        `progress` is what a pipeline tells of where its loop is; the calls themselves say it all.
         """
         return cache_context(name)
 
+    def reset(self) -> None:
+        """End the current request: what is called next begins a generation. Raises what the device came upon in it."""
+        self._session.end()
+
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """End the current request (diffusers calls this after each image); raises what the device came upon in it."""
-        self._calls.end(self._loaded)
+        """`reset`, by the name under which diffusers calls it after each image."""
+        self.reset()
 
     def save(self, path: str | Path) -> None:
         """Write the bundle `path`, with the current routing policy (see `runtime.bundle.files.save`)."""
-        if self._loaded is None or not self._loaded.program.manifest.glues:
+        program = self.program
+        if not program.manifest.glues:
             raise EditError("nothing to save yet: call the compiled transformer once, or compile with inputs=")
-        program = self._loaded.program
         if isinstance(self._policy, RoutingPolicy):
             program = replace(program, manifest=replace(program.manifest, policy=self._policy.to_spec()))
         bundle.save(program, path)
@@ -168,83 +181,108 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The model's forward: its arguments, and an output with `.sample`, or a tuple.
 
-        Raises InputError for an unknown, missing or unusable argument, ShapeError for shapes or
-        constants that were not compiled (unless there is a tracer).
+        Raises InputError for an unknown, missing or unusable argument, ShapeError for shapes or constants that were not
+        compiled (unless there is a tracer).
         """
-        given = arguments.named(self._argument_names(kwargs) if args or self._loaded else tuple(kwargs), args, kwargs)
+        given = arguments.named(self.program.manifest.arguments, args, kwargs)
         refuse_adapters(given)
-        try:
-            return self._call(given)
-        except InnerShapeError:
-            if self._tracer is None:
-                raise
-        with self._lock:
-            self._replace(self._tracer(given))
-        return self._call(given)
+        where = self._session.device.type
+        autocast = torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where)
+        if autocast:
+            given = self._compiled_dtypes(given, torch.get_autocast_dtype(where))
+        asked = self._asked_dtype
+        if asked is not None:
+            given = self._compiled_dtypes(given, asked)
+        with torch.autocast(where, enabled=False) if autocast else nullcontext():
+            output = self._session(given, self.policy)
+        if asked is None:
+            return output
+        return pytree.tree_map_only(Tensor, lambda t: t.to(asked) if t.is_floating_point() else t, output)
 
-    def _call(self, given: Mapping[str, object]) -> Any:
-        tensors, constants = arguments.flatten(given)
-        loaded, glue = self._find(given, tensors, constants)
-        arguments.check_tensors(glue, tensors, loaded.device)
-        call = Call(glue, given, tensors, loaded.timestep(tensors, constants))
-        return self._calls.run(loaded, call, self.policy, self._host)
+    def _compiled_dtypes(self, given: Mapping[str, object], source: torch.dtype) -> dict[str, Any]:
+        """`given` with tensors of the dtype `source` in the dtypes that they were compiled for."""
+        known = {i.name: getattr(torch, i.dtype) for glue in self.program.manifest.glues for i in glue.inputs}
 
-    def _find(
-        self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
-    ) -> tuple[Loaded, Glue]:
-        """The glue for these arguments, traced first if need be."""
-        found = search(self._loaded, tensors, constants)
-        if found is None and self._tracer is not None:
-            with self._lock:
-                found = search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
-                if found is None:
-                    self._replace(self._tracer(given))
-                    found = search(self._loaded, tensors, constants)
-        if found is None:
-            glues = () if self._loaded is None else self._loaded.program.manifest.glues
-            raise arguments.explain(glues, tensors, constants)
-        return found
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            return tensor.to(known.get(name, self._session.dtype)) if tensor.dtype == source else tensor
 
-    def _count(self, glue: Glue, done: Counters, rows: int) -> None:
-        own = rows * glue.flops
-        with self._counting:
-            self._counters = self._counters + done + Counters(flops=own, dense_flops=own)
+        return arguments.mapped(given, cast)
+
+    def _hold(self, program: Program) -> None:
+        """Show the tensors of `program` as parameters; those of the model, as long as there are none."""
+        tensors = {**program.weights, **{f"routers.{key}": tensor for key, tensor in program.routers.items()}}
+        own: dict[str, nn.Parameter | None] = {}
+        own |= {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        if not program.manifest.blocks and self._eager[0] is not None:
+            own = dict(self._eager[0].named_parameters())
+        self._parameters = own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledTransformer:
         """What ``.to``, ``.cuda`` and ``.half`` come down to; EditError for a move that cannot be made."""
-        if self._loaded is None:
-            return self
         before = torch.empty(0, dtype=self.dtype, device=self.device)
         after = fn(before)
-        if after.dtype != before.dtype:
-            raise EditError(f"compiled for {before.dtype}: to run in {after.dtype}, convert the model, then compile it")
+        if after.is_meta:
+            raise EditError(
+                "a compiled transformer holds its weights: it cannot be on the meta device; delete it instead"
+            )
+        if not self.program.manifest.blocks and self._tracer is not None:
+            self._tracer.apply(fn)  # nothing has been compiled: the model itself is moved
+            self._session.grow(self._tracer.untraced())
+            return self
         if after.device != before.device:
-            self._move(fn, after.device)
+            if self.engine not in engines.MOVABLE:
+                raise EditError(
+                    f"engine {self.engine!r} runs where it was loaded: to run on {after.device}, compile or load there"
+                )
+            self._session.move(fn)
+        if after.dtype != before.dtype:
+            self._take(after.dtype)
         return self
 
-    def _move(self, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        assert self._loaded is not None
-        if self.engine not in engines.MOVABLE:
-            raise EditError(
-                f"engine {self.engine!r} runs where it was loaded: to run on {device}, compile or load there"
+    def _take(self, dtype: torch.dtype) -> None:
+        """Be called with tensors of `dtype` from now on."""
+        own = self._session.dtype
+        self._asked_dtype = None if dtype == own else dtype
+        if self._asked_dtype is not None:
+            warnings.warn(
+                f"a compiled transformer keeps computing in {str(own)[6:]}, for which it was compiled: inputs in "
+                f"{str(dtype)[6:]} are cast to that, and outputs back; to compute in {str(dtype)[6:]}, convert the "
+                "model, then compile it",
+                RuntimeWarning,
+                stacklevel=2,
             )
-        program = self._loaded.program
-        weights = {key: fn(tensor) for key, tensor in program.weights.items()}
-        routers = {key: fn(tensor) for key, tensor in program.routers.items()}
-        with self._lock:
-            self._replace(replace(program, weights=weights, routers=routers))
 
-    def _replace(self, program: Program) -> None:
-        """Run `program` from now on; requests end."""
-        loaded = Loaded(program, self.engine)
-        self._calls.replaced(self._loaded)
-        self._loaded = loaded
+    def load_state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: the weights of a compiled transformer are fixed."""
+        raise EditError("the weights of a compiled transformer are fixed: load them into the model, then compile it")
 
-    def _argument_names(self, kwargs: Mapping[str, object]) -> tuple[str, ...]:
-        """What the forward takes; as long as nothing tells, what it is given by name."""
-        if self._loaded is not None:
-            return self._loaded.program.manifest.arguments
-        return tuple(kwargs) if self._eager[0] is None else arguments.argument_names(self._eager[0].forward)
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: a compiled transformer is a bundle, not a diffusers model."""
+        raise EditError(
+            "a compiled transformer is saved as a bundle: compiled.save(path), then edit_compile.load(path)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTransformer:
+        """A twin over the same weights, which are never written to, with requests of its own."""
+        twin = CompiledTransformer(
+            self.program,
+            self.engine,
+            self._policy,
+            self._tracer,
+            host=self._host,
+            eager=self._eager[0],
+            dispatch=self._session.wanted,
+        )
+        twin._asked_dtype = self._asked_dtype
+        return twin
+
+    def __copy__(self) -> CompiledTransformer:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise EditError(
+            "a compiled transformer is not pickled: compiled.save(path), then edit_compile.load(path) there"
+        )
 
     def __getattr__(self, name: str) -> Any:
         """What pipelines read from a model: its plain attributes, its configuration, and its parts without weights.
@@ -254,17 +292,12 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         """
         if name.startswith("_"):
             return super().__getattr__(name)
-        if self._loaded is not None:
-            manifest = self._loaded.program.manifest
-            for known in (manifest.attributes, manifest.config):
-                if name in known:
-                    return known[name]
+        manifest = self.program.manifest
+        for known in (manifest.attributes, manifest.config):
+            if name in known:
+                return known[name]
         part = getattr(self._eager[0], name, None)
         if isinstance(part, nn.Module) and next(part.parameters(), None) is None:
             return part
-        raise AttributeError(f"a compiled transformer has no attribute {name!r}")
-
-    def _eager_value(self, name: str) -> Any:
-        if self._eager[0] is None:
-            raise EditError(f"{name} is not known before the first call")
-        return getattr(self._eager[0], name)
+        more = f": {name} of the model runs the model's own weights; docs/your_model.md says how to compile it"
+        raise AttributeError(f"a compiled transformer has no attribute {name!r}{more if callable(part) else ''}")

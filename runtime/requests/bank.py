@@ -11,65 +11,65 @@ from runtime.routing.policy import EMPTY
 
 
 class Residuals:
-    """Bank C = (Delta, k) of one block in one cache context, for every row of the batch.
+    """Bank C = (Delta, k) of one block in one branch of a request, for every row of the batch.
 
     `held[row]` is k, the number of reuses since the residual was computed, or EMPTY. One Delta per
     state, of the state's shape and dtype, whose dimension ``dims[state]`` carries the rows. The
     buffers stay when the bank is emptied, and are written again, within torch.inference_mode or not.
     """
 
-    def __init__(self, rows: int, dims: Sequence[int]) -> None:
-        self.held = [EMPTY] * rows
+    def __init__(self, states: Sequence[Tensor], dims: Sequence[int]) -> None:
         self._dims = tuple(dims)
+        self._like = [_kind(state) for state in states]
+        self.held = [EMPTY] * states[0].shape[self._dims[0]]
         self._deltas: list[Tensor] = []
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """Bytes of the buffers."""
-        return sum(delta.nbytes for delta in self._deltas)
+
+    def fits(self, states: Sequence[Tensor]) -> bool:
+        """Whether it is for states like these: rows, shapes, dtypes and device."""
+        return [_kind(state) for state in states] == self._like
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Empty `rows` (all where None)."""
         for row in range(len(self.held)) if rows is None else rows:
             self.held[row] = EMPTY
 
-    def keep(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        """Delta = after - before and k = 0, for all rows."""
-        if not self._deltas:
-            with torch.inference_mode(False):
-                self._deltas = [torch.empty_like(state) for state in after]
-        for delta, old, new in zip(self._deltas, before, after, strict=True):
-            torch.sub(new, old, out=delta)
-        self.held = [0] * len(self.held)
+    def keep(
+        self,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        rows: Sequence[int] | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        """Delta = after - before and k = 0.
 
-    def keep_rows(self, rows: Sequence[int], index: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        """Delta = after - before and k = 0 for `rows`; `before` and `after` hold these rows alone.
-
-        `index` is `rows` as an int64 tensor on the states' device.
+        For all rows; or for `rows`, then `index` is these as an int64 tensor on the states' device, and `before` and
+        `after` hold these rows alone.
         """
         if not self._deltas:
             with torch.inference_mode(False):
-                self._deltas = [self._whole(state, dim) for state, dim in zip(after, self._dims, strict=True)]
+                self._deltas = [torch.empty(shape, dtype=dtype, device=where) for shape, dtype, where in self._like]
+            self.nbytes = sum(delta.nbytes for delta in self._deltas)
         for delta, dim, old, new in zip(self._deltas, self._dims, before, after, strict=True):
-            delta.index_copy_(dim, index, new - old)
-        for row in rows:
+            if index is None:
+                torch.sub(new, old, out=delta)
+            else:
+                delta.index_copy_(dim, index, new - old)
+        for row in range(len(self.held)) if rows is None else rows:
             self.held[row] = 0
 
-    def reuse(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """x + Delta and k += 1, for all rows."""
-        self.held = [k + 1 for k in self.held]
-        return [state + delta for state, delta in zip(states, self._deltas, strict=True)]
-
-    def reuse_rows(self, rows: Sequence[int], index: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-        """x + Delta and k += 1 for `rows`; `states` and the result hold these rows alone."""
-        for row in rows:
+    def reuse(
+        self, states: Sequence[Tensor], rows: Sequence[int] | None = None, index: Tensor | None = None
+    ) -> list[Tensor]:
+        """x + Delta and k += 1; for all rows, or for `rows`, which `states` and the result then hold alone."""
+        for row in range(len(self.held)) if rows is None else rows:
             self.held[row] += 1
-        return [
-            state + delta.index_select(dim, index)
-            for state, delta, dim in zip(states, self._deltas, self._dims, strict=True)
-        ]
+        deltas = self._deltas
+        if index is not None:
+            deltas = [delta.index_select(dim, index) for delta, dim in zip(deltas, self._dims, strict=True)]
+        return [state + delta for state, delta in zip(states, deltas, strict=True)]
 
-    def _whole(self, part: Tensor, dim: int) -> Tensor:
-        shape = list(part.shape)
-        shape[dim] = len(self.held)
-        return part.new_empty(shape)
+
+def _kind(state: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return state.shape, state.dtype, state.device

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bundle.spec import Cost, Plan
 from runtime.routing.policy import REUSE, SKIP
 
 SKIPPED, REUSED, COMPUTED = 0, 1, 2
@@ -143,3 +144,33 @@ class Counters:
     def per_step(self) -> dict[str, float]:
         """Each count divided by the number of forward calls."""
         return {name: value / max(self.calls, 1) for name, value in asdict(self).items()}
+
+
+Costs = Mapping[tuple[str, int], Cost]
+"""What a row costs, by plan and variant; nothing for plans that a glue knows no costs of."""
+
+
+def work(answered: Iterable[tuple[Plan, Sequence[float]]], costs: Costs, together: bool = True) -> Counters:
+    """The work of one forward call, its glue aside, from its guards: each one's plan, and what was done with its rows.
+
+    `together`: rows at one width share an engine call, unless the plan takes a row at a time.
+    """
+    totals: dict[str, int] = dict.fromkeys((field.name for field in fields(Counters)), 0)
+    totals["calls"] = 1
+    for plan, done in answered:
+        totals["guards"] += 1
+        dense = costs.get((plan.id, len(plan.variants) - 1))
+        totals["dense_flops"] += len(done) * dense.flops if dense is not None else 0
+        for decision in set(done):
+            rows = list(done).count(decision)
+            if decision in (SKIP, REUSE):
+                totals["skipped" if decision == SKIP else "reused"] += rows
+                continue
+            calls = 1 if together and not plan.single_row else rows
+            totals["computed"] += rows
+            totals["engine_calls"] += calls
+            cost = costs.get((plan.id, plan.variant_at(decision)))
+            if cost is not None:
+                totals["flops"] += rows * cost.flops
+                totals["bytes"] += calls * cost.weight_bytes + rows * cost.row_bytes
+    return Counters(**totals)

@@ -1,0 +1,369 @@
+"""A program on one engine, and all that is remembered of its calls: where a call finds its glue, and is run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from runtime import engines
+from runtime.base.errors import EditError, InputError, RecordError, ShapeError
+from runtime.base.guard import answering
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Glue
+from runtime.calls.bound import BoundBlocks, glue_graph
+from runtime.calls.dispatch import Dispatch, Scene
+from runtime.device.policy import why_not
+from runtime.device.runner import DeviceRunner, make_runner, why_not_here
+from runtime.device.state import DeviceState
+from runtime.face import arguments
+from runtime.face.arguments import Constant
+from runtime.face.output import Config, Output
+from runtime.requests.registry import Requests
+from runtime.requests.request import Request
+from runtime.requests.scope import current_context
+from runtime.requests.sighting import Sighting
+from runtime.requests.trace import Costs, Counters, Trace, work
+from runtime.routing.policy import Decider
+
+log = logging.getLogger(__name__)
+
+KEPT = 16
+"""Traces of requests that are kept."""
+
+Host = Callable[..., object]
+"""The model's forward with guards for blocks, for programs whose glue is hosted."""
+
+
+class Tracer(Protocol):
+    """What can make a program grow: the compiler with the model beside it."""
+
+    def __call__(self, given: Mapping[str, object], program: Program) -> Program:
+        """`program` and what a call with the arguments `given` needs beyond it; EditError where that cannot be made."""
+
+    def changed(self) -> str | None:
+        """Name of a weight of the model that is not what it was at the first trace; None where all are."""
+
+    def untraced(self) -> Program:
+        """A program that says what the model is and holds nothing yet."""
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or cast the model, as `torch.nn.Module.to` does."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward call: its glue, its arguments, the tensors among them by dotted name, what its request sees of it."""
+
+    glue: Glue
+    given: Mapping[str, object]
+    tensors: Mapping[str, Tensor]
+    sighting: Sighting
+
+
+class Session:
+    """`program`, which grows by `tracer` where there is one, on the engine called `engine`.
+
+    `trace` and `counters` hold what was decided and done. `grown` is called with every program that is run from then
+    on. Raises EngineError where the engine cannot run the program here.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        engine: str,
+        dispatch: str,
+        tracer: Tracer | None,
+        host: Host | None,
+        grown: Callable[[Program], None],
+    ) -> None:
+        if dispatch not in ("host", "device"):
+            raise EditError(f"dispatch is {dispatch!r}: say 'host' or 'device'")
+        self.engine, self.wanted = engine, dispatch
+        self.trace = Trace(KEPT)
+        self.counters = Counters()
+        self.requests = Requests(lambda name, trusted: Request(name, self.trace, trusted))
+        self._tracer, self._host, self._grown = tracer, host, grown
+        self._lock, self._counting = threading.RLock(), threading.Lock()
+        self._note: str | None = None
+        self._said_changed = False
+        self._start(program)
+
+    def grow(self, program: Program) -> None:
+        """Run `program`, which has all that was there before, from now on; what runs goes on undisturbed."""
+        before = self.program
+        if not before.manifest.blocks:
+            self._start(program)
+            return
+        new = {key: tensor for key, tensor in program.weights.items() if key not in before.weights}
+        placed = engines.placed(self.engine, replace(program, weights=new, routers={}))
+        program = replace(program, weights={**before.weights, **placed.weights}, routers=before.routers)
+        self.blocks.grow(program)
+        self._run_from_now_on(program)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Have `fn` move all tensors to another device; residuals stay behind."""
+        with self._lock:
+            self.settle()
+            weights = {key: fn(tensor) for key, tensor in self.program.weights.items()}
+            routers = {key: fn(tensor) for key, tensor in self.program.routers.items()}
+            self._start(replace(self.program, weights=weights, routers=routers))
+            self.requests.lose_all()
+
+    def _start(self, program: Program) -> None:
+        """Run `program` and forget what was made for another."""
+        program = engines.placed(self.engine, program)
+        self.blocks = BoundBlocks(program, self.engine)
+        self.config = Config(program.manifest.config)
+        self.dtype: torch.dtype = getattr(torch, program.manifest.dtype)
+        tensors = (*program.weights.values(), *program.routers.values())
+        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        self._runner: DeviceRunner | None = None
+        self._no_runner: str | None = None
+        self._graphs: dict[str, Callable[..., Sequence[Tensor]]] = {}
+        self._costs: dict[str, Costs] = {}
+        self._found: dict[object, Glue] = {}
+        self._run_from_now_on(program)
+
+    def _run_from_now_on(self, program: Program) -> None:
+        for glue in program.manifest.glues:
+            self._costs[glue.id] = {(cost.plan, cost.variant): cost for cost in glue.costs}
+        self.program = program
+        self._grown(program)
+
+    def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
+        """The model's output for the arguments `given`."""
+        flat, constants = arguments.flatten(given)
+        glue, tensors = self._find(given, flat, constants)
+        arguments.check_device(glue, tensors, self.device)
+        call = self._call(glue, given, tensors, constants)
+        self._check_weights(glue)
+        return self._run(call, policy)
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        with self._counting:
+            self.counters = Counters()
+
+    def settle(self) -> None:
+        """Wait for the device, so that trace and counters hold all calls."""
+        if self._runner is not None:
+            self._runner.settle()
+
+    def end(self) -> None:
+        """End the current request; raises what the device came upon in it."""
+        self.settle()
+        request = self.requests.existing()
+        self.requests.drop()
+        if request is not None and isinstance(request.elsewhere, DeviceState) and request.elsewhere.error is not None:
+            raise request.elsewhere.error
+
+    def why_not_on_device(self) -> str | None:
+        """Why decisions are taken on the host although they were wanted on the device; None where that is not so."""
+        if self.wanted == "device" and self._note is None:
+            return why_not_here(self.blocks, self.device)
+        return self._note
+
+    def graph(self, glue: Glue) -> Callable[..., Sequence[Tensor]]:
+        """A glue's graph with its weights."""
+        found = self._graphs.get(glue.id)
+        if found is None:
+            found = self._graphs[glue.id] = glue_graph(self.program, glue, self.device)
+        return found
+
+    def _find(
+        self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
+    ) -> tuple[Glue, Mapping[str, Tensor]]:
+        """The glue for these arguments, traced first if need be, and the tensors as it takes them."""
+        form = (tuple((name, t.shape, t.dtype) for name, t in tensors.items()), tuple(constants.items()))
+        found = self._found.get(form) or self._search(tensors, constants)
+        if found is None and self._tracer is not None:
+            with self._lock:
+                found = self._search(tensors, constants)  # another thread may have traced it meanwhile
+                if found is None:
+                    self._trace(given)
+                    found = self._search(tensors, constants)
+        if found is not None:
+            self._found[form] = found
+            return found, tensors
+        manifest = self.program.manifest
+        cast = arguments.retyped(manifest.glues, tensors, constants, manifest.timestep)
+        found = None if cast is None else self._search(cast, constants)
+        if cast is None or found is None:
+            raise arguments.explain(manifest.glues, tensors, constants)
+        return found, cast
+
+    def _search(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
+        return arguments.find_glue(self.program.manifest.glues, tensors, constants)
+
+    def _trace(self, given: Mapping[str, object]) -> None:
+        assert self._tracer is not None
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self.grow(self._tracer(given, self.program))
+
+    def _call(
+        self, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
+    ) -> Call:
+        step = self.program.manifest.timestep
+        timestep = tensors.get(step)
+        if timestep is None:
+            value = constants.get(step)
+            if not isinstance(value, (int, float)):
+                raise InputError(f"missing input {step!r}")
+            timestep = torch.tensor([float(value)], dtype=torch.float64)
+        advanced = {name for name, _ in glue.latents}
+        conditioning = {name: t for name, t in tensors.items() if name != step and name not in advanced}
+        sighting = Sighting(timestep, _latents(glue, tensors), conditioning, current_context(), constants)
+        return Call(glue, given, tensors, sighting)
+
+    def _run(self, call: Call, policy: Decider) -> object:
+        glue, finite = call.glue, False
+        reason = self._why_on_host(glue, policy)
+        if reason is not None:  # before the request is touched: a call that is refused leaves it as it was
+            arguments.check_finite(glue, call.tensors)
+            finite = True
+        try:
+            with self.requests.held(self.device) as request:
+                if reason is None and not request.stays:
+                    try:
+                        return self._on_device(request, call, policy)
+                    except RecordError as error:
+                        reason = str(error)
+                if self._runner is not None:
+                    self._runner.leave(request)
+                if self.wanted == "device":
+                    self._say(reason)
+                if not finite:
+                    arguments.check_finite(glue, call.tensors)
+                return self._on_host(request, call, policy)
+        except (ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, (EditError, torch.OutOfMemoryError)):
+                raise
+            raise _explained(call, error) from error
+
+    def _why_on_host(self, glue: Glue, policy: Decider) -> str | None:
+        """Why a call is decided on the host, as far as that is known before it; None where the device may decide."""
+        if self.wanted != "device":
+            return "that is what was asked for"
+        if glue.file is None:
+            return "the model's own Python runs between its blocks"
+        if glue.sized_by:
+            return f"sizes inside it depend on the values of {', '.join(glue.sized_by)}"
+        return self._no_runner or why_not(policy) or why_not_here(self.blocks, self.device)
+
+    def _on_device(self, request: Request, call: Call, policy: Decider) -> object:
+        glue = call.glue
+        with self._lock:
+            if self._runner is None:
+                try:
+                    self._runner = make_runner(self.blocks, self.device, self.trace, self._count)
+                except RecordError as error:
+                    self._no_runner = str(error)  # not the error: its traceback would hold the frames of every call
+                    raise
+        inputs = {given.name: call.tensors[given.name] for given in glue.inputs}
+        advanced = partial(_advanced, glue)
+        costs = self._costs[glue.id]
+        outputs = self._runner(request, glue, self.graph(glue), inputs, call.sighting, policy, costs, advanced)
+        self._note = None
+        return _named(glue, outputs, call.given)
+
+    def _on_host(self, request: Request, call: Call, policy: Decider) -> object:
+        glue, seen = call.glue, request.look(call.sighting)
+        branch = request.enter(seen)
+        assert request.trace is not None
+        scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device))
+        grow = None if self._tracer is None else partial(self._trace, call.given)
+        dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
+        with answering(dispatch):
+            result, outputs = self._answered(call)
+        advanced = _advanced(glue, outputs)
+        if advanced is not None:
+            request.note(seen, advanced)
+        self._count(glue, work(dispatch.answered, self._costs[glue.id]), dispatch.rows)
+        return result
+
+    def _answered(self, call: Call) -> tuple[object, Sequence[Any]]:
+        """What the model gives, and the tensors in it."""
+        if call.glue.file is not None:
+            outputs = self.graph(call.glue)(*(call.tensors[given.name] for given in call.glue.inputs))
+            return _named(call.glue, outputs, call.given), outputs
+        if self._host is None:
+            raise EditError("this program is hosted: it runs inside the model it was compiled from")
+        result = self._host(**call.given)
+        whole: Any = result.to_tuple() if hasattr(result, "to_tuple") else result
+        return result, [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]
+
+    def _check_weights(self, glue: Glue) -> None:
+        """Refuse, or warn once, where the model beside the program has other weights by now."""
+        name = None if self._tracer is None or self._said_changed else self._tracer.changed()
+        if name is None:
+            return
+        told = f"the model's weights have changed since it was compiled (first: {name})"
+        if glue.file is None:
+            raise EditError(f"{told}, and parts of it run beside the compiled blocks: compile it anew")
+        self._said_changed = True
+        warnings.warn(f"{told}: what runs are the weights as they were; compile it anew", RuntimeWarning, stacklevel=2)
+
+    def _count(self, glue: Glue, done: Counters, rows: int) -> None:
+        own = rows * glue.flops
+        with self._counting:
+            self.counters = self.counters + done + Counters(flops=own, dense_flops=own)
+
+    def _say(self, reason: str | None) -> None:
+        if reason is not None and reason != self._note:
+            self._note = reason
+            log.warning("decisions are taken on the host: %s", reason)
+
+
+def _latents(glue: Glue, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor that a sampler advances, rows first; None where none is known, or it is not of floats."""
+    if not glue.latents:
+        return None
+    name = glue.latents[0][0]
+    latents = _rows_first(glue, name, tensors[name])
+    return latents if latents.is_floating_point() else None
+
+
+def _advanced(glue: Glue, outputs: Sequence[Tensor]) -> Tensor | None:
+    """The output that a sampler advances its latents by, rows first; None where none is known."""
+    if not glue.latents:
+        return None
+    name, position = glue.latents[0]
+    return _rows_first(glue, name, outputs[position])
+
+
+def _rows_first(glue: Glue, name: str, tensor: Tensor) -> Tensor:
+    """`tensor` with the rows of the input called `name` as dimension 0; an entry of a list is one row."""
+    if "." in name:
+        return tensor[None]
+    shape = next(given.shape for given in glue.inputs if given.name == name)
+    return tensor.movedim(shape.index(None), 0) if None in shape else tensor
+
+
+def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -> object:
+    """What the model gives, from the glue's outputs and the arguments of the call."""
+    if not glue.outputs:
+        return outputs[0]
+    named = arguments.unflatten(dict(zip(glue.outputs, outputs, strict=True)))
+    plain = all(name.isdigit() for name in named)
+    return tuple(named.values()) if plain or not given.get("return_dict", True) else Output(named.items())
+
+
+def _explained(call: Call, error: Exception) -> Exception:
+    """`error` of a call, or what a user can make of it."""
+    rows = arguments.rows(call.glue, call.tensors)
+    if len(set(rows.values())) > 1 or 0 in rows.values():
+        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+        return InputError(f"the inputs hold different numbers of rows ({told}): {error}")
+    if call.glue.sized_by:
+        names = ", ".join(call.glue.sized_by)
+        return ShapeError(f"not compiled for sizes as the values of {names} tell here, compile with such, too: {error}")
+    return error

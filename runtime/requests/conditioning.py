@@ -1,0 +1,99 @@
+"""Whether two calls have the same conditioning: all their tensors but the latents and the timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Conditioning:
+    """The conditioning of a branch, as its last call had it.
+
+    Pipelines pass the very same tensors in every step of a generation, which is told without looking at their values;
+    only where a tensor is another object are values compared (which synchronises with the device). A tensor that was
+    written into since is another. What changed in two steps in a row (the residuals of a ControlNet) is no
+    conditioning.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self._given = {name: _Remembered(tensor) for name, tensor in given.items()}
+        self._changed: set[str] = set()
+        self._moving: set[str] = set()
+        self._kept_objects = False
+
+    def same_objects(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether all of it is the very same tensors."""
+        names = self._names(given)
+        return names is not None and all(self._given[name].is_object(given[name]) for name in names)
+
+    def same_values(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether all of it has the same values."""
+        names = self._names(given)
+        return names is not None and all(self._given[name].equals(given[name]) for name in names)
+
+    def renewed(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether `given` is of another generation: other values, or no tensor is the same object where they were."""
+        if self._kept_objects:
+            names = self._names(given)
+            if names and not any(self._given[name].is_object(given[name]) for name in names):
+                return True
+        return not self.same_values(given)
+
+    def observe(self, given: Mapping[str, Tensor]) -> bool:
+        """Take in the next call of the branch; whether its conditioning is another."""
+        names = self._names(given)
+        if names is None:
+            self._changed, self._moving, names = set(), set(), ()
+            different = set(given)
+        else:
+            different = {name for name in names if not self._given[name].equals(given[name])}
+        self._moving |= different & self._changed
+        changed = different - self._moving
+        self._changed = different
+        self._kept_objects = bool(names) and any(self._given[name].is_object(given[name]) for name in names)
+        for name, tensor in given.items():
+            if name not in self._given or not self._given[name].is_object(tensor):
+                self._given[name] = _Remembered(tensor)
+        return bool(changed)
+
+    def _names(self, given: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+        """What is compared; None where other arguments are given."""
+        if given.keys() != self._given.keys():
+            return None
+        return tuple(name for name in given if name not in self._moving)
+
+
+class _Remembered:
+    """A tensor as it was when it was given."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # An inference tensor does not tell when it is written into: it is copied, and never known as an object.
+        self._tensor = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def is_object(self, tensor: Tensor) -> bool:
+        own = self._tensor
+        return (
+            self._version is not None
+            and not tensor.is_inference()
+            and tensor.data_ptr() == own.data_ptr()
+            and tensor._version == self._version == own._version
+            and tensor.shape == own.shape
+            and tensor.stride() == own.stride()
+            and tensor.dtype == own.dtype
+        )
+
+    def equals(self, tensor: Tensor) -> bool:
+        if self.is_object(tensor):
+            return True
+        own = self._tensor
+        unwritten = self._version is None or own._version == self._version
+        return (
+            unwritten
+            and tensor.shape == own.shape
+            and tensor.dtype == own.dtype
+            and tensor.device == own.device
+            and torch.equal(tensor, own)
+        )

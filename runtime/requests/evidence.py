@@ -1,0 +1,116 @@
+"""Whether a call's latents continue those of the calls before it.
+
+A sampler makes its next latents from the last ones and from what the model gave, x' = a x + b_1 v_1 + ... + b_m v_m,
+with outputs of guidance's other branches and of earlier steps among the v. Another generation's latents have noise of
+their own, which no such sum gives. With d = x' - x and the Gram matrix of (d, x, v_1, ..., v_m):
+
+    r = |d - projection of d onto x|            what is left once a scale is taken out
+    s = |d - projection of d onto x, v_1 ...|   what is left once the outputs are, too
+
+the latents continue where s < r / 2, where r is no more than rounding of x', and where d is less than a tenth of x' and
+nothing else speaks against it. A half leaves room for what samplers do beside the sum (guidance rescaled token by
+token, clipping, a region that is painted over). Latents are compared by up to `SAMPLE` of their numbers a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLE = 1 << 16
+OUTPUTS = 4
+"""Outputs of the last calls that are kept to explain the next latents by."""
+NEAR = 0.1
+EXPLAINED = 0.5
+RIDGE = 1e-6
+"""Added to the diagonal of the normalised Gram matrix: outputs may be nearly the same."""
+
+
+class Chain:
+    """The last calls with latents of one shape: samples (rows, numbers) float32 of latents and of outputs.
+
+    `latents` are those of the first call, rows first, and `output` what the model gave for them: what both have of each
+    dimension is what the sampler advances, and so what is looked at.
+    """
+
+    def __init__(self, latents: Tensor, output: Tensor) -> None:
+        self._advanced = [slice(min(pair)) for pair in zip(latents.shape[1:], output.shape[1:], strict=True)]
+        self.first = self._last = self.sample(latents)
+        self._outputs = [self.sample(output)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return self.first.nbytes + self._last.nbytes + sum(output.nbytes for output in self._outputs)
+
+    def sample(self, tensor: Tensor) -> Tensor:
+        """What is looked at of latents or an output, as a copy."""
+        rows = tensor.detach()[:, *self._advanced].flatten(1)
+        stride = -(-rows.shape[1] // SAMPLE) | 1  # odd, so that it meets all channels
+        return rows[:, ::stride].to(torch.float32, copy=True)
+
+    def gram(self, sample: Tensor) -> Tensor:
+        """Gram matrices (rows, k, k) float64 of (d, x, v_1, ...) for a call's latents.
+
+        Where the call has another number of rows, each goes with the nearest of those before. Does not synchronise
+        with the device.
+        """
+        before, outputs = self._last, [part for output in self._outputs for part in _with_partners(output)]
+        if len(before) != len(sample):
+            nearest = torch.cdist(sample, before).argmin(1)
+            before, outputs = before[nearest], [output[nearest] for output in outputs]
+        outputs = outputs[: max(sample.shape[1] // 16, 1)]
+        vectors = torch.stack([sample - before, before, *outputs], 1)
+        return (vectors @ vectors.mT).double()
+
+    def begins_again(self, sample: Tensor) -> Tensor:
+        """Whether latents are those of the first call: () bool. Does not synchronise with the device."""
+        if sample.shape != self.first.shape:
+            return torch.zeros((), dtype=torch.bool, device=sample.device)
+        return (sample == self.first).all()
+
+    def begin_where(self, new: Tensor, sample: Tensor) -> None:
+        """Take `sample` for that of the first call where `new` () bool. Does not synchronise with the device."""
+        if sample.shape == self.first.shape:
+            self.first = torch.where(new, sample, self.first)
+        self._outputs = [output.masked_fill(new, 0.0) for output in self._outputs]
+
+    def note(self, sample: Tensor, output: Tensor) -> None:
+        """Take in a call: a sample of its latents, and its output."""
+        self._last = sample
+        kept = [one for one in self._outputs if len(one) == len(output)]
+        self._outputs = [self.sample(output), *kept[: OUTPUTS - 1]]
+
+
+def continues(gram: np.ndarray, eps: float, near: bool) -> bool:
+    """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k); `near`: being near is enough."""
+    return all(_row_continues(row, eps, near) for row in gram)
+
+
+def _row_continues(gram: np.ndarray, eps: float, near: bool) -> bool:
+    moved, own = gram[0, 0], gram[0, 0] + 2 * gram[0, 1] + gram[1, 1]
+    if moved == 0.0:
+        return True
+    if near and moved <= NEAR**2 * own:
+        return True
+    unscaled = _unexplained(gram[:2, :2])
+    return bool(unscaled <= (2 * eps) ** 2 * own or _unexplained(gram) < EXPLAINED**2 * unscaled)
+
+
+def _unexplained(gram: np.ndarray) -> float:
+    """Squared length of d without its projection onto the others."""
+    lengths = np.sqrt(np.diag(gram)[1:])
+    there = lengths > 0
+    lengths = lengths[there]
+    others = gram[1:, 1:][np.ix_(there, there)] / np.outer(lengths, lengths)
+    along = gram[0, 1:][there] / lengths
+    parts = np.linalg.solve(others + RIDGE * np.eye(len(lengths)), along)
+    return max(float(gram[0, 0] - along @ parts), 0.0)
+
+
+def _with_partners(output: Tensor) -> list[Tensor]:
+    """An output, and with its rows moved by halves or thirds of the batch: guidance joins rows of a batch so."""
+    rows = len(output)
+    parts = 2 if rows % 2 == 0 else 3 if rows % 3 == 0 else 1
+    return [output.roll(rows // parts * shift, 0) if shift else output for shift in range(parts)]

@@ -1,0 +1,177 @@
+"""All requests of a compiled transformer: found by name or thread, one caller at a time, within a limit of memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from runtime.base.errors import BusyError
+from runtime.requests.scope import current_request
+
+NAMES = 4096
+"""Named requests whose step is remembered."""
+SHARE = 4
+"""Residuals may take one part in so many of a device's memory, unless a limit is set."""
+
+
+class Held(Protocol):
+    """A request as `Requests` needs it."""
+
+    name: str
+    busy: threading.Lock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `lose` would free."""
+
+    def lose(self) -> None:
+        """Give up residuals, but not the place."""
+
+    def forget(self) -> None:
+        """Take back what was traced."""
+
+
+H = TypeVar("H", bound=Held)
+
+
+class Requests(Generic[H]):
+    """Requests made by ``make(name, trusted)``, where `trusted` says that the caller named it.
+
+    Unnamed requests belong to their thread and vanish with it. Named ones stay until they are dropped. Where all of
+    them together hold more than `limit` bytes, those used longest ago lose their residuals, but not their step; beyond
+    NAMES names, the one used longest ago is forgotten. Both are said in a warning.
+    """
+
+    def __init__(self, make: Callable[[str, bool], H]) -> None:
+        self.limit: int | None = None
+        self._make = make
+        self._named: OrderedDict[str, H] = OrderedDict()
+        self._own = threading.local()
+        self._sizes: WeakKeyDictionary[H, int] = WeakKeyDictionary()  # the one used last comes last
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self, device: torch.device) -> Iterator[H]:
+        """The current request, nobody else's meanwhile; BusyError if another thread has it.
+
+        An exception inside forgets the request and what was traced of it.
+        """
+        request = self._current()
+        if not request.busy.acquire(blocking=False):
+            raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
+        try:
+            yield request
+        except BaseException:
+            self._abandon(request)
+            raise
+        else:
+            self._weigh(request, device)
+        finally:
+            request.busy.release()
+
+    def existing(self) -> H | None:
+        """The current request, None where there is none yet."""
+        name = current_request()
+        with self._lock:
+            found: H | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
+            return found
+
+    def drop(self) -> None:
+        """Forget the current request."""
+        name = current_request()
+        with self._lock:
+            if name is None:
+                self._own.__dict__.clear()
+            else:
+                self._named.pop(name, None)
+
+    def lose_all(self) -> None:
+        """Have every request that is not running give up its residuals."""
+        with self._lock:
+            everyone = list(self._sizes)
+        for request in everyone:
+            _lose_if_idle(request)
+
+    def _current(self) -> H:
+        name = current_request()
+        if name is None:
+            if not hasattr(self._own, "request"):
+                self._own.request = self._make(threading.current_thread().name, False)
+            own: H = self._own.request
+            return own
+        with self._lock:
+            request = self._named.get(name)
+            if request is None:
+                request = self._named[name] = self._make(name, True)
+            self._named.move_to_end(name)
+            forgotten = [self._named.popitem(last=False)[0] for _ in range(len(self._named) - NAMES)]
+        if forgotten:
+            warnings.warn(
+                f"more than {NAMES} named requests: the one used longest ago is forgotten, with its step; end requests "
+                "with compiled.reset() inside them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return request
+
+    def _abandon(self, request: H) -> None:
+        """Forget `request` and what was traced of it."""
+        request.forget()
+        with self._lock:
+            if self._named.get(request.name) is request:
+                del self._named[request.name]
+            if self._own.__dict__.get("request") is request:
+                del self._own.request
+
+    def _weigh(self, request: H, device: torch.device) -> None:
+        """Note the size of `request`, used last, and free others' where all are beyond the limit."""
+        size = request.nbytes
+        with self._lock:
+            grown = self._sizes.pop(request, 0) < size
+            self._sizes[request] = size
+            if not grown:
+                return
+            total, limit, lost = sum(self._sizes.values()), self._limit_on(device), 0
+            for other in list(self._sizes):
+                if total <= limit or other is request:
+                    break
+                if self._sizes[other] and _lose_if_idle(other):
+                    total, lost = total - self._sizes[other], lost + 1
+                    self._sizes[other] = 0
+        if lost:
+            warnings.warn(
+                f"requests under way hold more than {limit >> 20} MiB of residuals: those used longest ago lose theirs "
+                "and go on at their own step; raise compiled.memory_limit, or end requests with compiled.reset()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _limit_on(self, device: torch.device) -> int:
+        if self.limit is None:
+            self.limit = _memory(device) // SHARE
+        return self.limit
+
+
+def _lose_if_idle(request: Held) -> bool:
+    if not request.busy.acquire(blocking=False):
+        return False
+    try:
+        request.lose()
+    finally:
+        request.busy.release()
+    return True
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory on `device`, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
