@@ -5,7 +5,8 @@ config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
 elastic.json           schema, RouterConfig, Layout, and the elastic model's narrow, activation and policy
 
-Schema 1 had no narrow, activation and policy: it is read as if they were not set.
+Schema 1 had no narrow, activation and policy: it is read as if they were not set. Schemas 1 and 2 had no names of the
+states in the layout: blocks must then be called as they were found.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from runtime.bundle.folder import separate, written_whole
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 
-SCHEMA = 2
-_READ = (1, SCHEMA)
+SCHEMA = 3
+_READ = (1, 2, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -43,7 +44,7 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         raise ElasticError(f"{folder} exists and is not an elastic model: choose another name, or remove it")
     description = {
         "schema": SCHEMA,
-        "router": asdict(elastic.config),
+        "router": asdict(elastic.router_config),
         "layout": asdict(elastic.layout),
         "narrow": elastic.narrow,
         "activation": elastic.activation,

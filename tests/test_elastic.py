@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,18 +164,50 @@ def test_blocks_are_found_at_the_first_call_where_no_inputs_are_given():
     with torch.no_grad():
         dense = output_of(model, inputs)
     elastic = elasticize(model).eval()
-    with pytest.raises(ElasticError, match="inputs"):
-        list(elastic.parameters())
+    assert next(elastic.parameters()) is next(model.parameters())
+    for use in (list, torch.optim.SGD, lambda parameters: dict.fromkeys(parameters)):
+        with pytest.raises(ElasticError, match="inputs"):
+            use(elastic.parameters())
+    assert not list(elastic.parameters(recurse=False))
     with torch.no_grad():
         assert torch.equal(output_of(elastic, inputs), dense)
     assert len(elastic.routers) == 4
     assert sum(1 for name, _ in elastic.named_parameters() if name.startswith("routers.3.")) == 8
 
 
-def test_another_call_structure_is_refused_by_name(made):
+@torch.no_grad()
+def test_arguments_that_are_no_states_may_come_and_go(made):
     elastic, _, inputs = made
-    with pytest.raises(ElasticError, match=r"transformer_blocks\.0"):
-        output_of(elastic, inputs | {"joint_attention_kwargs": {"a": 1, "b": 2}})
+    expected = output_of(elastic, inputs)
+    for others in ({"a": 1, "b": 2}, {}, None):
+        assert torch.equal(output_of(elastic, inputs | {"joint_attention_kwargs": others}), expected)
+
+
+@torch.no_grad()
+def test_a_block_called_without_a_state_is_refused_by_name(made):
+    elastic, _, inputs = made
+    renamed = copy.deepcopy(elastic)
+    places = (("no_such",), *renamed.layout.blocks[0].places[1:])
+    first = replace(renamed.layout.blocks[0], places=places)
+    renamed.layout = replace(renamed.layout, blocks=(first, *renamed.layout.blocks[1:]))
+    with renamed.detached():
+        pass  # hooks are made anew, from this layout
+    with pytest.raises(ElasticError, match=r"transformer_blocks\.0 was called without no_such"):
+        output_of(renamed, inputs)
+
+
+@torch.no_grad()
+def test_a_layout_stored_without_names_counts_the_leaves(made, tmp_path):
+    elastic, _, inputs = made
+    elastic.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "elastic.json").read_text()) | {"schema": 2}
+    for block in description["layout"]["blocks"]:
+        del block["places"], block["time_place"]
+    (tmp_path / "elastic.json").write_text(json.dumps(description))
+    older = load_elastic(tmp_path)
+    assert torch.equal(output_of(older, inputs), output_of(elastic, inputs))
+    with pytest.raises(ElasticError, match=r"transformer_blocks\.0 was called with"):
+        output_of(older, inputs | {"joint_attention_kwargs": {"a": 1, "b": 2}})
 
 
 def test_a_failed_forward_leaves_nothing_behind(made):
@@ -192,7 +225,7 @@ def test_saved_and_loaded_it_is_the_same_model(made, tmp_path):
     elastic.save_pretrained(tmp_path)
     loaded = load_elastic(tmp_path)
     assert torch.equal(output_of(loaded, inputs), output_of(elastic, inputs))
-    assert loaded.config == elastic.config
+    assert loaded.router_config == elastic.router_config
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
     names = load_file(tmp_path / "routers.safetensors").keys()
     assert "3.modulation.weight" in names

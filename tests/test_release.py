@@ -147,7 +147,7 @@ def test_the_routers_logits_are_those_of_their_form(file: Path) -> None:
     given = elastic._given
     assert len(given) == BLOCKS
     for index, tensors in enumerate(given):
-        router = Router(elastic.config, DIM, DIM)
+        router = Router(elastic.router_config, DIM, DIM)
         router.load_state_dict(tensors)
         generator = torch.Generator().manual_seed(index)
         text, image = (torch.randn(3, n, DIM, generator=generator) for n in (7, 20))
@@ -161,7 +161,7 @@ def test_what_is_loaded(file: Path) -> None:
     elastic = edit_compile.load_elastic(str(file), model=model)
     stored = load_file(file)
     assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
-    assert elastic.config == RouterConfig(hidden=HIDDEN, activation="relu", time_activation="silu")
+    assert elastic.router_config == RouterConfig(hidden=HIDDEN, activation="relu", time_activation="silu")
     assert (elastic.policy, elastic.narrow, elastic.activation) == (POLICY, ("hidden_states",), "quick_gelu")
     assert (POLICY.threshold, POLICY.margin, POLICY.max_reuse, POLICY.warmup_steps) == (0.5, 0.015, 10, 15)
     assert not elastic.training
