@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edit_compile.elastic import ElasticTransformer, elasticize
 from edit_compile.layout import ElasticError
 from edit_compile.storage import load_elastic
 from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 CONFIG = RouterConfig(hidden=16)
@@ -257,3 +258,36 @@ def test_a_folder_that_is_no_elastic_model_is_refused(tmp_path, made):
     (tmp_path / "routers.safetensors").write_bytes(b"damaged")
     with pytest.raises(ElasticError, match=r"routers\.safetensors"):
         load_elastic(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "routers", "layout", "a sibling's model"])
+def test_a_folder_that_does_not_fit_leaves_the_model_alone(tmp_path, made, part):
+    made[0].save_pretrained(tmp_path)
+    base, _ = flux_rows()
+    base.load_state_dict({key: value + 1 for key, value in base.state_dict().items()})
+    if part == "a sibling's model":
+        base = tiny_sd3()[0]
+    elif part == "layout":
+        description = json.loads((tmp_path / "elastic.json").read_text())
+        description["layout"]["blocks"][0]["dim"] = "wide"
+        (tmp_path / "elastic.json").write_text(json.dumps(description))
+    else:
+        tensors = load_file(tmp_path / f"{part}.safetensors")
+        last = sorted(tensors)[-1]
+        save_file(tensors | {last: tensors[last][..., :-1].clone()}, tmp_path / f"{part}.safetensors")
+    before, shown = {key: value.clone() for key, value in base.state_dict().items()}, repr(base)
+    with pytest.raises(ElasticError, match=r"elastic\.json does not hold|instead of|SD3.* has no module"):
+        load_elastic(tmp_path, base)
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert repr(base) == shown
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_what_belongs_to_it_survives_saving(tmp_path, made):
+    elastic = copy.deepcopy(made[0])
+    elastic.policy, elastic.narrow = RoutingPolicy(0.25, 0.5, max_reuse=7, warmup_steps=3), ("hidden_states",)
+    elastic.save_pretrained(tmp_path)
+    loaded = load_elastic(tmp_path)
+    assert (loaded.policy, loaded.narrow, loaded.activation) == (elastic.policy, elastic.narrow, None)
+    assert loaded.layout == elastic.layout
+    assert loaded.timestep == elastic.timestep == "timestep"
