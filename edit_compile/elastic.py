@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -190,7 +191,8 @@ class ElasticTransformer(nn.Module):
         """The model's own attribute where this one has none of that name.
 
         Of private ones, those of the model's class alone: what others left on the model (a hook of accelerate's, with
-        the forward that it replaced) is not there for this module too.
+        the forward that it replaced) is not there for this module too. A method named forward_... (forward_with_cfg)
+        runs on this module, so that the ``self.forward`` inside it is the routed one.
         """
         try:
             return super().__getattr__(name)
@@ -199,11 +201,12 @@ class ElasticTransformer(nn.Module):
             if model is None or name.startswith("__") or (name.startswith("_") and not hasattr(type(model), name)):
                 raise
         try:
-            return getattr(model, name)
+            found = getattr(model, name)
         except AttributeError as error:
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its model: {error}"
             ) from error
+        return MethodType(found.__func__, self) if name.startswith("forward_") and inspect.ismethod(found) else found
 
     def cache_context(self, name: str, **progress: Any) -> Any:
         """The base model's cache context; does nothing where it has none."""
