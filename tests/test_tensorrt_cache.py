@@ -168,7 +168,7 @@ def test_engines_of_another_gpu_are_refused_at_load(tmp_path: Path, monkeypatch:
     for module in (engine_module, tensorrt_library):
         monkeypatch.setattr(module, "gpu_here", lambda: Target("NVIDIA H100", "9.0"))
     program = bundle.load(path)
-    loaded = engine_module.TensorRTEngine("tensorrt", "shared", program)
+    loaded = engine_module.TensorRTEngine("tensorrt", program)
     with pytest.raises(EngineError, match=r"for NVIDIA H100 .*holds engines of tensorrt 11\.4\.0 for NVIDIA H20"):
         loaded.load(programs.SINGLE, 1, program.files)
 

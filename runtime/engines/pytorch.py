@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,37 +13,28 @@ from torch import Tensor
 from runtime.base.errors import EngineError
 from runtime.bundle import archive as pt2
 from runtime.bundle.spec import Plan
-from runtime.engines import Bound, Kernel, plan_bytes, plan_file
+from runtime.engines import Bound, Engine, Kernel, plan_bytes, plan_file
 from runtime.engines.products import quickened
 
 Graph = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[tuple[int, ...], ...]
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Runs ``plans/*.pt2``; on CPU or CUDA, in any dtype torch has."""
-
-    name = "torch"
-    recordable = True
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Read the variant's graph; BundleError if it is not one."""
         data = plan_bytes(plan, variant, "pt2", files, self.name)
         return _Kernel(data, plan_file(plan, variant, "pt2"))
 
-    def hosting(self, elements: int) -> AbstractContextManager[object]:
-        """Nothing to arrange: routers, banks and plans share torch's threads."""
-        return nullcontext()
 
-
-class InductorEngine(TorchEngine):
+class InductorEngine(Engine):
     """The same graphs compiled by torch.compile, for fixed shapes, when a plan is first called with them.
 
     On CUDA unverified: no GPU has run it. EngineError at that call where torch.compile has no compiler to work with, or
     does not compile; it never falls back to running op by op.
     """
-
-    name = "inductor"
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Read the variant's graph; BundleError if it is not one."""
