@@ -14,9 +14,8 @@ from runtime.base.errors import EngineError
 from runtime.bundle import files as bundle
 from runtime.engines.tensorrt import library as tensorrt_library
 from runtime.engines.tensorrt.cache import Key, built, read, read_timings, write, write_timings
-from runtime.engines.tensorrt.jobs import jobs
+from runtime.engines.tensorrt.jobs import jobs, profiles_of
 from runtime.engines.tensorrt.library import Library, Target
-from runtime.engines.tensorrt.profiles import profiles_of
 from runtime.face import load as loading
 from tests import programs, tensorrt_cases
 

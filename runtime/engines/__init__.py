@@ -22,9 +22,9 @@ class Entry:
 
     `place` is its class, "module:class", imported when it is made. `file` is the suffix of the plans' files it reads.
     `cpu`: whether it runs on one; else weights are brought to the GPU for it. `movable`: whether it runs on whatever
-    device the weights are on, and follows them. `recordable`: whether what it does on a GPU can be part of a CUDA graph.
-    `built`: whether it runs what `edit-compile build` has made of the plans, for one bundle and one GPU; `packed`: with
-    the weights inside.
+    device the weights are on, and follows them. `recordable`: whether its work on a GPU can be part of a CUDA graph
+    (enqueued on the current stream, the host reads nothing). `built`: whether it runs what `edit-compile build` has
+    made of the plans, for one bundle and one GPU; `packed`: with the weights inside.
     """
 
     name: str

@@ -3,7 +3,7 @@
 All sessions of the process share one thread pool (of as many threads as torch has when the first is opened) and one CPU
 arena: sessions with pools of their own fight over the cores, and sessions with arenas of their own each keep their
 largest scratch. The pool is told to sleep between calls: a pool that spins takes its cores from torch. Sessions on a
-GPU share an arena there. Unverified: no GPU has run that; what is said where libraries are missing was tried without one.
+GPU share an arena there. Unverified: no GPU has run that; what is said where libraries are missing was tried.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu
 from runtime.engines.streams import enqueueing
 from runtime.engines.tensorrt.build import make_logger
 from runtime.engines.tensorrt.cache import read
-from runtime.engines.tensorrt.jobs import jobs, key_of, make
+from runtime.engines.tensorrt.jobs import Profile, jobs, key_of, make, profile_for
 from runtime.engines.tensorrt.library import gpu_here, open_library, targets
-from runtime.engines.tensorrt.profiles import Profile, profile_for
 
 if TYPE_CHECKING:
     import tensorrt as trt
