@@ -21,8 +21,8 @@ from edit_compile.engine_building import build_program
 from runtime import engines
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
+from runtime.engines.tensorrt.jobs import MAX_BATCH
 from runtime.engines.tensorrt.library import MODULES, open_library, targets
-from runtime.engines.tensorrt.profiles import MAX_BATCH
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import ScheduledPolicy
 

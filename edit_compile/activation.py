@@ -7,7 +7,8 @@ parameters, so that the names in a state dict stay. MLPs with a gate (GEGLU, Swi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -49,21 +50,26 @@ def set_activation(model: nn.Module, name: str) -> int:
     Raises:
         ElasticError: there is no such activation, or no MLP whose activation can be exchanged.
     """
-    _function(name)
-    found = list(_mlps(model))
-    if not found:
-        raise ElasticError(
-            f"{type(model).__name__} has no MLP whose activation can be set to {name!r}: none is an up-projection "
-            "`net[0].proj`, an activation without a gate, and a linear"
-        )
-    for net, proj in found:
-        net[0] = Activated(proj, name).train(proj.training)
+    found = mlps(model, name)
+    for mlp in found:
+        mlp.net[0] = Activated(mlp.proj, name).train(mlp.proj.training)
     return len(found)
 
 
-def _mlps(model: nn.Module) -> Iterator[tuple[nn.ModuleList | nn.Sequential, nn.Linear]]:
-    """The `net` and the up-projection of every MLP."""
-    for module in model.modules():
+@dataclass(frozen=True)
+class Mlp:
+    """An MLP of a model: the qualified name of the module that holds `net`, and the up-projection."""
+
+    name: str
+    net: nn.ModuleList | nn.Sequential
+    proj: nn.Linear
+
+
+def mlps(model: nn.Module, name: str) -> list[Mlp]:
+    """All MLPs of `model` that `set_activation` would give `name`, in order; ElasticError as there."""
+    _function(name)
+    found = []
+    for owner, module in model.named_modules():
         net = getattr(module, "net", None)
         if not isinstance(net, nn.ModuleList | nn.Sequential) or not len(net):
             continue
@@ -71,7 +77,13 @@ def _mlps(model: nn.Module) -> Iterator[tuple[nn.ModuleList | nn.Sequential, nn.
         proj = getattr(first, "proj", None)
         down = next((layer for layer in others if isinstance(layer, nn.Linear)), None)
         if isinstance(proj, nn.Linear) and down is not None and down.in_features == proj.out_features:
-            yield net, proj
+            found.append(Mlp(owner, net, proj))
+    if not found:
+        raise ElasticError(
+            f"{type(model).__name__} has no MLP whose activation can be set to {name!r}: none is an up-projection "
+            "`net[0].proj`, an activation without a gate, and a linear"
+        )
+    return found
 
 
 def _function(name: str) -> Callable[[Tensor], Tensor]:

@@ -12,8 +12,6 @@ from rich.table import Table
 from runtime import engines
 from runtime.bundle import files as bundle
 
-FILES = {"onnxruntime": "onnx", "onnxruntime-cuda": "onnx", "torch": "pt2", "inductor": "pt2"}
-
 
 @dataclass(frozen=True)
 class Built:
@@ -33,14 +31,14 @@ def build(folder: Path, engine: str) -> list[Built]:
     EngineError for a plan the engine cannot run here.
     """
     program = bundle.load(folder)
-    loader = engines.make(engine)
+    loader, suffix = engines.make(engine), engines.entry(engine).file
     variants = [(plan, index) for plan in program.manifest.plans for index in range(len(plan.variants))]
     built = []
     for plan, index in track(variants, description="building", transient=True):
         started = time.perf_counter()
         loader.load(plan, index, program.files)
         seconds = time.perf_counter() - started
-        size = len(engines.plan_bytes(plan, index, FILES[engine], program.files, engine))
+        size = len(engines.plan_bytes(plan, index, suffix, program.files, engine))
         built.append(Built(plan.id, plan.kind, plan.variants[index].width, seconds, size))
     return built
 

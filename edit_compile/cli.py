@@ -158,8 +158,8 @@ def build(
     """Build every plan of a bundle at every width, and show what each costs; TensorRT's are kept in the bundle."""
     from edit_compile import building, engine_building
     from edit_compile.loading import UserError
+    from runtime.engines.tensorrt.jobs import MAX_BATCH
     from runtime.engines.tensorrt.library import MODULES
-    from runtime.engines.tensorrt.profiles import MAX_BATCH
 
     if engine in MODULES:
         rows = MAX_BATCH if max_batch is None else max_batch

@@ -176,14 +176,16 @@ class Tracer:
     def _check_routers(self, elastic: ElasticTransformer, analysis: Analysis) -> None:
         """Every block found has a router, and every width that it may choose is built."""
         if elastic.layout is None:
-            elastic.attach(layout_of(analysis, elastic.config.time_dim))
+            elastic.attach(layout_of(analysis, elastic.router_config.time_dim))
         routed = {block.name for block in elastic.layout.blocks} if elastic.layout else set()
         strange = [site.name for site in analysis.discovery.blocks if site.name not in routed]
         if strange:
             raise CompileError(f"{strange[0]} has no router: elasticize the model with the inputs it is compiled with")
-        absent = [width for width in elastic.config.widths if width not in self.widths]
+        absent = [width for width in elastic.router_config.widths if width not in self.widths]
         if absent:
-            raise CompileError(f"the routers choose among {elastic.config.widths}, but width {absent[0]} is not built")
+            raise CompileError(
+                f"the routers choose among {elastic.router_config.widths}, but width {absent[0]} is not built"
+            )
 
     def prove(self, compiled: CompiledTransformer) -> None:
         """Compare what the engine runs with the masked eager model at every width (equation 13) and every bucket.
@@ -241,7 +243,7 @@ class Tracer:
     def _preview(self, inputs: Inputs) -> DryRun:
         analysis = self._analyse(inputs)
         if self.elastic is not None and self.elastic.layout is None and analysis.groups:
-            self.elastic.attach(layout_of(analysis, self.elastic.config.time_dim))
+            self.elastic.attach(layout_of(analysis, self.elastic.router_config.time_dim))
         with self._dense():
             planned, reports = plan_groups(analysis, self.widths)
             glue = preview_glue(analysis)
@@ -272,7 +274,7 @@ class Tracer:
             dtype=str(_dtype(self.model)).removeprefix("torch."),
             timestep=self.timestep or "timestep",
             arguments=argument_names(self.model.forward),
-            router=self.elastic.config if self.elastic is not None else None,
+            router=self.elastic.router_config if self.elastic is not None else None,
             routers=routers,
             attributes=_attributes(self.model),
         )

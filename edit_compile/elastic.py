@@ -5,23 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from edit_compile.layout import BlockLayout, ElasticError, Layout, MaskedInput, fill_routers, find_layout
-from edit_compile.straight_through import Routing, channel_mask, choose_width, gate
+from edit_compile.block_hooks import AfterBlock, BeforeBlock, BeforeDown, Forward, checkpointed
+from edit_compile.layout import ElasticError, Layout, fill_routers, find_layout
+from edit_compile.straight_through import Routing
 from passes.experts import dense_experts
-from passes.packing import Packing
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
-from runtime.routing.router import Router, rows_of_steps, sinusoid
-
-THRESHOLD = 0.5
+from runtime.routing.router import Router
 
 
 def elasticize(
@@ -48,7 +47,7 @@ def elasticize(
         raise ElasticError("this model is elastic already: train it, or compile it")
     elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
     if inputs is not None:
-        elastic.attach(find_layout(model, inputs, elastic.config.time_dim, timestep, elastic.narrow))
+        elastic.attach(find_layout(model, inputs, elastic.router_config.time_dim, timestep, elastic.narrow))
     return elastic
 
 
@@ -61,6 +60,8 @@ class ElasticTransformer(nn.Module):
 
     `narrow` names the states whose MLPs are narrowed (None: all). `policy` is what `compile` takes where none is given.
     `activation` is the one that its MLPs were given (see `edit_compile.activation`), None where they have their own.
+
+    It stands in for the model in a pipeline: `config`, `device`, `dtype` and all else that it lacks are the model's.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class ElasticTransformer(nn.Module):
         self.policy: RoutingPolicy | None = None
         self.activation: str | None = None
         self._given: Sequence[Mapping[str, Tensor]] = ()
-        self.config, self.model, self._timestep = config, model, timestep
+        self.router_config, self.model, self._timestep = config, model, timestep
         self.routers = nn.ModuleList()
         self.layout: Layout | None = None
         self.routing: Routing | None = None
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
         self._handles: list[RemovableHandle] = []
         self._experts: dict[str, nn.Module] = {}
 
@@ -94,7 +95,7 @@ class ElasticTransformer(nn.Module):
             raise ElasticError("this model has its routers already")
         reference = next(self.model.parameters())
         with reference.device:
-            routers = [Router(self.config, block.dim, block.time_dim) for block in layout.blocks]
+            routers = [Router(self.router_config, block.dim, block.time_dim) for block in layout.blocks]
         if self._given:
             fill_routers(routers, layout, self._given)
         self.routers.extend(router.to(reference.device, reference.dtype).train(self.training) for router in routers)
@@ -135,13 +136,15 @@ class ElasticTransformer(nn.Module):
         self._experts = {}
         for index, block in enumerate(self.layout.blocks if self.layout else ()):
             module = self.model.get_submodule(block.name)
-            self._handles.append(module.register_forward_pre_hook(_BeforeBlock(self, index, block), with_kwargs=True))
+            self._handles.append(
+                module.register_forward_pre_hook(BeforeBlock(self, module, index, block), with_kwargs=True)
+            )
             for name in block.experts:
                 self._experts[f"{block.name}.{name}"] = module.get_submodule(name)
             for mask in block.masks:
                 down = module.get_submodule(mask.module)
-                self._handles.append(down.register_forward_pre_hook(_BeforeDown(self, mask)))
-            self._handles.append(module.register_forward_hook(_AfterBlock(self, block), with_kwargs=True))
+                self._handles.append(down.register_forward_pre_hook(BeforeDown(self, mask)))
+            self._handles.append(module.register_forward_hook(AfterBlock(self, module, block), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the base model; returns what it returns."""
@@ -150,25 +153,60 @@ class ElasticTransformer(nn.Module):
             signature.bind(*args, **kwargs)  # raises where an argument is missing, unknown or given twice
             kwargs = signature.bind_partial(*args).arguments | kwargs
         if self.layout is None:
-            self.attach(find_layout(self.model, kwargs, self.config.time_dim, self.timestep, self.narrow))
+            self.attach(find_layout(self.model, kwargs, self.router_config.time_dim, self.timestep, self.narrow))
         assert self.layout is not None
-        self._forward = _Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
-        try:
+        forward = Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
+        with self._within(forward), checkpointed(self.model, partial(self._within, forward)):
             with dense_experts(self._experts):
                 output = self.model(**kwargs)
-            self.routing = self._forward.routing(self.config.widths)
-        finally:
-            self._forward = None
+            self.routing = forward.routing(self.router_config.widths)
         return output
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As nn.Module's; refuses as long as the routers, made at the first forward, are not there yet."""
-        if self.layout is None:
+    @contextmanager
+    def _within(self, forward: Forward) -> Iterator[None]:
+        """Hooks act for `forward`; it is emptied at the end, since its tensors hold the graph, which may hold it."""
+        outer, self._forward = self._forward, forward
+        try:
+            yield
+        finally:
+            self._forward = outer
+            if outer is not forward:
+                forward.clear()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's; ElasticError after the last one as long as the routers, made at the first call, are missing.
+
+        So the first of them tells pipelines the device, and an optimiser is not given all but the routers.
+        """
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse and self.layout is None:
             raise ElasticError(
-                "the routers do not exist before the blocks are found: call the model once, "
-                "or give elasticize(model, inputs=...) its inputs, before asking for parameters"
+                "the routers do not exist before the blocks are found, so these are not all parameters yet: "
+                "call the model once, or give elasticize(model, inputs=...) its inputs, before asking for them"
             )
-        return super().named_parameters(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's own attribute where this one has none of that name.
+
+        Of private ones, those of the model's class alone: what others left on the model (a hook of accelerate's, with
+        the forward that it replaced) is not there for this module too. A method named forward_... (forward_with_cfg)
+        runs on this module, so that the ``self.forward`` inside it is the routed one.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")  # none yet while it is copied or unpickled
+            if model is None or name.startswith("__") or (name.startswith("_") and not hasattr(type(model), name)):
+                raise
+        try:
+            found = getattr(model, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its model: {error}"
+            ) from error
+        return MethodType(found.__func__, self) if name.startswith("forward_") and inspect.ismethod(found) else found
 
     def cache_context(self, name: str, **progress: Any) -> Any:
         """The base model's cache context; does nothing where it has none."""
@@ -180,116 +218,3 @@ class ElasticTransformer(nn.Module):
         from edit_compile.storage import save_elastic
 
         save_elastic(self, Path(folder), dtype)
-
-
-class _Forward:
-    """What the hooks of one forward share."""
-
-    def __init__(self, kwargs: Mapping[str, Any], layout: Layout, hard: bool) -> None:
-        self.timestep, self.hard = kwargs[layout.timestep], hard
-        self._kwargs, self._samples = kwargs, layout.samples
-        self.gates: list[tuple[Tensor, Tensor]] = []
-        self.choices: list[tuple[Tensor, Tensor]] = []
-
-    def per_sample(self, value: Tensor, packing: Packing) -> Tensor:
-        """The rows of `value` with samples as dimension 0."""
-        samples = 0
-        if packing.folded:
-            assert self._samples is not None
-            samples = self._samples.count(self._kwargs)
-        return packing.per_sample(value, samples)[0].movedim(packing.dim, 0)
-
-    def routing(self, widths: tuple[float, ...]) -> Routing:
-        probability, hard = (torch.stack(values, 1) for values in zip(*self.gates, strict=True))
-        soft, choice = (torch.stack(values, 1) for values in zip(*self.choices, strict=True))
-        return Routing(probability, hard, soft, choice, widths)
-
-
-class _BeforeBlock:
-    """Runs the router on the block's inputs."""
-
-    def __init__(self, elastic: ElasticTransformer, index: int, layout: BlockLayout) -> None:
-        self.elastic, self.index, self.layout = elastic, index, layout
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward = self.elastic._forward
-        if forward is None:
-            return
-        leaves = _leaves((args, kwargs), self.layout)
-        states = [
-            forward.per_sample(leaves[source], self.layout.packing(index))
-            for index, (_, source) in enumerate(self.layout.states)
-        ]
-        time = self._time(forward, leaves, states[0])
-        gate_logit, width_logits = self.elastic.routers[self.index](states, time)
-        forward.gates.append(gate(gate_logit, THRESHOLD))
-        forward.choices.append(choose_width(width_logits))
-
-    def _time(self, forward: _Forward, leaves: list[Any], like: Tensor) -> Tensor:
-        if self.layout.time is not None:
-            return forward.per_sample(leaves[self.layout.time], self.layout.time_packing)
-        steps = rows_of_steps(torch.as_tensor(forward.timestep, device=like.device), len(like)).expand(len(like))
-        return sinusoid(steps, self.layout.time_dim).to(like.dtype)
-
-
-class _BeforeDown:
-    """Masks the hidden channels at the input of an MLP's down-projection (equation 13)."""
-
-    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput) -> None:
-        self.elastic, self.mask = elastic, mask
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        forward = self.elastic._forward
-        if forward is None:
-            return None
-        (value,) = args
-        choice = forward.choices[-1][1]
-        dim, rows = self.mask.packing.dim, len(choice)
-        size = value.shape[dim]
-        if size != rows and not (self.mask.packing.folded and size % rows == 0):
-            raise ElasticError(
-                f"{self.mask.module}: its input {tuple(value.shape)} does not have the {rows} rows of the batch as "
-                f"dimension {dim}, so that it cannot be masked per row"
-            )
-        total = value.shape[self.mask.dim]
-        mask = channel_mask(choice, self.elastic.config.widths, self.mask.start, self.mask.hidden, total)
-        mask = mask.repeat_interleave(size // rows, 0)
-        shape = [1] * value.ndim
-        shape[dim], shape[self.mask.dim] = size, total
-        return (value * mask.reshape(shape).to(value.dtype),)
-
-
-class _AfterBlock:
-    """Gates what the block added: x' = x + g (B(x) - x) (equation 8)."""
-
-    def __init__(self, elastic: ElasticTransformer, layout: BlockLayout) -> None:
-        self.elastic, self.layout = elastic, layout
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        forward = self.elastic._forward
-        if forward is None:
-            return None
-        leaves = _leaves((args, kwargs), self.layout)
-        outputs, spec = pytree.tree_flatten(output)
-        gates = forward.gates[-1][1]
-        for index, (target, source) in enumerate(self.layout.states):
-            before, after = leaves[source], outputs[target]
-            dim = self.layout.packing(index).dim
-            shape = [1] * after.ndim
-            shape[dim] = after.shape[dim]
-            g = gates.repeat_interleave(shape[dim] // len(gates)).reshape(shape)
-            if forward.hard:
-                outputs[target] = torch.where(g > 0.5, after, before)
-            else:
-                outputs[target] = before + g.to(after.dtype) * (after - before)
-        return pytree.tree_unflatten(outputs, spec)
-
-
-def _leaves(call: Any, layout: BlockLayout) -> list[Any]:
-    leaves = pytree.tree_leaves(call)
-    if len(leaves) != layout.leaves:
-        raise ElasticError(
-            f"{layout.name} was called with {len(leaves)} values, but with {layout.leaves} when its blocks were found: "
-            "call the model with the same arguments, or elasticize it with inputs like these"
-        )
-    return leaves

@@ -22,9 +22,8 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.engines.tensorrt import cache
 from runtime.engines.tensorrt.build import Report
-from runtime.engines.tensorrt.jobs import Job, jobs, make
+from runtime.engines.tensorrt.jobs import MAX_BATCH, Job, jobs, make
 from runtime.engines.tensorrt.library import Library, Target, open_library, targets
-from runtime.engines.tensorrt.profiles import MAX_BATCH
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.adapt import packings_within
 from passes.experts import dense_experts
@@ -15,6 +18,9 @@ from passes.packing import Packing, Samples
 from passes.pipeline import Analysis, Group, analyse
 
 _PLAIN = Packing()
+
+Place = tuple[str | int, ...]
+"""Where a value stands among a call's arguments: its parameter's name, then keys; a number for a further position."""
 
 
 class ElasticError(ValueError):
@@ -46,7 +52,9 @@ class BlockLayout:
     input leaf of the time embedding (B, `time_dim`), None where the router gets a sinusoidal embedding of the timestep,
     `time_dim` channels wide. `packings` tell how each state holds the batch (one row per sample in dimension 0 where
     there are none), `time_packing` how the time embedding does. `experts` names the modules whose experts all run on
-    every token, as in the block's graph (see passes.experts), so that channels can be masked per sample.
+    every token, as in the block's graph (see passes.experts), so that channels can be masked per sample. `places` and
+    `time_place` are where states and time embedding stand by name, so that a call may pass them in another way, and
+    leave out or add others; a layout stored before schema 3 has none, and counts leaves.
     """
 
     name: str
@@ -59,6 +67,8 @@ class BlockLayout:
     packings: tuple[Packing, ...] = ()
     time_packing: Packing = _PLAIN
     experts: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+    time_place: Place | None = None
 
     def packing(self, state: int) -> Packing:
         """How state number `state` holds the batch."""
@@ -78,23 +88,15 @@ class Layout:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layout:
-        """Read what `dataclasses.asdict` and JSON made of a layout."""
-        blocks = tuple(
-            BlockLayout(
-                **{
-                    **block,
-                    "states": tuple((int(a), int(b)) for a, b in block["states"]),
-                    "masks": tuple(_mask_from_json(mask) for mask in block["masks"]),
-                    "packings": tuple(Packing(**packing) for packing in block.get("packings", ())),
-                    "time_packing": Packing(**block.get("time_packing", {})),
-                    "experts": tuple(block.get("experts", ())),
-                }
-            )
-            for block in data["blocks"]
-        )
-        samples = data.get("samples")
-        place = Samples(tuple(samples["path"]), samples["dim"]) if samples else None
-        return Layout(timestep=data["timestep"], blocks=blocks, samples=place)
+        """Read what `dataclasses.asdict` and JSON made of a layout; msgspec.ValidationError where it is none."""
+        return msgspec.convert(data, Layout)
+
+
+def positional_names(block: nn.Module) -> tuple[str, ...]:
+    """Names of what the block's forward takes by position, in order."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
 
 def find_layout(
@@ -154,6 +156,7 @@ def _block_layout(site: BlockSite, group: Group, masks: tuple[MaskedInput, ...],
     packings = tuple(inputs[source] or _PLAIN for _, source in pairs)
     time = None if site.time is None else origins[site.time]
     time_packing = _PLAIN if time is None else inputs[time] or _PLAIN
+    places = _places(site, len(inputs))
     return BlockLayout(
         site.name,
         len(inputs),
@@ -165,7 +168,23 @@ def _block_layout(site: BlockSite, group: Group, masks: tuple[MaskedInput, ...],
         packings,
         time_packing,
         group.graph.experts,
+        tuple(places[source] for _, source in pairs),
+        None if time is None else places[time],
     )
+
+
+def _places(site: BlockSite, leaves: int) -> list[Place]:
+    """Where each leaf of the block's own call stands."""
+    names = positional_names(site.module)
+    args, kwargs = pytree.tree_unflatten(range(leaves), site.adapter.spec if site.adapter else site.calls[0].spec)
+    given = {(names[at] if at < len(names) else at): value for at, value in enumerate(args)} | kwargs
+    found, _ = pytree.tree_flatten_with_path(given)
+    return [tuple(_key(key) for key in path) for path, _ in sorted(found, key=lambda pair: pair[1])]
+
+
+def _key(key: Any) -> str | int:
+    """What leads to a child of a dict or a sequence."""
+    return key.key if isinstance(key, pytree.MappingKey) else key.idx
 
 
 def _shape(leaf: object) -> tuple[int, ...]:
@@ -195,10 +214,6 @@ def _masks_of(analysis: Analysis) -> list[tuple[MaskedInput, ...]]:
         tuple(replace(mask, packing=packings[f"{block}.{mask.module}"]) for mask in masks)
         for block, masks in found.items()
     ]
-
-
-def _mask_from_json(data: Mapping[str, Any]) -> MaskedInput:
-    return MaskedInput(**{**data, "packing": Packing(**data.get("packing", {}))})
 
 
 def _masks(block: nn.Module, weights: Mapping[str, str], site: MlpSite) -> list[MaskedInput]:

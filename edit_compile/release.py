@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edit_compile.activation import set_activation
+from edit_compile.activation import Mlp, mlps, set_activation
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, find_layout
+from edit_compile.tensor_file import Shape, TensorFile, opened, shapes_of
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 
@@ -34,11 +34,9 @@ POLICY = RoutingPolicy(threshold=0.5, margin=0.015, max_reuse=10, warmup_steps=1
 ACTIVATION = "quick_gelu"
 NARROW = ("hidden_states",)
 
-_ROUTER = re.compile(r"^gate_mlps\.(\d+)\.(.+)$")
+_ROUTER = re.compile(r"^gate_mlps\.(0|[1-9]\d*)\.(.+)$")
 _PARTS = {"out.0": "hidden", "out.2": "gate", "width_head": "width"}
 _MODULATION = "img_mod.1"
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,79 +67,90 @@ def load_release(
     Args:
         path: the safetensors file.
         model: a DiT of the checkpoint's sizes; its parameters are overwritten (in their own dtype) and the activation
-            of its MLPs is exchanged. It is left as it was where the file does not fit.
+            of its MLPs is exchanged. It is left as it was where the file does not fit, which is checked first.
         inputs: keyword arguments of its forward, to find the blocks with; without them, they are found at the first
             call, and the routers are put on then.
 
     Raises:
-        ElasticError: the file cannot be read, lacks a tensor, holds one that is unknown, or one of another shape.
+        ElasticError: the file cannot be read, lacks a tensor, holds one that is unknown, or one of another shape; it
+            has routers for other blocks than the model's; or memory ran out, which the message tells apart.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            own = {key: shape for key, shape in shapes.items() if not _ROUTER.match(key)}
-            routers = _check_routers(path, {key: shape for key, shape in shapes.items() if key not in own})
-            expected = model.state_dict()
-            _compare(path, own, {key: tuple(value.shape) for key, value in expected.items()}, type(model).__name__)
-            set_activation(model, ACTIVATION)
-            with torch.no_grad():
-                for key, value in expected.items():
-                    value.copy_(file.get_tensor(key))
-            config = RouterConfig(hidden=routers[0].hidden, activation="relu", time_activation="silu")
-            elastic = ElasticTransformer(model, config, narrow=NARROW)
-            elastic.activation, elastic.policy = ACTIVATION, POLICY
-            elastic.give_routers([_router(file, index, sizes) for index, sizes in enumerate(routers)])
-    except (SafetensorError, OSError) as error:
-        raise ElasticError(f"{path} cannot be read ({error}): is this a safetensors file?") from error
+    with opened(path) as file:
+        own = {key: shape for key, shape in file.shapes.items() if not _ROUTER.match(key)}
+        sizes = _check_routers(file)
+        targets = model.state_dict()
+        file.compare(shapes_of(targets, type(model).__name__), type(model).__name__, own)
+        _check_blocks(path, sizes, model)
+        routers = [_router(file, index, size) for index, size in enumerate(sizes)]
+        config = RouterConfig(hidden=sizes[0].hidden, activation="relu", time_activation="silu")
+        elastic = ElasticTransformer(model, config, narrow=NARROW)
+        elastic.activation, elastic.policy = ACTIVATION, POLICY
+        elastic.give_routers(routers)
+        set_activation(model, ACTIVATION)
+        file.copy_into(targets)
     if inputs is not None:
         elastic.attach(find_layout(model, inputs, config.time_dim, narrow=NARROW))
     return elastic.eval()
 
 
-def _check_routers(path: Path, shapes: Mapping[str, Shape]) -> list[_Sizes]:
+def _check_blocks(path: Path, routers: Sequence[_Sizes], model: nn.Module) -> None:
+    """ElasticError where the model's blocks, by their MLPs, are not those that the routers are of.
+
+    Whether each of them is one that can be routed is known only once the model is called.
+    """
+    blocks: dict[str, list[Mlp]] = {}
+    for mlp in mlps(model, ACTIVATION):
+        blocks.setdefault(_block_of(model, mlp), []).append(mlp)
+    if len(blocks) != len(routers):
+        raise ElasticError(f"{path} has routers of {len(routers)} blocks, {type(model).__name__} has {len(blocks)}")
+    for index, (sizes, (name, own)) in enumerate(zip(routers, blocks.items(), strict=True)):
+        widths = {layer.in_features for layer in model.get_submodule(name).modules() if isinstance(layer, nn.Linear)}
+        if sizes.dim not in {mlp.proj.in_features for mlp in own} or sizes.time_dim not in widths:
+            raise ElasticError(
+                f"{path}: gate_mlps.{index} reads tokens of {sizes.dim} channels and a time embedding of "
+                f"{sizes.time_dim}, and {name} of {type(model).__name__} has no such"
+            )
+
+
+def _block_of(model: nn.Module, mlp: Mlp) -> str:
+    """The entry of the model's outermost ModuleList that holds the MLP; the model itself where there is none."""
+    parts = mlp.name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    return ""
+
+
+def _check_routers(file: TensorFile) -> list[_Sizes]:
     """The sizes of every router; ElasticError where they are not numbered 0 .. n - 1, whole and of one H_r."""
     numbered: dict[int, dict[str, Shape]] = {}
-    for key, shape in shapes.items():
-        index, name = _ROUTER.match(key).groups()  # type: ignore[union-attr]
-        numbered.setdefault(int(index), {})[name] = shape
+    for key, shape in file.shapes.items():
+        if found := _ROUTER.match(key):
+            numbered.setdefault(int(found[1]), {})[found[2]] = shape
     if not numbered:
-        raise ElasticError(f"{path} holds no routers (no tensor is named gate_mlps.<block>...)")
-    absent = set(range(max(numbered) + 1)) - numbered.keys()
-    if absent:
-        raise ElasticError(f"{path} lacks gate_mlps.{min(absent)}, but has gate_mlps.{max(numbered)}")
+        raise ElasticError(f"{file.path} holds no routers (no tensor is named gate_mlps.<block>...)")
+    absent = next((index for index in range(len(numbered)) if index not in numbered), None)
+    if absent is not None:
+        raise ElasticError(f"{file.path} lacks gate_mlps.{absent}, but has gate_mlps.{max(numbered)}")
     routers = []
     for index in range(len(numbered)):
         first, modulation = (numbered[index].get(f"{name}.weight", ()) for name in ("out.0", _MODULATION))
         sizes = _Sizes(first[-1], modulation[-1], numbered[0]["out.0.weight"][0]) if first and modulation else None
         expected = (sizes or _Sizes(0, 0, 0)).shapes(len(RouterConfig().widths))
         given = {f"gate_mlps.{index}.{name}": shape for name, shape in numbered[index].items()}
-        _compare(path, given, {f"gate_mlps.{index}.{name}": shape for name, shape in expected.items()}, "a router")
+        file.compare({f"gate_mlps.{index}.{name}": shape for name, shape in expected.items()}, "a router", given)
         assert sizes is not None
         routers.append(sizes)
     return routers
 
 
-def _compare(path: Path, given: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
-    """ElasticError naming the first keys that are missing, unknown, or of another shape than expected."""
-    missing, unknown = (sorted(one.keys() - other.keys()) for one, other in ((expected, given), (given, expected)))
-    wrong = [
-        f"{key} {list(given[key])} instead of {list(shape)}"
-        for key, shape in sorted(expected.items())
-        if key in given and given[key] != shape
-    ]
-    for said, keys in (("lacks", missing), ("holds the unknown", unknown), ("holds", wrong)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ElasticError(f"{path} does not fit {what}: it {said} {', '.join(keys[:3])}{more}")
-
-
-def _router(file: Any, index: int, sizes: _Sizes) -> dict[str, Tensor]:
+def _router(file: TensorFile, index: int, sizes: _Sizes) -> dict[str, Tensor]:
     """One router's parameters under the names of `runtime.routing.router.Router`."""
     tensors = {}
     for kind in ("weight", "bias"):
-        delta, gamma, _ = file.get_tensor(f"gate_mlps.{index}.{_MODULATION}.{kind}").split(sizes.dim)
+        delta, gamma, _ = file.read(f"gate_mlps.{index}.{_MODULATION}.{kind}").split(sizes.dim)
         tensors[f"modulation.{kind}"] = torch.cat([gamma, delta])
         for theirs, ours in _PARTS.items():
-            tensors[f"{ours}.{kind}"] = file.get_tensor(f"gate_mlps.{index}.{theirs}.{kind}")
+            tensors[f"{ours}.{kind}"] = file.read(f"gate_mlps.{index}.{theirs}.{kind}")
     return tensors

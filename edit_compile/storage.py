@@ -5,31 +5,35 @@ config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
 elastic.json           schema, RouterConfig, Layout, and the elastic model's narrow, activation and policy
 
-Schema 1 had no narrow, activation and policy: it is read as if they were not set.
+Schema 1 had no narrow, activation and policy: it is read as if they were not set. Schemas 1 and 2 had no names of the
+states in the layout: blocks must then be called as they were found.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edit_compile.activation import set_activation
+from edit_compile.activation import mlps, set_activation
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, Layout
 from edit_compile.release import load_release
+from edit_compile.tensor_file import opened, shapes_of
 from runtime.bundle.folder import separate, written_whole
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
+from runtime.routing.router import Router
 
-SCHEMA = 2
-_READ = (1, SCHEMA)
+SCHEMA = 3
+_READ = (1, 2, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -43,7 +47,7 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         raise ElasticError(f"{folder} exists and is not an elastic model: choose another name, or remove it")
     description = {
         "schema": SCHEMA,
-        "router": asdict(elastic.config),
+        "router": asdict(elastic.router_config),
         "layout": asdict(elastic.layout),
         "narrow": elastic.narrow,
         "activation": elastic.activation,
@@ -73,42 +77,74 @@ def load_elastic(
             them they are found at the first call. A saved model knows its blocks.
 
     Raises:
-        ElasticError: a file is missing, of another schema, or does not fit the model.
+        ElasticError: a file is missing, of another schema, or does not fit the model, which is then left as it was; or
+            memory ran out, which the message tells apart.
     """
     folder = Path(folder)
     if folder.is_file() or folder.suffix == ".safetensors":
         if model is None:
             raise ElasticError(f"{folder} does not say what model it is of: pass load_elastic(path, model=...)")
         return load_release(folder, model, inputs)
-    try:
-        description = json.loads((folder / "elastic.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ElasticError(f"{folder / 'elastic.json'} cannot be read ({error}): is this an elastic model?") from error
-    if description.get("schema") not in _READ:
-        raise ElasticError(f"{folder} has schema {description.get('schema')!r}, this version reads schemas {_READ}")
+    description = _read(folder)
     model = model if model is not None else _model_from_config(folder / "config.json")
-    router, policy = description["router"], description.get("policy")
-    config = RouterConfig(**{**router, "widths": tuple(router["widths"])})
-    elastic = ElasticTransformer(model, config, narrow=description.get("narrow"))
-    elastic.activation = description.get("activation")
-    elastic.policy = RoutingPolicy(**policy) if policy else None
-    if elastic.activation is not None:
-        set_activation(model, elastic.activation)
-    elastic.attach(Layout.from_json(description["layout"]))
-    _load_into(model, folder / "model.safetensors")
-    _load_into(elastic.routers, folder / "routers.safetensors")
+    _check_modules(folder, description.layout, model)
+    if description.activation is not None:
+        mlps(model, description.activation)
+    with opened(folder / "model.safetensors") as own, opened(folder / "routers.safetensors") as routers:
+        targets = model.state_dict()
+        own.compare(shapes_of(targets, type(model).__name__), type(model).__name__)
+        with torch.device("meta"):
+            like = [Router(description.router, block.dim, block.time_dim) for block in description.layout.blocks]
+        shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(like).state_dict().items()}
+        routers.compare(shapes, "the routers that elastic.json describes")
+        elastic = ElasticTransformer(model, description.router, narrow=description.narrow)
+        elastic.activation, elastic.policy = description.activation, description.policy
+        if elastic.activation is not None:
+            set_activation(model, elastic.activation)
+        elastic.attach(description.layout)
+        own.copy_into(targets)
+        routers.copy_into(elastic.routers.state_dict())
     return elastic.eval()
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What elastic.json says."""
+
+    schema: int
+    router: RouterConfig
+    layout: Layout
+    narrow: tuple[str, ...] | None = None
+    activation: str | None = None
+    policy: RoutingPolicy | None = None
+
+
+def _read(folder: Path) -> _Description:
+    path = folder / "elastic.json"
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ElasticError(f"{path} cannot be read ({error}): is this an elastic model?") from error
+    schema = description.get("schema") if isinstance(description, dict) else None
+    if schema not in _READ:
+        raise ElasticError(f"{folder} has schema {schema!r}, this version reads schemas {_READ}")
+    try:
+        return msgspec.convert(description, _Description)
+    except msgspec.ValidationError as error:
+        raise ElasticError(f"{path} does not hold together: {error}") from error
+
+
+def _check_modules(folder: Path, layout: Layout, model: nn.Module) -> None:
+    """ElasticError where `model` lacks a module that the layout names."""
+    there = {name for name, _ in model.named_modules()}
+    named = [name for b in layout.blocks for name in (b.name, *(f"{b.name}.{mask.module}" for mask in b.masks))]
+    missing = [name for name in named if name not in there]
+    if missing:
+        raise ElasticError(f"{folder} is of another model: {type(model).__name__} has no module {missing[0]}")
 
 
 def _cast(tensors: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def _load_into(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_file(path))
-    except Exception as error:
-        raise ElasticError(f"{path} does not load into {type(module).__name__}: {error}") from error
 
 
 def _model_from_config(path: Path) -> nn.Module:

@@ -71,7 +71,7 @@ def follow_decisions(compiled: CompiledTransformer, analysis: Analysis, case: Ca
 def train_routers(case: Case, analysis: Analysis) -> None:
     """Fully open routers change nothing, and every router gets a gradient."""
     elastic = ElasticTransformer(case.model, RouterConfig())
-    elastic.attach(layout_of(analysis, elastic.config.time_dim))
+    elastic.attach(layout_of(analysis, elastic.router_config.time_dim))
     with torch.no_grad():
         expected = case.model(**_copied(case.inputs))
         check_equal(elastic(**_copied(case.inputs)), expected, "the elastic model with open routers")

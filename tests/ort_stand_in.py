@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from runtime.engines.ort_library import open_library
+from runtime.engines.ort_library import GPU_BUILD, open_library
 
 CUDA = "CUDAExecutionProvider"
 
@@ -56,8 +56,10 @@ class Session(onnxruntime.InferenceSession):
         super().run_with_iobinding(iobinding, run_options)
 
 
-def library() -> Any:
+def library(needed: str) -> Any:
     """The module onnxruntime with such sessions, and an allocator that registers nothing."""
+
+    assert needed == GPU_BUILD
 
     def register(provider: str, memory: Any, options: dict[str, str], arena: Any) -> None:
         assert provider == CUDA
@@ -81,9 +83,9 @@ def in_step(device: torch.device) -> Iterator[int]:
 
 
 def replacements() -> dict[str, Any]:
-    """What to put into runtime.engines.ort_cuda so that it runs on the CPU."""
+    """What to put into runtime.engines.ort so that it runs on the CPU."""
     return {
-        "open_cuda_library": library,
+        "open_library": library,
         "own_stream": lambda device: SimpleNamespace(cuda_stream=77, synchronize=lambda: None),
         "own_stream_in_step": in_step,
     }

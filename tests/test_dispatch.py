@@ -80,7 +80,7 @@ class Fake:
             (Variant(0.5, ()), Variant(1.0, ())),
         )
         self.ready = BoundBlock(plan, [self._engine(0.5), self._engine(1.0)])
-        self.engine = TorchEngine()
+        self.engine = TorchEngine("torch")
 
     def _engine(self, width: float):
         def run(inputs):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edit_compile.elastic import ElasticTransformer, elasticize
 from edit_compile.layout import ElasticError
 from edit_compile.storage import load_elastic
 from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 CONFIG = RouterConfig(hidden=16)
@@ -163,18 +165,50 @@ def test_blocks_are_found_at_the_first_call_where_no_inputs_are_given():
     with torch.no_grad():
         dense = output_of(model, inputs)
     elastic = elasticize(model).eval()
-    with pytest.raises(ElasticError, match="inputs"):
-        list(elastic.parameters())
+    assert next(elastic.parameters()) is next(model.parameters())
+    for use in (list, torch.optim.SGD, lambda parameters: dict.fromkeys(parameters)):
+        with pytest.raises(ElasticError, match="inputs"):
+            use(elastic.parameters())
+    assert not list(elastic.parameters(recurse=False))
     with torch.no_grad():
         assert torch.equal(output_of(elastic, inputs), dense)
     assert len(elastic.routers) == 4
     assert sum(1 for name, _ in elastic.named_parameters() if name.startswith("routers.3.")) == 8
 
 
-def test_another_call_structure_is_refused_by_name(made):
+@torch.no_grad()
+def test_arguments_that_are_no_states_may_come_and_go(made):
     elastic, _, inputs = made
-    with pytest.raises(ElasticError, match=r"transformer_blocks\.0"):
-        output_of(elastic, inputs | {"joint_attention_kwargs": {"a": 1, "b": 2}})
+    expected = output_of(elastic, inputs)
+    for others in ({"a": 1, "b": 2}, {}, None):
+        assert torch.equal(output_of(elastic, inputs | {"joint_attention_kwargs": others}), expected)
+
+
+@torch.no_grad()
+def test_a_block_called_without_a_state_is_refused_by_name(made):
+    elastic, _, inputs = made
+    renamed = copy.deepcopy(elastic)
+    places = (("no_such",), *renamed.layout.blocks[0].places[1:])
+    first = replace(renamed.layout.blocks[0], places=places)
+    renamed.layout = replace(renamed.layout, blocks=(first, *renamed.layout.blocks[1:]))
+    with renamed.detached():
+        pass  # hooks are made anew, from this layout
+    with pytest.raises(ElasticError, match=r"transformer_blocks\.0 was called without no_such"):
+        output_of(renamed, inputs)
+
+
+@torch.no_grad()
+def test_a_layout_stored_without_names_counts_the_leaves(made, tmp_path):
+    elastic, _, inputs = made
+    elastic.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "elastic.json").read_text()) | {"schema": 2}
+    for block in description["layout"]["blocks"]:
+        del block["places"], block["time_place"]
+    (tmp_path / "elastic.json").write_text(json.dumps(description))
+    older = load_elastic(tmp_path)
+    assert torch.equal(output_of(older, inputs), output_of(elastic, inputs))
+    with pytest.raises(ElasticError, match=r"transformer_blocks\.0 was called with"):
+        output_of(older, inputs | {"joint_attention_kwargs": {"a": 1, "b": 2}})
 
 
 def test_a_failed_forward_leaves_nothing_behind(made):
@@ -192,7 +226,7 @@ def test_saved_and_loaded_it_is_the_same_model(made, tmp_path):
     elastic.save_pretrained(tmp_path)
     loaded = load_elastic(tmp_path)
     assert torch.equal(output_of(loaded, inputs), output_of(elastic, inputs))
-    assert loaded.config == elastic.config
+    assert loaded.router_config == elastic.router_config
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
     names = load_file(tmp_path / "routers.safetensors").keys()
     assert "3.modulation.weight" in names
@@ -224,3 +258,36 @@ def test_a_folder_that_is_no_elastic_model_is_refused(tmp_path, made):
     (tmp_path / "routers.safetensors").write_bytes(b"damaged")
     with pytest.raises(ElasticError, match=r"routers\.safetensors"):
         load_elastic(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "routers", "layout", "a sibling's model"])
+def test_a_folder_that_does_not_fit_leaves_the_model_alone(tmp_path, made, part):
+    made[0].save_pretrained(tmp_path)
+    base, _ = flux_rows()
+    base.load_state_dict({key: value + 1 for key, value in base.state_dict().items()})
+    if part == "a sibling's model":
+        base = tiny_sd3()[0]
+    elif part == "layout":
+        description = json.loads((tmp_path / "elastic.json").read_text())
+        description["layout"]["blocks"][0]["dim"] = "wide"
+        (tmp_path / "elastic.json").write_text(json.dumps(description))
+    else:
+        tensors = load_file(tmp_path / f"{part}.safetensors")
+        last = sorted(tensors)[-1]
+        save_file(tensors | {last: tensors[last][..., :-1].clone()}, tmp_path / f"{part}.safetensors")
+    before, shown = {key: value.clone() for key, value in base.state_dict().items()}, repr(base)
+    with pytest.raises(ElasticError, match=r"elastic\.json does not hold|instead of|SD3.* has no module"):
+        load_elastic(tmp_path, base)
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert repr(base) == shown
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_what_belongs_to_it_survives_saving(tmp_path, made):
+    elastic = copy.deepcopy(made[0])
+    elastic.policy, elastic.narrow = RoutingPolicy(0.25, 0.5, max_reuse=7, warmup_steps=3), ("hidden_states",)
+    elastic.save_pretrained(tmp_path)
+    loaded = load_elastic(tmp_path)
+    assert (loaded.policy, loaded.narrow, loaded.activation) == (elastic.policy, elastic.narrow, None)
+    assert loaded.layout == elastic.layout
+    assert loaded.timestep == elastic.timestep == "timestep"

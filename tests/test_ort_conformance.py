@@ -10,7 +10,6 @@ import ast
 import functools
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +19,11 @@ import onnxruntime
 import pytest
 import torch
 
-from runtime.engines import ort, ort_cuda, ort_cuda_library, ort_library
+from runtime.engines import ort, ort_library
 from tests import ort_stand_in, programs
 from tests.test_engine_plans import inputs, weights
 
-MODULES = (ort_library, ort_cuda_library, ort, ort_cuda)
+MODULES = (ort_library, ort)
 SOURCES = {module.__name__: Path(module.__file__).read_text() for module in MODULES}
 PACKAGE = Path(onnxruntime.__file__).parent
 INSTANCES = (
@@ -76,13 +75,12 @@ def scenario(sources: dict[str, str]) -> None:
     library = made[ort_library.__name__]
     library._library = None  # type: ignore[attr-defined]
     files, given, own = programs.plan_files(), inputs(2), weights(programs.H)
-    made[ort.__name__].OnnxRuntimeEngine().load(programs.DOUBLE, 3, files).bind(own)(given)
-    cuda = made[ort_cuda.__name__]
+    cuda = made[ort.__name__]
+    cuda.OnnxRuntimeEngine("onnxruntime").load(programs.DOUBLE, 3, files).bind(own)(given)
     vars(cuda).update(ort_stand_in.replacements())
-    engine: Any = object.__new__(cuda.OnnxRuntimeCudaEngine)
     cuda.torch = _torch_with_a_gpu()  # type: ignore[attr-defined]
-    engine.__init__()
-    engine.device = torch.device("cpu")
+    engine: Any = cuda.OnnxRuntimeEngine("onnxruntime-cuda")
+    engine.provider.device = torch.device("cpu")
     engine.load(programs.DOUBLE, 3, files).bind(own)(given)
     ort_stand_in.Session.stray = "Gelu"
     try:
@@ -114,7 +112,7 @@ def test_methods_take_what_we_give() -> None:
 
 
 def test_types_have_the_numbers_that_onnx_gives_them() -> None:
-    for dtype, number in ort_library.ELEMENTS.items():
+    for dtype, number in ort.ELEMENTS.items():
         name = {"float32": "FLOAT", "float64": "DOUBLE"}.get(str(dtype)[6:], str(dtype)[6:].upper())
         assert number == onnx.TensorProto.DataType.Value(name)
 
@@ -125,8 +123,11 @@ def test_bfloat16_is_bound_by_its_number() -> None:
     options = ort_library.session_options(ort_library.open_library())
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     state = torch.zeros(2)
-    bindings = ort_library.Bindings(session, replace(programs.SINGLE, weights=()), ())
-    bindings.run([torch.tensor([1.5, -2.0]).bfloat16()], [state])
+    binding = session.io_binding()
+    given = torch.tensor([1.5, -2.0]).bfloat16()
+    ort.bind(binding.bind_input, {"hidden": given})
+    ort.bind(binding.bind_output, {"state_0": state})
+    session.run_with_iobinding(binding)
     assert state.tolist() == [1.5, -2.0]
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from runtime import engines
 from runtime.base.errors import EditError, EngineError
 from runtime.bundle.program import Program
-from runtime.engines import ort_cuda, ort_cuda_library, ort_library
-from runtime.engines.ort_cuda import OnnxRuntimeCudaEngine
+from runtime.engines import ort, ort_library
+from runtime.engines.ort import OnnxRuntimeEngine
 from runtime.face.transformer import CompiledTransformer
 from tests import ort_stand_in, programs
 from tests.ort_stand_in import Session
@@ -26,25 +26,25 @@ ENGINE = "onnxruntime-cuda"
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnnxRuntimeCudaEngine]:
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnnxRuntimeEngine]:
     for name, value in ort_stand_in.replacements().items():
-        monkeypatch.setattr(ort_cuda, name, value)
-    monkeypatch.setattr(ort_cuda_library, "_arenas", set())
+        monkeypatch.setattr(ort, name, value)
+    monkeypatch.setattr(ort_library, "_arenas", set())
     files = programs.plan_files()  # made before torch believes in a GPU
     assert files
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     made = engines.make(ENGINE)
-    assert isinstance(made, OnnxRuntimeCudaEngine)
-    assert made.device == torch.device("cuda", 0)
-    made.device = torch.device("cpu")
+    assert isinstance(made, OnnxRuntimeEngine)
+    assert made.provider.device == torch.device("cuda", 0)
+    made.provider.device = torch.device("cpu")
     ort_stand_in.clear()
     yield made
     ort_stand_in.clear()
 
 
 @pytest.mark.parametrize("variant", range(4))
-def test_a_plan_is_its_module_with_any_number_of_rows(engine: OnnxRuntimeCudaEngine, variant: int) -> None:
+def test_a_plan_is_its_module_with_any_number_of_rows(engine: OnnxRuntimeEngine, variant: int) -> None:
     own = weights(programs.DOUBLE.variants[variant].rows[0])
     bound = engine.load(programs.DOUBLE, variant, programs.plan_files()).bind(own)
     for rows in (1, 3, 1):
@@ -54,7 +54,7 @@ def test_a_plan_is_its_module_with_any_number_of_rows(engine: OnnxRuntimeCudaEng
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_sessions_are_for_fixed_shapes_and_serve_all_blocks(engine: OnnxRuntimeCudaEngine) -> None:
+def test_sessions_are_for_fixed_shapes_and_serve_all_blocks(engine: OnnxRuntimeEngine) -> None:
     kernel = engine.load(programs.DOUBLE, 3, programs.plan_files())
     bound = [kernel.bind(weights(programs.H)) for _ in range(2)]
     for rows in (1, 2, 1):
@@ -62,17 +62,17 @@ def test_sessions_are_for_fixed_shapes_and_serve_all_blocks(engine: OnnxRuntimeC
             one(inputs(rows))
     opened = [strict for strict, _ in Session.opened]
     assert opened == ["", "1", "1"]  # one to learn the names of sizes, then one per number of rows
-    found = [given.shape for given in kernel.session(tuple(tuple(t.shape) for t in inputs(2))).get_inputs()]
+    found = [given.shape for given in kernel.session(tuple(tuple(t.shape) for t in inputs(2))).session.get_inputs()]
     assert all(isinstance(size, int) for shape in found for size in shape)
 
 
-def test_plans_that_tell_their_shapes_are_opened_as_they_are_loaded(engine: OnnxRuntimeCudaEngine) -> None:
+def test_plans_that_tell_their_shapes_are_opened_as_they_are_loaded(engine: OnnxRuntimeEngine) -> None:
     shapes = tuple(given.shape for given in programs.DOUBLE.inputs)
     engine.load(replace(programs.DOUBLE, buckets=(shapes,)), 0, programs.plan_files())
     assert [strict for strict, _ in Session.opened] == ["", "1"]
 
 
-def test_it_works_on_our_stream_in_step_with_torchs(engine: OnnxRuntimeCudaEngine) -> None:
+def test_it_works_on_our_stream_in_step_with_torchs(engine: OnnxRuntimeEngine) -> None:
     bound = engine.load(programs.SINGLE, 3, programs.plan_files()).bind(weights(programs.H)[::2])
     bound([inputs(2)[0]])
     assert Session.events == ["torch's stream waited for", "run", "torch's stream waits"]
@@ -80,7 +80,7 @@ def test_it_works_on_our_stream_in_step_with_torchs(engine: OnnxRuntimeCudaEngin
     assert {options["use_tf32"] for _, options in Session.opened} == {"0"}
 
 
-def test_results_are_new_each_time(engine: OnnxRuntimeCudaEngine) -> None:
+def test_results_are_new_each_time(engine: OnnxRuntimeEngine) -> None:
     bound = engine.load(programs.DOUBLE, 3, programs.plan_files()).bind(weights(programs.H))
     first = bound(inputs(2))
     kept = [state.clone() for state in first]
@@ -88,7 +88,7 @@ def test_results_are_new_each_time(engine: OnnxRuntimeCudaEngine) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
 
 
-def test_what_is_elsewhere_is_refused(engine: OnnxRuntimeCudaEngine) -> None:
+def test_what_is_elsewhere_is_refused(engine: OnnxRuntimeEngine) -> None:
     kernel = engine.load(programs.SINGLE, 3, programs.plan_files())
     own = weights(programs.H)[::2]
     with pytest.raises(EngineError, match="up of plan single at width 1 is on meta"):
@@ -101,14 +101,14 @@ def test_what_is_elsewhere_is_refused(engine: OnnxRuntimeCudaEngine) -> None:
         kernel.bind(own)([inputs(1)[0].to("meta")])
 
 
-def test_sizes_that_contradict_each_other_are_named(engine: OnnxRuntimeCudaEngine) -> None:
+def test_sizes_that_contradict_each_other_are_named(engine: OnnxRuntimeEngine) -> None:
     bound = engine.load(programs.DOUBLE, 3, programs.plan_files()).bind(weights(programs.H))
     hidden, text, time, table = inputs(2)
     with pytest.raises(EngineError, match=r"text of plan double at width 1 is \(1, 3, 8\)"):
         bound([hidden, text[:1], time, table])
 
 
-def test_what_has_no_kernel_on_the_gpu_is_named(engine: OnnxRuntimeCudaEngine) -> None:
+def test_what_has_no_kernel_on_the_gpu_is_named(engine: OnnxRuntimeEngine) -> None:
     Session.stray = "Gelu"
     kernel = engine.load(programs.DOUBLE, 0, programs.plan_files())
     with pytest.raises(
@@ -117,12 +117,12 @@ def test_what_has_no_kernel_on_the_gpu_is_named(engine: OnnxRuntimeCudaEngine) -
         kernel.bind(weights(4))(inputs(1))
 
 
-def test_a_plan_that_does_not_load_is_named(engine: OnnxRuntimeCudaEngine) -> None:
+def test_a_plan_that_does_not_load_is_named(engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(EngineError, match="plan double at width 1"):
         engine.load(programs.DOUBLE, 3, dict.fromkeys(programs.plan_files(), b"rubbish"))
 
 
-def test_a_session_on_the_cpu_is_refused(engine: OnnxRuntimeCudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_on_the_cpu_is_refused(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(EngineError, match="cannot load its CUDA provider"):
         engine.load(programs.DOUBLE, 3, programs.plan_files())
@@ -184,7 +184,7 @@ def test_the_build_for_gpus_runs_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_cuda, "open_cuda_library", ort_stand_in.library)
+    monkeypatch.setattr(ort, "open_library", ort_stand_in.library)
     assert not torch.cuda.is_available()
     with pytest.raises(EngineError, match="torch sees none here"):
         engines.make(ENGINE)
@@ -217,7 +217,7 @@ def test_the_linkers_own_reason_is_told(library: bytes | None, reason: str, tmp_
 
     tried: list[str] = []
     ort = SimpleNamespace(
-        **vars(ort_stand_in.library())
+        **vars(ort_stand_in.library(ort_library.GPU_BUILD))
         | {
             "__file__": str(tmp_path / "__init__.py"),
             "cuda_version": "13.0",
@@ -225,24 +225,24 @@ def test_the_linkers_own_reason_is_told(library: bytes | None, reason: str, tmp_
             "preload_dlls": lambda: tried.append("preload"),
         }
     )
-    monkeypatch.setattr(ort_cuda_library, "_arenas", set())
+    monkeypatch.setattr(ort_library, "_arenas", set())
     with pytest.raises(EngineError, match=rf"{reason}.*built for CUDA 13\.0 and cuDNN 9, torch .* for CUDA none"):
-        ort_cuda_library.share_arena(ort, 0)
+        ort_library.share_arena(ort, 0)
     assert tried == ["preload"]
-    assert not ort_cuda_library._arenas
+    assert not ort_library._arenas
 
 
 def test_an_arena_that_is_refused_is_told_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    ort = ort_stand_in.library()
+    ort = ort_stand_in.library(ort_library.GPU_BUILD)
     ort.preload_dlls = lambda: None
 
     def register(*_: object) -> None:
         raise RuntimeError("an allocator exists")
 
     ort.create_and_register_allocator_v2 = register
-    monkeypatch.setattr(ort_cuda_library, "_arenas", set())
+    monkeypatch.setattr(ort_library, "_arenas", set())
     with pytest.warns(UserWarning, match="does not take our arena for GPU 0: an allocator exists"):
-        ort_cuda_library.share_arena(ort, 0)
+        ort_library.share_arena(ort, 0)
 
 
 @pytest.mark.skipif(not ort_library._installed("onnxruntime-gpu"), reason="onnxruntime-gpu is not installed")

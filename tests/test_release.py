@@ -1,68 +1,32 @@
-"""The authors' checkpoint: read whole or refused by name, its routers as they wrote them, compiled as eager runs it."""
+"""The authors' checkpoint: its routers as they wrote them, compiled as eager runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import edit_compile
-from edit_compile import ElasticError, ElasticTransformer
+from edit_compile import ElasticTransformer
 from edit_compile.release import NARROW, POLICY
 from passes.check import check_equal
 from runtime.bundle.spec import RouterConfig
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
 from runtime.routing.router import Router
-from tests.zoo import CASES
-
-DIM, HIDDEN, BLOCKS = 48, 16, 2
-Weights = dict[str, Tensor]
-
-
-def qwen() -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model of the checkpoint's class, and inputs of a batch of two."""
-    case = CASES["QwenImageTransformer2DModel"]()
-    return case.model, case.inputs
-
-
-def router_weights(index: int) -> Weights:
-    """One router of the layout, so far from its start that gates and widths differ between inputs."""
-    generator = torch.Generator().manual_seed(11 * index)
-
-    def linear(name: str, rows: int, columns: int, scale: float) -> Weights:
-        weight = torch.randn(rows, columns, generator=generator) * scale
-        return {f"{name}.weight": weight, f"{name}.bias": torch.randn(rows, generator=generator) * 0.1}
-
-    named = (
-        linear("img_mod.1", 3 * DIM, DIM, 1.0)
-        | linear("out.0", HIDDEN, DIM, 0.5)
-        | linear("out.2", 1, HIDDEN, 0.4)
-        | linear("width_head", 4, HIDDEN, 1.5)
-    )
-    return {f"gate_mlps.{index}.{name}": value for name, value in named.items()}
-
-
-def checkpoint() -> Weights:
-    """One state dict: the model's, with MLPs that weigh more than a fresh model's, and its routers'."""
-    own = {key: value * (4.0 if "_mlp." in key else 0.9) for key, value in qwen()[0].state_dict().items()}
-    routers = [router_weights(index) for index in range(BLOCKS)]
-    return own | {key: value for router in routers for key, value in router.items()}
+from tests.released import BLOCKS, DIM, HIDDEN, Weights, checkpoint, qwen, written
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("release") / "model.safetensors"
-    save_file(checkpoint(), path)
-    return path
+    return written(tmp_path_factory.mktemp("release"))
 
 
 class TheirRouter:
@@ -147,7 +111,7 @@ def test_the_routers_logits_are_those_of_their_form(file: Path) -> None:
     given = elastic._given
     assert len(given) == BLOCKS
     for index, tensors in enumerate(given):
-        router = Router(elastic.config, DIM, DIM)
+        router = Router(elastic.router_config, DIM, DIM)
         router.load_state_dict(tensors)
         generator = torch.Generator().manual_seed(index)
         text, image = (torch.randn(3, n, DIM, generator=generator) for n in (7, 20))
@@ -161,56 +125,10 @@ def test_what_is_loaded(file: Path) -> None:
     elastic = edit_compile.load_elastic(str(file), model=model)
     stored = load_file(file)
     assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
-    assert elastic.config == RouterConfig(hidden=HIDDEN, activation="relu", time_activation="silu")
+    assert elastic.router_config == RouterConfig(hidden=HIDDEN, activation="relu", time_activation="silu")
     assert (elastic.policy, elastic.narrow, elastic.activation) == (POLICY, ("hidden_states",), "quick_gelu")
     assert (POLICY.threshold, POLICY.margin, POLICY.max_reuse, POLICY.warmup_steps) == (0.5, 0.015, 10, 15)
     assert not elastic.training
-
-
-REFUSED: dict[str, tuple[Callable[[Weights], object], str]] = {
-    "a model tensor lacks": (lambda w: w.pop("img_in.bias"), r"lacks img_in\.bias"),
-    "a model tensor is unknown": (lambda w: w.update(extra=torch.ones(1)), "unknown extra"),
-    "a model tensor is of another shape": (
-        lambda w: w.update({"img_in.bias": torch.ones(5)}),
-        r"img_in\.bias \[5\] instead of \[48\]",
-    ),
-    "no routers": (lambda w: [w.pop(key) for key in list(w) if key.startswith("gate_mlps")], "holds no routers"),
-    "a router lacks": (
-        lambda w: [w.pop(key) for key in list(w) if key.startswith("gate_mlps.0")],
-        r"lacks gate_mlps\.0, but has gate_mlps\.1",
-    ),
-    "a router's tensor lacks": (lambda w: w.pop("gate_mlps.0.out.0.weight"), r"lacks gate_mlps\.0\.out\.0\.weight"),
-    "a router's tensor is unknown": (
-        lambda w: w.update({"gate_mlps.1.norm.weight": torch.ones(DIM)}),
-        r"unknown gate_mlps\.1\.norm\.weight",
-    ),
-    "a router's tensor is of another shape": (
-        lambda w: w.update({"gate_mlps.1.width_head.bias": torch.ones(3)}),
-        r"gate_mlps\.1\.width_head\.bias \[3\] instead of \[4\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", sorted(REFUSED))
-def test_a_file_that_does_not_fit_is_refused_and_the_model_left_alone(case: str, tmp_path: Path) -> None:
-    harm, message = REFUSED[case]
-    weights, model = checkpoint(), qwen()[0]
-    harm(weights)
-    save_file(weights, tmp_path / "model.safetensors")
-    before, shown = {key: value.clone() for key, value in model.state_dict().items()}, repr(model)
-    with pytest.raises(ElasticError, match=message):
-        edit_compile.load_elastic(tmp_path / "model.safetensors", model=model)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert repr(model) == shown
-
-
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
-    for name in ("model.safetensors", "absent.safetensors"):
-        with pytest.raises(ElasticError, match=f"{name} cannot be read"):
-            edit_compile.load_elastic(tmp_path / name, model=qwen()[0])
-    with pytest.raises(ElasticError, match="pass load_elastic"):
-        edit_compile.load_elastic(tmp_path / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from runtime.base.errors import EngineError
 from runtime.bundle.spec import Plan, PlanInput
 from runtime.engines.tensorrt import library as tensorrt_library
 from runtime.engines.tensorrt.build import build
-from runtime.engines.tensorrt.jobs import jobs, make
+from runtime.engines.tensorrt.jobs import jobs, make, profile_for, profiles_of
 from runtime.engines.tensorrt.library import Library, Target, open_library, targets
-from runtime.engines.tensorrt.profiles import profile_for, profiles_of
 from tests import programs, tensorrt_cases
 
 SMS = ("sm_80", "sm_89", "sm_120")

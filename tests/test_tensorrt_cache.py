@@ -14,9 +14,8 @@ from runtime.base.errors import EngineError
 from runtime.bundle import files as bundle
 from runtime.engines.tensorrt import library as tensorrt_library
 from runtime.engines.tensorrt.cache import Key, built, read, read_timings, write, write_timings
-from runtime.engines.tensorrt.jobs import jobs
+from runtime.engines.tensorrt.jobs import jobs, profiles_of
 from runtime.engines.tensorrt.library import Library, Target
-from runtime.engines.tensorrt.profiles import profiles_of
 from runtime.face import load as loading
 from tests import programs, tensorrt_cases
 
@@ -168,7 +167,7 @@ def test_engines_of_another_gpu_are_refused_at_load(tmp_path: Path, monkeypatch:
     for module in (engine_module, tensorrt_library):
         monkeypatch.setattr(module, "gpu_here", lambda: Target("NVIDIA H100", "9.0"))
     program = bundle.load(path)
-    loaded = engine_module.TensorRTEngine("tensorrt", "shared", program)
+    loaded = engine_module.TensorRTEngine("tensorrt", program)
     with pytest.raises(EngineError, match=r"for NVIDIA H100 .*holds engines of tensorrt 11\.4\.0 for NVIDIA H20"):
         loaded.load(programs.SINGLE, 1, program.files)
 

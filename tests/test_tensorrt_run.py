@@ -17,7 +17,7 @@ from torch import Tensor
 import runtime.engines.tensorrt.run as engine_module
 from runtime import engines
 from runtime.base.errors import EngineError
-from runtime.engines.tensorrt.profiles import profiles_of
+from runtime.engines.tensorrt.jobs import profiles_of
 from tests import programs
 from tests.test_engine_plans import inputs, weights
 

@@ -12,26 +12,10 @@ from runtime.base.errors import BundleError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Block, Glue, Manifest, Plan, PlanInput, RouterConfig
 
-ACTIVATIONS = frozenset(
-    (
-        "celu",
-        "elu",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softsign",
-        "tanh",
-    )
+_FUNCTIONS = (
+    "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu sigmoid silu softplus softsign tanh"
 )
+ACTIVATIONS = frozenset(_FUNCTIONS.split())
 """Functions of torch.nn.functional that a router may name."""
 
 
@@ -89,9 +73,8 @@ def _fits(shape: tuple[int | None, ...], given: PlanInput) -> bool:
 
 
 def _check_block(block: Block, plans: Mapping[str, Plan], weights: Mapping[str, Tensor]) -> None:
-    plan = plans.get(block.plan)
-    if plan is None:
-        raise _wrong(f"block {block.name} runs the plan {block.plan!r}, which is not there")
+    _need(block.plan in plans, f"block {block.name} runs the plan {block.plan!r}, which is not there")
+    plan = plans[block.plan]
     _need(
         len(block.weights) == len(plan.weights),
         f"block {block.name} has {len(block.weights)} weights, its plan {len(plan.weights)}",
@@ -119,14 +102,13 @@ def _check_weights(keys: Sequence[str], weights: Mapping[str, Tensor], where: st
 
 
 def _check_router(router: RouterConfig) -> None:
-    _need(router.activation in ACTIVATIONS, f"the router's activation {router.activation!r} is none that is known")
-    _need(
-        router.time_activation is None or router.time_activation in ACTIVATIONS,
-        f"the router's time_activation {router.time_activation!r} is none that is known",
-    )
-    _need(
-        router.modulation in {"full", "low_rank", "none"}, f"the router's modulation {router.modulation!r} is not known"
-    )
+    for name, known in (
+        ("activation", ACTIVATIONS),
+        ("time_activation", {None, *ACTIVATIONS}),
+        ("modulation", {"full", "low_rank", "none"}),
+    ):
+        value = getattr(router, name)
+        _need(value in known, f"the router's {name} {value!r} is none that is known")
     _check_widths(router.widths, "the router")
 
 
@@ -152,8 +134,4 @@ def _check_dtype(name: str, where: str) -> None:
 
 def _need(holds: bool, told: str) -> None:
     if not holds:
-        raise _wrong(told)
-
-
-def _wrong(told: str) -> BundleError:
-    return BundleError(f"manifest.json does not hold together: {told}; copy or compile the bundle again")
+        raise BundleError(f"manifest.json does not hold together: {told}; copy or compile the bundle again")

@@ -127,18 +127,12 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _unknown(raw: Any, known: Any, where: str = "") -> str | None:
     """Path of the first key of `raw` that decoding has dropped."""
-    if isinstance(raw, dict):
-        for key, value in raw.items():
-            if key not in known:
-                return f"{where}{key}"
-            found = _unknown(value, known[key], f"{where}{key}.")
-            if found:
-                return found
-    elif isinstance(raw, list):
-        for index, (value, own) in enumerate(zip(raw, known, strict=True)):
-            found = _unknown(value, own, f"{where}{index}.")
-            if found:
-                return found
+    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ():
+        if isinstance(raw, dict) and key not in known:
+            return f"{where}{key}"
+        found = _unknown(value, known[key], f"{where}{key}.")
+        if found:
+            return found
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -18,31 +19,9 @@ MAJOR = 8
 
 _NAMESPACES = ("aten", "prims", "edit_compile")
 _REFUSED = ("from_file", "set_", "set_data", "resize_", "_resize_output_", "record_stream")
+_OPERATORS = "eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv and_ or_ lshift rshift"
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
-    **{
-        f"_operator.{name}": getattr(operator, name)
-        for name in [
-            "eq",
-            "ne",
-            "le",
-            "ge",
-            "lt",
-            "gt",
-            "neg",
-            "pos",
-            "mul",
-            "add",
-            "sub",
-            "floordiv",
-            "mod",
-            "pow",
-            "truediv",
-            "and_",
-            "or_",
-            "lshift",
-            "rshift",
-        ]
-    },
+    **{f"_operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
     **{f"math.{name}": getattr(math, name) for name in ("trunc", "ceil", "floor", "sqrt")},
 }
 _SYMBOLIC = ("sym_not", "sym_int", "sym_float", "sym_ite", "sym_max", "sym_min", "sym_sqrt")
@@ -68,6 +47,8 @@ _MEMORY_FORMATS = {
 }
 _STRIDED = 7
 _KEYWORD = 2
+_ALONE = ("none", "complex", "scalar_type", "memory_format", "device", "layout")
+"""Kinds of which there are no lists."""
 _SCALARS: dict[str, type] = {"int": int, "bool": bool, "string": str}
 
 
@@ -88,6 +69,19 @@ class _Reader:
         self._device = device
         self._graph = fx.Graph()
         self._nodes: dict[str, fx.Node] = {}
+        scalars = {kind: functools.partial(self._scalar, kind) for kind in ("float", *_SCALARS)}
+        self._kinds: dict[str, Callable[[Any], Any]] = {
+            **scalars,
+            **dict.fromkeys(("sym_int", "sym_float", "sym_bool"), self._symbolic),
+            "none": lambda value: None,
+            "tensor": lambda value: self._nodes[value["name"]],
+            "optional_tensor": self._argument,
+            "complex": lambda value: complex(float(value["real"]), float(value["imag"])),
+            "scalar_type": _DTYPES.__getitem__,
+            "memory_format": _MEMORY_FORMATS.__getitem__,
+            "device": lambda value: self._device or torch.device(value["type"], value["index"]),
+            "layout": self._strided,
+        }
 
     def read(self, graph: Mapping[str, Any]) -> fx.GraphModule:
         for index, given in enumerate(graph["inputs"]):
@@ -124,40 +118,20 @@ class _Reader:
 
     def _argument(self, argument: Mapping[str, Any]) -> Any:
         ((kind, value),) = argument.items()
-        if kind == "as_none":
-            return None
-        if kind == "as_float" or kind[3:] in _SCALARS:
-            return self._scalar(kind[3:], value)
-        if kind[3:-1] in _SCALARS:
-            return [self._scalar(kind[3:-1], one) for one in value]
-        if kind == "as_floats":
-            return [float(one) for one in value]
-        if kind == "as_complex":
-            return complex(float(value["real"]), float(value["imag"]))
-        if kind == "as_tensor":
-            return self._nodes[value["name"]]
-        if kind == "as_tensors":
-            return [self._nodes[one["name"]] for one in value]
-        if kind == "as_optional_tensor":
-            return self._argument(value)
-        if kind == "as_optional_tensors":
-            return [self._argument(one) for one in value]
-        if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
-            return self._symbolic(value)
-        if kind in ("as_sym_ints", "as_sym_floats", "as_sym_bools"):
-            return [self._symbolic(one) for one in value]
-        return self._setting(kind, value)
+        known = kind.removeprefix("as_")
+        if known in self._kinds:
+            return self._kinds[known](value)
+        if known[-1:] == "s" and known[:-1] in self._kinds and known[:-1] not in _ALONE:
+            return [self._kinds[known[:-1]](one) for one in value]
+        raise self._refused(kind)
 
-    def _setting(self, kind: str, value: Any) -> object:
-        if kind == "as_scalar_type":
-            return _DTYPES[value]
-        if kind == "as_memory_format":
-            return _MEMORY_FORMATS[value]
-        if kind == "as_device":
-            return self._device or torch.device(value["type"], value["index"])
-        if kind == "as_layout" and value == _STRIDED:
-            return torch.strided
-        raise BundleError(f"{self._name} holds an argument of the kind {kind!r}, which no plain graph has: refused")
+    def _strided(self, value: object) -> torch.layout:
+        if value != _STRIDED:
+            raise self._refused("as_layout")
+        return torch.strided
+
+    def _refused(self, kind: str) -> BundleError:
+        return BundleError(f"{self._name} holds an argument of the kind {kind!r}, which no plain graph has: refused")
 
     def _symbolic(self, value: Mapping[str, Any]) -> Any:
         ((kind, inner),) = value.items()

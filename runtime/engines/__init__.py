@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Protocol
 
 import torch
@@ -14,13 +15,48 @@ from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
 
-NAMES = ("onnxruntime", "torch", "inductor", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-"""`tensorrt-packed` and `tensorrt-rtx-packed` are the last two with weights inside their engines."""
 
-MOVABLE = ("torch", "inductor")
-"""Those that run on whatever device the weights are on, and follow them."""
+@dataclass(frozen=True)
+class Entry:
+    """What is known of an engine before it is made; another engine is one entry more in `TABLE`.
 
-_TENSORRT = ("tensorrt", "tensorrt-rtx")
+    `place` is its class, "module:class", imported when it is made. `file` is the suffix of the plans' files it reads.
+    `cpu`: whether it runs on one; else weights are brought to the GPU for it. `movable`: whether it runs on whatever
+    device the weights are on, and follows them. `recordable`: whether its work on a GPU can be part of a CUDA graph
+    (enqueued on the current stream, the host reads nothing). `built`: whether it runs what `edit-compile build` has
+    made of the plans, for one bundle and one GPU; `packed`: with the weights inside.
+    """
+
+    name: str
+    place: str
+    file: str
+    cpu: bool = False
+    movable: bool = False
+    recordable: bool = False
+    built: bool = False
+    packed: bool = False
+
+
+_TENSORRT = "runtime.engines.tensorrt.run:TensorRTEngine"
+
+TABLE = {
+    entry.name: entry
+    for entry in (
+        Entry("onnxruntime", "runtime.engines.ort:OnnxRuntimeEngine", "onnx", cpu=True),
+        Entry("torch", "runtime.engines.pytorch:TorchEngine", "pt2", cpu=True, movable=True, recordable=True),
+        Entry("inductor", "runtime.engines.pytorch:InductorEngine", "pt2", cpu=True, movable=True, recordable=True),
+        Entry("onnxruntime-cuda", "runtime.engines.ort:OnnxRuntimeEngine", "onnx"),
+        Entry("tensorrt", _TENSORRT, "onnx", recordable=True, built=True),
+        # TensorRT-RTX wants to be built for being captured; packed engines would be there once more for each recording
+        Entry("tensorrt-rtx", _TENSORRT, "onnx", built=True),
+        Entry("tensorrt-packed", _TENSORRT, "onnx", built=True, packed=True),
+        Entry("tensorrt-rtx-packed", _TENSORRT, "onnx", built=True, packed=True),
+    )
+}
+
+NAMES = tuple(name for name, entry in TABLE.items() if not entry.packed)
+
+MOVABLE = tuple(name for name, entry in TABLE.items() if entry.movable)
 
 
 class Bound(Protocol):
@@ -37,53 +73,47 @@ class Kernel(Protocol):
         """Fix the weights of the block of that name, each already cut to its leading `Variant.rows`, without a copy."""
 
 
-class Engine(Protocol):
-    """One way to run plans. `recordable`: whether what it does on a GPU can be part of a CUDA graph."""
+class Engine:
+    """One way to run plans, by its name in `TABLE`; of `program`, where it runs what was built for one."""
 
-    name: str
-    recordable: bool
+    def __init__(self, name: str, program: Program | None = None) -> None:
+        self.name = name
+
+    @property
+    def recordable(self) -> bool:
+        """Whether what it does on a GPU can be part of a CUDA graph."""
+        return TABLE[self.name].recordable
 
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """Load `plan.variants[variant]`; EngineError where this engine cannot run it."""
+        raise NotImplementedError
 
     def hosting(self, elements: int) -> AbstractContextManager[object]:
-        """Entered around all that one guard does on the host, for states of `elements` numbers in all."""
+        """Entered around all that one guard does on the host, for states of `elements` numbers; most do nothing."""
+        return nullcontext()
 
 
 def make(name: str, program: Program | None = None) -> Engine:
-    """The engine called `name`, for the plans of `program` (which those of TensorRT need).
+    """The engine called `name`, for the plans of `program` (which those that are built need).
 
     EngineError if there is none or its library is missing.
     """
-    check_name(name)
-    if name == "torch":
-        from runtime.engines.pytorch import TorchEngine
-
-        return TorchEngine()
-    if name == "inductor":
-        from runtime.engines.pytorch import InductorEngine
-
-        return InductorEngine()
-    if name == "onnxruntime":
-        from runtime.engines.ort import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine()
-    if name == "onnxruntime-cuda":
-        from runtime.engines.ort_cuda import OnnxRuntimeCudaEngine
-
-        return OnnxRuntimeCudaEngine()
-    if program is None:
+    known = entry(name)
+    if known.built and program is None:
         raise EngineError(f"engine {name!r} runs the engines of one bundle, which `edit-compile build` makes")
-    from runtime.engines.tensorrt.run import TensorRTEngine
+    module, _, kind = known.place.partition(":")
+    made: Engine = getattr(import_module(module), kind)(name, program)
+    return made
 
-    library = name.removesuffix("-packed")
-    return TensorRTEngine(library, "shared" if library == name else "packed", program)
 
-
-def check_name(name: str) -> None:
-    """EngineError where there is no engine called `name`."""
-    if name not in NAMES and name.removesuffix("-packed") not in _TENSORRT:
+def entry(name: str) -> Entry:
+    """What is known of the engine called `name`; EngineError where there is none."""
+    if name not in TABLE:
         raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}; with -packed also the last two")
+    return TABLE[name]
+
+
+check_name = entry
 
 
 def placed(name: str, program: Program) -> Program:
@@ -91,12 +121,12 @@ def placed(name: str, program: Program) -> Program:
 
     Weights that engines hold themselves stay where they are.
     """
-    if name != "onnxruntime-cuda" and name.removesuffix("-packed") not in _TENSORRT:
+    known = entry(name)
+    if known.cpu:
         return program
     if not torch.cuda.is_available():
         raise EngineError(no_gpu(name))
-    packed = name.endswith("-packed")
-    inside = {key for block in program.manifest.blocks for key in block.weights} if packed else set()
+    inside = {key for block in program.manifest.blocks for key in block.weights} if known.packed else set()
     weights = {key: tensor if key in inside else tensor.cuda() for key, tensor in program.weights.items()}
     routers = {key: tensor.cuda() for key, tensor in program.routers.items()}
     return replace(program, weights=weights, routers=routers)

@@ -1,43 +1,35 @@
-"""ONNX Runtime as both of its engines use it: which build is installed, its process-wide parts, and binding by address.
+"""ONNX Runtime's module: which build is installed, its process-wide parts, and why its CUDA provider does not load.
 
 All sessions of the process share one thread pool (of as many threads as torch has when the first is opened) and one CPU
 arena: sessions with pools of their own fight over the cores, and sessions with arenas of their own each keep their
-largest scratch. The pool is told to sleep between calls: a pool that spins takes its cores from torch.
+largest scratch. The pool is told to sleep between calls: a pool that spins takes its cores from torch. Sessions on a
+GPU share an arena there. Unverified: no GPU has run that; what is said where libraries are missing was tried.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from runtime.base.errors import EngineError
-from runtime.bundle.spec import Plan
-
-ELEMENTS = {
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-"""Types by their numbers in ONNX (TensorProto.DataType): numpy has no bfloat16."""
 
 CPU_BUILD, GPU_BUILD = "onnxruntime", "onnxruntime-gpu"
 """Names of the packages; both install the module onnxruntime."""
 
 CUDA = "CUDAExecutionProvider"
+_SAME_AS_REQUESTED = 1
 
 _lock = threading.Lock()
 _library: Any = None
+_arenas: set[int] = set()
 
 
 def open_library(needed: str = "") -> Any:
@@ -55,13 +47,14 @@ def open_library(needed: str = "") -> Any:
             except ImportError as error:
                 raise EngineError(f"onnxruntime cannot be loaded ({error}): pip install '.[cpu]'") from error
             # fails where the application has already made the pool: then it is used as it is
-            with suppress(Exception):
+            with contextlib.suppress(Exception):
                 onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-            arena = onnxruntime.OrtMemoryInfo(
-                "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-            )
+            kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+            arena = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
             onnxruntime.create_and_register_allocator(arena, None)
             _library = onnxruntime
+        if needed == GPU_BUILD and CUDA not in _library.get_available_providers():
+            raise EngineError(f"onnxruntime {_library.__version__} was built without CUDA: pip install '.[gpu]'")
         return _library
 
 
@@ -76,43 +69,51 @@ def session_options(ort: Any) -> Any:
     return options
 
 
-class Bindings:
-    """A session with one block's weights, bound by address; concurrent calls each take a binding of their own.
+def share_arena(ort: Any, index: int) -> None:
+    """Let all sessions on GPU `index` have their scratch in one arena, once per process; this loads the provider.
 
-    `device` is "cpu" or "cuda", `index` that of the GPU. Weights and what is run are contiguous and on it.
+    EngineError where the provider does not load.
     """
-
-    def __init__(
-        self, session: Any, plan: Plan, weights: Sequence[Tensor], device: str = "cpu", index: int = 0
-    ) -> None:
-        self._session, self._plan, self._weights = session, plan, tuple(weights)
-        self._place = device, index
-        self._taken = frozenset(given.name for given in session.get_inputs())
-        self._free: list[Any] = []
-
-    def run(self, inputs: Sequence[Tensor], states: Sequence[Tensor], options: Any = None) -> None:
-        """Compute `states` (written) from `inputs` in plan order, with the run options `options`."""
+    with _lock:
+        if index in _arenas:
+            return
         try:
-            binding = self._free.pop()
-        except IndexError:
-            binding = self._new()
-        for given, tensor in zip(self._plan.inputs, inputs, strict=True):
-            if given.name in self._taken:  # an input that the plan does not use may be gone from its file
-                self._bind(binding.bind_input, given.name, tensor)
-        for index, tensor in enumerate(states):
-            self._bind(binding.bind_output, f"state_{index}", tensor)
-        self._session.run_with_iobinding(binding, options)
-        self._free.append(binding)
+            _register_arena(ort, index)
+        except Exception:
+            # torch has loaded the libraries of its own CUDA; those of another may lie among Python's packages
+            with contextlib.redirect_stdout(io.StringIO()):
+                ort.preload_dlls()
+            try:
+                _register_arena(ort, index)
+            except Exception as error:
+                if "not available" in str(error):
+                    raise EngineError(provider_missing(ort)) from error
+                # as where the application has registered one: sessions then take that, or one each
+                warnings.warn(f"onnxruntime does not take our arena for GPU {index}: {error}", stacklevel=2)
+        _arenas.add(index)
 
-    def _new(self) -> Any:
-        binding = self._session.io_binding()
-        for name, weight in zip(self._plan.weights, self._weights, strict=True):
-            if name in self._taken:
-                self._bind(binding.bind_input, name, weight)
-        return binding
 
-    def _bind(self, bind: Any, name: str, tensor: Tensor) -> None:
-        bind(name, *self._place, ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+def provider_missing(ort: Any) -> str:
+    """Why the CUDA provider does not load, in the words of the linker that ONNX Runtime writes to its log.
+
+    To be asked after ONNX Runtime has tried: the provider must not be loaded before that.
+    """
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(library))
+        why = "its own log has the reason"
+    except OSError as error:
+        why = str(error)
+    return (
+        f"onnxruntime-gpu {ort.__version__} cannot load its CUDA provider ({why}): it was built for CUDA "
+        f"{ort.cuda_version or 'unknown'} and cuDNN 9, torch {torch.__version__} for CUDA "
+        f"{torch.version.cuda or 'none'}; install a torch of that CUDA, or pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    )
+
+
+def _register_arena(ort: Any, index: int) -> None:
+    memory = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, index, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator_v2(CUDA, memory, {}, ort.OrtArenaCfg(0, _SAME_AS_REQUESTED, -1, -1))
 
 
 def _check_installed(needed: str) -> None:
@@ -133,8 +134,6 @@ def _check_installed(needed: str) -> None:
 
 
 def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(name))
+    return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,27 +13,29 @@ from torch import Tensor
 from runtime.base.errors import EngineError
 from runtime.bundle import archive as pt2
 from runtime.bundle.spec import Plan
-from runtime.engines import Bound, Kernel, plan_bytes, plan_file
+from runtime.engines import Bound, Engine, Kernel, plan_bytes, plan_file
 from runtime.engines.products import quickened
 
 Graph = Callable[..., tuple[Tensor, ...]]
+Bind = Callable[[Sequence[Tensor]], Bound]
 Shapes = tuple[tuple[int, ...], ...]
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Runs ``plans/*.pt2``; on CPU or CUDA, in any dtype torch has."""
 
-    name = "torch"
-    recordable = True
-
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
-        """Read the variant's graph; BundleError if it is not one."""
-        data = plan_bytes(plan, variant, "pt2", files, self.name)
-        return _Kernel(data, plan_file(plan, variant, "pt2"))
+        """A kernel that reads the variant's graph at the first block on a device, with a BundleError if it is none."""
+        data, name = plan_bytes(plan, variant, "pt2", files, self.name), plan_file(plan, variant, "pt2")
+        where = f"plan {plan.id} at width {plan.variants[variant].width:g}"
+        return _Kernel(
+            lambda device: self._ready(functools.partial(pt2.load, data, name, device), f"{where} on {device}")
+        )
 
-    def hosting(self, elements: int) -> AbstractContextManager[object]:
-        """Nothing to arrange: routers, banks and plans share torch's threads."""
-        return nullcontext()
+    def _ready(self, load: Callable[[], Graph], where: str) -> Bind:
+        """What binds weights to the graph."""
+        graph = load()
+        return lambda weights: functools.partial(_run, graph, tuple(weights))
 
 
 class InductorEngine(TorchEngine):
@@ -44,44 +45,24 @@ class InductorEngine(TorchEngine):
     does not compile; it never falls back to running op by op.
     """
 
-    name = "inductor"
-
-    def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
-        """Read the variant's graph; BundleError if it is not one."""
-        data = plan_bytes(plan, variant, "pt2", files, self.name)
-        where = f"plan {plan.id} at width {plan.variants[variant].width:g}"
-        return _CompilingKernel(data, plan_file(plan, variant, "pt2"), where)
+    def _ready(self, load: Callable[[], Graph], where: str) -> Bind:
+        compiled = _Compiled(load, where)
+        return lambda weights: functools.partial(compiled, [_plain(weight) for weight in weights])
 
 
 class _Kernel:
-    def __init__(self, data: bytes, name: str) -> None:
-        self._data, self._name = data, name
-        self._graphs: dict[torch.device | None, Graph] = {}
+    """A graph, once per device."""
+
+    def __init__(self, ready: Callable[[torch.device | None], Bind]) -> None:
+        self._ready = functools.cache(ready)
 
     def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
-        device = _device(weights)
-        if device not in self._graphs:
-            self._graphs[device] = pt2.load(self._data, self._name, device)
-        return functools.partial(_run, self._graphs[device], tuple(weights))
+        return self._ready(weights[0].device if weights else None)(weights)
 
 
 def _run(graph: Graph, weights: tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
     with quickened(next(iter(weights), None)):
         return list(graph(*weights, *inputs))
-
-
-class _CompilingKernel:
-    def __init__(self, data: bytes, name: str, where: str) -> None:
-        self._data, self._name, self._where = data, name, where
-        self._compiled: dict[torch.device | None, _Compiled] = {}
-
-    def bind(self, weights: Sequence[Tensor], block: str = "") -> Bound:
-        device = _device(weights)
-        if device not in self._compiled:
-            load = functools.partial(pt2.load, self._data, self._name, device)
-            self._compiled[device] = _Compiled(load, f"{self._where} on {device}")
-        compiled, fixed = self._compiled[device], [_plain(weight) for weight in weights]
-        return lambda inputs: list(compiled(fixed, inputs))
 
 
 class _Compiled:
@@ -97,16 +78,14 @@ class _Compiled:
         self._lock = threading.Lock()
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         given = [_plain(tensor) for tensor in inputs]
         shapes = tuple(tuple(tensor.shape) for tensor in given)
-        graph = self._graphs.get(shapes)
-        if graph is not None:
-            return graph(*weights, *given)
-        with self._lock:
-            if shapes not in self._graphs:
-                self._graphs[shapes] = self._compile((*weights, *given))
-        return self._graphs[shapes](*weights, *given)
+        if shapes not in self._graphs:
+            with self._lock:
+                if shapes not in self._graphs:
+                    self._graphs[shapes] = self._compile((*weights, *given))
+        return list(self._graphs[shapes](*weights, *given))
 
     def _compile(self, examples: Sequence[Tensor]) -> Graph:
         asked: list[object] = []
@@ -132,10 +111,6 @@ class _Compiled:
                 "TORCHDYNAMO_DISABLE or torch.compiler.set_stance; use engine='torch' to run op by op"
             )
         return compiled
-
-
-def _device(weights: Sequence[Tensor]) -> torch.device | None:
-    return weights[0].device if weights else None
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from runtime.base.errors import EngineError
 from runtime.engines.tensorrt.library import Library, Target
-from runtime.engines.tensorrt.profiles import Profile
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+    from runtime.engines.tensorrt.jobs import Profile
 
 Report = Callable[[str, int, int], None]
 """Called with a phase of a build, the steps it has done, and how many it has."""

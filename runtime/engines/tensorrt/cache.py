@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,37 +21,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.base.errors import EngineError
-from runtime.engines.tensorrt.profiles import Profile
-
-FOLDER = "engines"
-
-
-@dataclass(frozen=True)
-class Key:
-    """All that decides whether an engine may run.
-
-    `graph` is the sha256 of the plan's ONNX at this width. `weights` is "shared" or "packed"; packed, `block` names the
-    block and `constants` is the sha256 of the file that its weights are from.
-    """
-
-    library: str
-    version: str
-    target: str
-    capability: str
-    precision: str
-    plan: str
-    width: float
-    graph: str
-    weights: str
-    block: str = ""
-    constants: str = ""
-
-    @property
-    def place(self) -> str:
-        """The engine's file inside the bundle."""
-        folder = f"{self.library}-{self.version}-{self.target}-{self.precision}"
-        name = f"{self.plan}-w{round(100 * self.width):03d}" + (f"-{self.block}" if self.block else "")
-        return f"{FOLDER}/{_as_name(folder)}/{_as_name(name)}.engine"
+from runtime.engines.tensorrt.jobs import FOLDER, Key, Profile
 
 
 @dataclass(frozen=True)
@@ -129,11 +98,6 @@ def _place(bundle: Path, key: Key) -> Path:
     if not place.resolve().is_relative_to(bundle.resolve()):
         raise EngineError(f"{place} is a link that leaves the bundle: refused")
     return place
-
-
-def _as_name(text: str) -> str:
-    """`text` as the name of one file, whatever a manifest or a driver says."""
-    return re.sub(r"[^\w.-]", "_", text)
 
 
 def _missing(bundle: Path, key: Key) -> str:

@@ -21,12 +21,16 @@ from runtime.base.errors import EngineError
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
-_OLDEST = {"tensorrt": 11, "tensorrt-rtx": 1}
-_TO_INSTALL = {
-    "tensorrt": "on the machine with the GPU, `pip install 'tensorrt>=11'` fetches it from NVIDIA, or use NVIDIA's "
-    "container image; RTX GPUs can be built for anywhere, with --engine tensorrt-rtx",
-    "tensorrt-rtx": "pip install '.[tensorrt-rtx]'",
+_WANTED = {
+    "tensorrt": (
+        "TensorRT 11",
+        11,
+        "on the machine with the GPU, `pip install 'tensorrt>=11'` fetches it from NVIDIA, or use NVIDIA's container "
+        "image; RTX GPUs can be built for anywhere, with --engine tensorrt-rtx",
+    ),
+    "tensorrt-rtx": ("TensorRT-RTX", 1, "pip install '.[tensorrt-rtx]'"),
 }
+"""What to call it, the oldest version that will do, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,14 @@ class Target:
 
 def open_library(name: str) -> Library:
     """The library called `name` in `MODULES`; EngineError, saying how to get it, where it is missing or too old."""
+    title, oldest, how = _WANTED[name]
     try:
         api = importlib.import_module(MODULES[name])
     except ImportError as error:
-        raise EngineError(f"{_title(name)} is not installed here ({error}): {_TO_INSTALL[name]}") from error
+        raise EngineError(f"{title} is not installed here ({error}): {how}") from error
     version = str(getattr(api, "__version__", "0"))
-    if int(re.match(r"\d*", version)[0] or 0) < _OLDEST[name]:  # type: ignore[index]
-        raise EngineError(f"{MODULES[name]} {version} is installed, {_title(name)} is needed: {_TO_INSTALL[name]}")
+    if int(re.match(r"\d*", version)[0] or 0) < oldest:  # type: ignore[index]
+        raise EngineError(f"{MODULES[name]} {version} is installed, {title} is needed: {how}")
     return Library(name, version, api)
 
 
@@ -68,9 +73,13 @@ def targets(library: Library, asked: Sequence[str] = ()) -> tuple[Target, ...]:
 
     EngineError where the library cannot build for it here.
     """
-    if library.ahead_of_time:
-        return tuple(dict.fromkeys(_by_capability(library, name) for name in asked)) or (_here_by_capability(library),)
     here = gpu_here()
+    if library.ahead_of_time:
+        if here is None and not asked:
+            known = " --target ".join(_known(library))
+            raise EngineError(f"torch sees no GPU here, so say which to build for: --target {known}")
+        names = asked or [here.capability]  # type: ignore[union-attr]
+        return tuple(dict.fromkeys(_by_capability(library, name) for name in names))
     if here is None:
         raise EngineError(
             f"{library.name} {library.version} builds on the GPU that runs the engines, and torch sees none here: copy "
@@ -91,15 +100,6 @@ def gpu_here() -> Target | None:
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Target(properties.name, f"{properties.major}.{properties.minor}")
-
-
-def _here_by_capability(library: Library) -> Target:
-    here = gpu_here()
-    if here is None:
-        raise EngineError(
-            f"torch sees no GPU here, so say which to build for: --target {' --target '.join(_known(library))}"
-        )
-    return _by_capability(library, here.capability)
 
 
 def _by_capability(library: Library, name: str) -> Target:
@@ -123,7 +123,3 @@ def _digits(name: str) -> str:
     """ "120" of "sm_120", "SM120" or "12.0"; anything else is left as it is."""
     found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name.strip().lower())
     return found[1] + found[2] if found else name
-
-
-def _title(name: str) -> str:
-    return {"tensorrt": "TensorRT 11", "tensorrt-rtx": "TensorRT-RTX"}[name]

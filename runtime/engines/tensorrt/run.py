@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +20,12 @@ from torch import Tensor
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
-from runtime.engines import Bound, Kernel, no_gpu
+from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu
 from runtime.engines.streams import enqueueing
 from runtime.engines.tensorrt.build import make_logger
 from runtime.engines.tensorrt.cache import read
-from runtime.engines.tensorrt.jobs import jobs, key_of, make
+from runtime.engines.tensorrt.jobs import Profile, jobs, key_of, make, profile_for
 from runtime.engines.tensorrt.library import gpu_here, open_library, targets
-from runtime.engines.tensorrt.profiles import Profile, profile_for
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -37,20 +35,18 @@ _recorded: list[Tensor] = []
 _lock = threading.Lock()
 
 
-class TensorRTEngine:
-    """Runs the engines of `program`'s bundle that were built for the GPU here, with `weights` "shared" or "packed".
+class TensorRTEngine(Engine):
+    """Runs the engines of `program`'s bundle that were built for the GPU here, with weights shared or packed.
 
     Engines of a program that has no bundle yet are built as it is loaded. EngineError where the library or a GPU is
     missing, and for engines that are missing, damaged, or of another library version, GPU, precision or plan.
     """
 
-    def __init__(self, name: str, weights: str, program: Program) -> None:
-        self.name = name
+    def __init__(self, name: str, program: Program) -> None:
+        super().__init__(name)
         self._program = program
-        self.library = open_library(name)
-        self.packed = weights == "packed"
-        # packed engines would be there once more for each recording; TensorRT-RTX wants to be built for being captured
-        self.recordable = name == "tensorrt" and not self.packed
+        self.packed = TABLE[name].packed
+        self.library = open_library(name.removesuffix("-packed"))
         if gpu_here() is None:
             raise EngineError(no_gpu(name))
         (self._target,) = targets(self.library)
@@ -60,10 +56,6 @@ class TensorRTEngine:
     def load(self, plan: Plan, variant: int, files: Mapping[str, bytes]) -> Kernel:
         """A kernel whose engine is deserialised here, or, packed, for each block that is bound."""
         return _Kernel(self, plan, variant)
-
-    def hosting(self, elements: int) -> AbstractContextManager[object]:
-        """Nothing to arrange: the host only enqueues."""
-        return nullcontext()
 
     def open(self, plan: Plan, variant: int, block: str) -> tuple[trt.ICudaEngine, tuple[Profile, ...]]:
         """The engine of a variant, for the block of that name where weights are packed."""
