@@ -5,7 +5,9 @@
 
 `inputs` picks the tensor leaves that the block's plan takes, in plan order; outputs that are not
 states are constants of the call (None, in every model seen). The guard is opaque to torch.export,
-so the glue holds the model's embeddings, norms and projections and one node per block.
+so the glue holds the model's embeddings, norms and projections and one node per block. The node says in which of its
+forms (runtime.bundle.spec.Form) the block is called there; a glue in which values set the sizes at the guards, and the
+model's own Python as glue, leave that to the shapes: ANY.
 
 Around the guard of an adapted block (passes.adapt), leaves are seen per sample and states packed again;
 how many samples there are is read off the model's own arguments when it is called.
@@ -26,14 +28,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from passes.adapt import split_leaves
-from passes.graph import BlockGraph, Call, Discovery, Refusal, Report, Run, States
+from passes.adapt import joined_leaves, split_leaves
+from passes.graph import BlockGraph, BlockSite, Refusal, Report, Run, States
 from passes.packing import Adapter, Samples
 from passes.real import as_real
-from runtime.base.errors import EditError
-from runtime.base.guard import guard
+from runtime.base.errors import EditError, InnerShapeError
+from runtime.base.guard import ANY, guard
 from runtime.face.arguments import flatten
 
 _samples: ContextVar[int] = ContextVar("edit_compile_samples")
@@ -53,10 +56,10 @@ class GlueGraph:
     """The model around its guards: ``module(*weights, *inputs) -> tuple(outputs)``.
 
     `weights` are the leading placeholders' tensors by qualified name in the model (constants that
-    belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
+    belong to no module under ``glue.<name of the glue>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
     inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
-    what the model gives (see runtime.bundle.spec.Glue).
+    what the model gives, `sized_by` the inputs whose values set sizes at its guards (see runtime.bundle.spec.Glue).
     """
 
     module: fx.GraphModule
@@ -64,47 +67,115 @@ class GlueGraph:
     inputs: tuple[str, ...]
     batch_dims: Mapping[str, int]
     outputs: tuple[str, ...]
+    sized_by: tuple[str, ...] = ()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Inputs that nothing is made of."""
+        nodes = self.module.graph.find_nodes(op="placeholder")[len(self.weights) :]
+        return tuple(name for name, node in zip(self.inputs, nodes, strict=True) if not node.users)
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How a block is called and answered, without the tensors of any call.
+
+    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and (value,) of every other;
+    `spec` is their structure. `leaves` and `states` are those of the graph (passes.graph.BlockGraph), `targets` the
+    positions of the states among `outputs`, which hold what the block returns beside them.
+    """
+
+    spec: pytree.TreeSpec
+    kinds: tuple[tuple[object, ...], ...]
+    leaves: tuple[int, ...]
+    states: tuple[int, ...]
+    targets: tuple[int, ...]
+    outputs: tuple[object, ...]
+    output_spec: pytree.TreeSpec
+    adapter: Adapter | None
+
+    @staticmethod
+    def of(site: BlockSite, graph: BlockGraph, states: States) -> Calling:
+        """How `site` was called when it was recorded."""
+        call, adapter = site.calls[0], site.adapter
+        own = call.leaves if adapter is None else tuple(joined_leaves(adapter, call.leaves))
+        return Calling(
+            call.spec if adapter is None else adapter.spec,
+            tuple(map(_kind, own)),
+            graph.leaves,
+            graph.states,
+            tuple(output for output, _ in states.pairs),
+            tuple(None if isinstance(output, Tensor) else output for output in call.outputs),
+            call.output_spec,
+            adapter,
+        )
+
+    def fits(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> bool:
+        """Whether a call is of this structure; its sizes do not matter."""
+        return spec == self.spec and tuple(map(_kind, leaves)) == self.kinds
+
+    def inputs(self, leaves: Sequence[object]) -> list[Tensor]:
+        """What the plan takes, of the leaves of the block's own call."""
+        if self.adapter is not None:
+            leaves = split_leaves(self.adapter, leaves, _samples.get())
+        return [as_real(leaves[position]) for position in self.leaves]
+
+    def result(self, states: Sequence[Tensor]) -> Any:
+        """What the block would have returned."""
+        outputs = list(self.outputs)
+        for position, state in zip(self.targets, states, strict=True):
+            packing = None if self.adapter is None else self.adapter.outputs[position]
+            outputs[position] = state if packing is None else packing.packed(state)
+        return pytree.tree_unflatten(outputs, self.output_spec)
+
+
+def _kind(leaf: object) -> tuple[object, ...]:
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Answers the calls of block `index` through the guard operator; takes and gives what the block does."""
+    """Answers the calls of block `index` through the guard operator; takes and gives what the block does.
+
+    `ways` are the forms that it may be called in, each with how that looks. A glue that is exported holds one;
+    where the model's own Python is the glue they are all that the program has, which may grow meanwhile.
+    """
 
     index: int
-    call: Call
-    states: States
-    graph: BlockGraph
-    adapter: Adapter | None = None
+    name: str
+    ways: Sequence[tuple[int, Calling]]
+    hosted: bool = False
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Called with the block's arguments; gives the block's output structure."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        if self.adapter is not None:
-            leaves = split_leaves(self.adapter, leaves, _samples.get())
-        inputs = [as_real(leaves[position]) for position in self.graph.leaves]
-        outputs = list(self.call.outputs)
-        for (position, _), state in zip(self.states.pairs, guard(inputs, self.graph.states, self.index), strict=True):
-            packing = None if self.adapter is None else self.adapter.outputs[position]
-            outputs[position] = state if packing is None else packing.packed(state)
-        return pytree.tree_unflatten(outputs, self.call.output_spec)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        form, calling = self._chosen(leaves, spec) if self.hosted else self.ways[0]
+        return calling.result(guard(calling.inputs(leaves), calling.states, self.index, form))
+
+    def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
+        """The way of this call. Shapes tell forms apart, but where other ways have another structure it is named."""
+        fitting = [(form, calling) for form, calling in self.ways if calling.fits(leaves, spec)]
+        if not fitting:
+            raise InnerShapeError(f"block {self.name} is called with other arguments than it was compiled for")
+        form, calling = fitting[0]
+        return (form if len(fitting) == 1 and len(self.ways) > 1 else ANY), calling
 
 
-def guarded_copy(discovery: Discovery, states: Sequence[States], graphs: Sequence[BlockGraph]) -> nn.Module:
-    """The model with the forward of every discovered block replaced by its guard.
+def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
+    """The model with the forward of every block that has one of `guards` replaced by it.
 
     Shares all parameters and buffers and leaves the model itself alone. A guarded block keeps its
-    children, since a model's forward may reach into them.
+    children, since a model's forward may reach into them. `samples` tells the batch, for adapted blocks.
     """
-    model = discovery.model
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for index, (site, state, graph) in enumerate(zip(discovery.blocks, states, graphs, strict=True)):
-        original = model.get_submodule(site.name)
+    for one in guards:
+        original = model.get_submodule(one.name)
         block = copy.copy(original)
-        block.forward = Guard(index, site.calls[0], state, graph, site.adapter)
+        block.forward = one
         known[id(original)] = block
     twin = copy.deepcopy(model, known)
-    if discovery.samples is not None and any(site.adapter for site in discovery.blocks):
-        twin.register_forward_pre_hook(_Counting(discovery.samples), with_kwargs=True)
+    if samples is not None and any(calling.adapter for one in guards for _, calling in one.ways):
+        twin.register_forward_pre_hook(_Counting(samples), with_kwargs=True)
     return twin
 
 
@@ -119,9 +190,13 @@ class _Counting:
 
 
 def guard_glue(
-    guarded: nn.Module, given: Run, doubled: Run, fits: Callable[[GlueGraph, Run], bool] = lambda glue, run: True
+    guarded: nn.Module,
+    given: Run,
+    doubled: Run,
+    fits: Callable[[GlueGraph, Run], bool] = lambda glue, run: True,
+    name: str = "0",
 ) -> tuple[GlueGraph, Run, Report]:
-    """Export the glue of a guarded model, and say at the shapes of which run.
+    """Export the glue of a guarded model under `name`, and say at the shapes of which run.
 
     The two runs are of one bucket: dimensions that differ between them are left dynamic. Where the export
     cannot keep them so, where the graph pins the batch nevertheless (made from `doubled`, it does not `fits` the
@@ -133,10 +208,10 @@ def guard_glue(
     (tensors, constants), (others, as_given) = (flatten(run.kwargs) for run in (doubled, given))
     if tensors.keys() == others.keys() and constants == as_given:
         with suppress(GuardError):
-            glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given))
+            glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given), name)
             if glue.batch_dims and fits(glue, given):
                 return glue, doubled, report
-    glue, report = _export_glue(guarded, given, {})
+    glue, report = _export_glue(guarded, given, {}, name)
     return glue, given, report
 
 
@@ -155,7 +230,9 @@ def moving_dims(run: Run, other: Run) -> dict[str, list[int]]:
     }
 
 
-def _export_glue(guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int]]) -> tuple[GlueGraph, Report]:
+def _export_glue(
+    guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int]], name: str
+) -> tuple[GlueGraph, Report]:
     names, values = tensor_arguments(run.kwargs)
     free = [dict.fromkeys(moving.get(name, ()), Dim.AUTO) or None for name in names]
     returned: list[tuple[str, ...]] = []
@@ -166,12 +243,49 @@ def _export_glue(guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int
             program = program.run_decompositions({})
     except Exception as error:
         raise GuardError(f"the glue of {type(guarded).__name__} does not export: {_first_line(error)}") from error
-    module, weights = _functional(program, run.bucket)
+    module, weights = _functional(program, name)
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
-    glue = GlueGraph(module, weights, tuple(names), batch_dims, returned[0])
-    return glue, Report("guards", (done,))
+    sized = _sized_by(module, dict(zip(module.graph.find_nodes(op="placeholder")[len(weights) :], names, strict=True)))
+    done += f", sized by the values of {', '.join(sized)}" if sized else ""
+    return GlueGraph(module, weights, tuple(names), batch_dims, returned[0], sized), Report("guards", (done,))
+
+
+_PICKS = (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default)
+"""Operators whose second argument alone says how much they give."""
+
+
+def _sized_by(module: fx.GraphModule, inputs: Mapping[fx.Node, str]) -> tuple[str, ...]:
+    """The `inputs` whose values set sizes at guards; those guards are told to go by the shapes."""
+    made: dict[fx.Node, set[str]] = {}
+    sized: dict[fx.Node, set[str]] = {}
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        sources = node.all_input_nodes
+        made[node] = {inputs[node]} if node in inputs else set().union(*(made[source] for source in sources))
+        sized[node] = set().union(*(sized[source] for source in sources))
+        if _unbacked(node) - set().union(*map(_unbacked, sources)) and not any(map(_is_size, sources)):
+            readers = _nodes(node.args[1]) if node.target in _PICKS else sources
+            sized[node].update(*(made[source] for source in readers))
+        if node.target is guard and any(map(_unbacked, _nodes(node.args[0]))):
+            node.args = (*node.args[:3], ANY)
+            found |= sized[node]
+    return tuple(name for name in inputs.values() if name in found)
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, fx.Node)]
+
+
+def _unbacked(node: fx.Node) -> set[Any]:
+    """Symbols of sizes in what the node gives that come from numbers in a tensor."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return set().union(*(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, (Tensor, torch.SymInt))))
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _output_names(outputs: Any, wraps: bool) -> tuple[str, ...]:
@@ -220,7 +334,7 @@ class _Positional(nn.Module):
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
-def _functional(program: torch.export.ExportedProgram, bucket: int) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+def _functional(program: torch.export.ExportedProgram, glue: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """The program's graph with its used weights as leading placeholders, and their values by name."""
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if s.kind is not InputKind.USER_INPUT}
     weights: dict[str, Tensor] = {}
@@ -232,7 +346,7 @@ def _functional(program: torch.export.ExportedProgram, bucket: int) -> tuple[fx.
         if not node.users:
             module.graph.erase_node(node)
         elif specs[node.name].kind is InputKind.CONSTANT_TENSOR:
-            weights[f"glue.{bucket}.{target}"] = program.constants[target]
+            weights[f"glue.{glue}.{target}"] = program.constants[target]
         else:
             held = program.state_dict if target in program.state_dict else program.constants
             weights[target.removeprefix("model.")] = held[target].detach()

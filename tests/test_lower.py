@@ -108,4 +108,4 @@ def test_what_one_width_leaves_behind_does_not_reach_the_next(engines: tuple[str
     tracer = Tracer(randomised(Rolling()), (0.25, 0.5, 1.0), None)
     program = tracer.trace(inputs)
     for engine in engines:
-        tracer.prove(CompiledTransformer(program, engine, host=tracer.host))
+        tracer.prove(CompiledTransformer(program, engine, host=tracer.host), inputs)

@@ -42,6 +42,17 @@ class ReadyBlock:
         """Rows of the batch in a call with `inputs`."""
         return inputs[self.states[0]].shape[self.state_dims[0]]
 
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether `inputs`, their rows aside, have shapes that the plan was made for."""
+        return len(inputs) == len(self.plan.inputs) and all(
+            tensor.dim() == len(given.shape)
+            and all(
+                want in (None, have) or dim == given.batch_dim
+                for dim, (want, have) in enumerate(zip(given.shape, tensor.shape, strict=True))
+            )
+            for tensor, given in zip(inputs, self.plan.inputs, strict=True)
+        )
+
     def check_shapes(self, inputs: Sequence[Tensor]) -> None:
         """InnerShapeError where an input, its rows aside, has another shape than the plan was made for."""
         for tensor, given in zip(inputs, self.plan.inputs, strict=True):
@@ -87,10 +98,29 @@ class ReadyBlocks:
             self._ready(program, block, plans[block.plan], kernels[block.plan]) for block in manifest.blocks
         ]
         self.blocks = self._bind()
+        self.forms = [
+            [
+                first,
+                *(
+                    self._ready(program, Block(block.name, one.plan, one.weights), plans[one.plan], kernels[one.plan])
+                    for one in block.others
+                ),
+            ]
+            for first, block in zip(self.blocks, manifest.blocks, strict=True)
+        ]
         self.routers = None
         if manifest.router is not None and program.routers:
             _check_routers(manifest.blocks, program.routers)
             self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
+
+    def called(self, block: int, inputs: Sequence[Tensor], form: int, checked: bool) -> ReadyBlock:
+        """The block in a form, or in the first that takes `inputs`; where `checked`, InnerShapeError if it does not."""
+        forms = self.forms[block]
+        fitting = [one for one in forms if one.takes(inputs)] if form < 0 else [forms[form]]
+        ready = fitting[0] if fitting else forms[0]
+        if checked or form < 0:
+            ready.check_shapes(inputs)
+        return ready
 
     def bound_again(self) -> list[ReadyBlock]:
         """The blocks with bindings of their own: what an engine keeps for a binding is not shared with `blocks`."""

@@ -38,7 +38,7 @@ class Dispatch:
         costs: Costs,
         copies: bool = False,
     ) -> None:
-        self._engine, self._blocks = blocks.engine, blocks.blocks
+        self._engine, self._ready = blocks.engine, blocks
         self._routers = blocks.routers if policy.routed else None
         self._widths = blocks.routers.config.widths if blocks.routers is not None else (1.0,)
         self._policy = policy
@@ -55,10 +55,8 @@ class Dispatch:
 
     def __call__(self, block: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         """The states of `block` after it, from its tensor inputs in plan order."""
-        ready = self._blocks[block]
+        ready = self._ready.called(block, inputs, form, checked=self._copies)
         states = [inputs[index] for index in ready.states]
-        if self._copies:  # the model's own Python runs between the blocks
-            ready.check_shapes(inputs)
         with self._engine.hosting(sum(state.numel() for state in states)):
             return self._answer(block, ready, inputs, states)
 

@@ -25,7 +25,7 @@ from runtime.requests.state import cache_context, named_request
 from runtime.requests.trace import Counters, Trace
 from runtime.routing.policy import Decider, RoutingPolicy
 
-Tracer = Callable[[Mapping[str, object]], Program]
+Tracer = Callable[[Mapping[str, object], Program | None], Program]
 
 
 class CompiledTransformer(WithoutAdapters, nn.Module):
@@ -179,7 +179,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             if self._tracer is None:
                 raise
         with self._lock:
-            self._replace(self._tracer(given))
+            self._replace(self._tracer(given, self.program))
         return self._call(given)
 
     def _call(self, given: Mapping[str, object]) -> Any:
@@ -198,7 +198,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             with self._lock:
                 found = search(self._loaded, tensors, constants)  # another thread may have traced it meanwhile
                 if found is None:
-                    self._replace(self._tracer(given))
+                    self._replace(self._tracer(given, self.program))
                     found = search(self._loaded, tensors, constants)
         if found is None:
             glues = () if self._loaded is None else self._loaded.program.manifest.glues
