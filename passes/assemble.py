@@ -37,7 +37,7 @@ from passes.guards import (
     moving_dims,
     tensor_arguments,
 )
-from passes.latents import find_latents
+from passes.latents import carrying_batch, find_latents
 from passes.lower import Files, lower_glue, lower_plan
 from passes.memory import Memory, grown_plan, shapes_of
 from passes.pipeline import Analysis, Group
@@ -237,14 +237,13 @@ class _Growth:
 
     def _add_glue(self, guarded: nn.Module, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> None:
         name, model = str(len(self.glues)), self.discovery.model
-        moving = moving_dims(doubled, given)
         try:
             graph, shown, report = guard_glue(guarded, given, doubled, self._fits, name)
         except GuardError as error:
             guards = [replace(one, ways=self.memory.ways[one.name], hosted=True) for one in self.guards]
             guarded = guarded_copy(model, guards, self.discovery.samples)
             check_open(hosted_outputs(guarded, doubled), doubled, model, self._answer)
-            outputs = check_open(hosted_outputs(guarded, given), given, model, self._answer)
+            outputs, shown = check_open(hosted_outputs(guarded, given), given, model, self._answer), given
             made = _hosted(name, given, doubled, costs, hosted_flops(guarded, self._states(), given))
             self.hosts.append((made, guarded))
             self.reports.append(hosted_report(error))
@@ -255,11 +254,9 @@ class _Growth:
             made = _standalone(graph, name, shown, costs, keys)
             self.makers[f"glue/{name}.pt2"] = partial(lower_glue, replace(graph, weights={}))
             self.reports.append(report)
-            given = shown
-        tensors = dict(zip(*tensor_arguments(given.kwargs), strict=True))
-        batched = (
-            tensors if lone(self.discovery.runs) else [key for key in tensors if moving.get(key, key not in moving)]
-        )
+        other = given if shown is doubled else doubled
+        tensors = dict(zip(*tensor_arguments(shown.kwargs), strict=True))
+        batched = None if lone(self.discovery.runs) else carrying_batch(shown.kwargs, other.kwargs)
         latents = find_latents(tensors, outputs, batched, self.discovery.timestep)
         self.glues.append(replace(made, latents=latents))
 

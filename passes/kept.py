@@ -10,6 +10,7 @@ modules held before the first run and ``a1`` what that left, an argument x is ke
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,9 @@ class Attributes:
         """Those that `model` has now."""
         names = {module: name for name, module in model.named_modules()}
         held = {(module, key): value for module in names for key, value in vars(module).items() if key not in _MODULE}
-        contents = {place: value.copy() for place, value in held.items() if isinstance(value, (dict, list))}
+        contents: dict[tuple[nn.Module, str], Any] = {
+            place: value.copy() for place, value in held.items() if type(value) in (dict, OrderedDict, list)
+        }
         return Attributes(held, contents, names)
 
     def restore(self) -> None:
