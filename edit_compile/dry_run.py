@@ -12,10 +12,10 @@ from rich.table import Table
 
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
-from passes.assemble import Planned
 from passes.cost import count_flops, variant_cost
 from passes.graph import Refusal, Report
 from passes.pipeline import ORDER, Analysis
+from passes.plans import Planned
 from passes.widths import site_rows
 from runtime.routing.router import Router
 

@@ -20,11 +20,12 @@ from edit_compile.dry_run import DryRun
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from edit_compile.snapshot import Snapshot
-from passes.assemble import Source, assemble, numbered_routers, plan_groups
+from passes.assemble import Source, assemble, numbered_routers
 from passes.check import check_equal, masked
 from passes.graph import MlpSite, Report
 from passes.memory import Memory
 from passes.pipeline import Analysis, analyse
+from passes.plans import plan_groups
 from passes.preview import preview_glue
 from passes.record import undisturbed
 from passes.weightless import UNCHECKED, weightless

@@ -3,7 +3,6 @@
 A program grows: what an analysis found in another form of call is added, and nothing that is there is changed, but that
 a plan is known to serve more shapes. Numbers are checked before a program leaves here:
 
-    each width          variant_v(weights[:rows_v], x)  =  block(x) with hidden channels rows_v.. masked to zero
     open gates          glue(x) with every guard answered at full width  =  the model's own output
 """
 
@@ -20,31 +19,18 @@ from torch import Tensor, nn
 from torch.fx import Interpreter
 
 from passes.adapt import lone
-from passes.check import check_open, check_widths, glue_outputs, hosted_outputs
-from passes.cost import glue_flops, hosted_flops, variant_cost
-from passes.dedupe import plan_id
+from passes.calling import Calling, Guard, guarded_copy
+from passes.check import check_open, glue_outputs, hosted_outputs
+from passes.cost import glue_flops, hosted_flops
 from passes.export import weight_values
 from passes.graph import BlockSite, PlanGraph, Report, Run
-from passes.guards import (
-    Calling,
-    GlueGraph,
-    Guard,
-    GuardError,
-    guard_glue,
-    guarded_copy,
-    hosted_report,
-    is_free,
-    moving_dims,
-    tensor_arguments,
-)
+from passes.guards import GlueGraph, GuardError, guard_glue, hosted_report, moving_dims, tensor_arguments
 from passes.latents import carrying_batch, find_latents
 from passes.lower import Files, lower_glue, lower_plan
-from passes.memory import Memory, grown_plan, shapes_of
-from passes.pipeline import Analysis, Group
-from passes.real import as_real
+from passes.memory import Memory, grown_plan
+from passes.pipeline import Analysis
+from passes.plans import Planned, costs_of, dtype_name
 from passes.weightless import hollow
-from passes.widths import at_widths
-from runtime.base.rows import one_row
 from runtime.bundle.program import Program
 from runtime.bundle.spec import (
     SCHEMA,
@@ -54,11 +40,8 @@ from runtime.bundle.spec import (
     Glue,
     GlueInput,
     Manifest,
-    Plan,
-    PlanInput,
     Policy,
     RouterConfig,
-    Variant,
 )
 from runtime.face.arguments import find_glue, flatten
 
@@ -96,34 +79,6 @@ class Source:
             versions={name: version(name) for name in _PACKAGES},
             attributes=self.attributes,
         )
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A group's plan: its graphs, what the manifest says of it, and example inputs (two rows or more, if it takes more
-    than one)."""
-
-    group: Group
-    graph: PlanGraph
-    plan: Plan
-    examples: tuple[tuple[Tensor, ...], ...]
-
-
-def plan_groups(analysis: Analysis, widths: Sequence[float]) -> tuple[tuple[Planned, ...], tuple[Report, ...]]:
-    """Every group at every width, each checked against its masked block."""
-    planned, reports = [], []
-    for group in analysis.groups:
-        examples = _examples(analysis, group)
-        if group.known is None:
-            graph, report = at_widths(group.graph, group.sites, widths)
-            plan = _plan(analysis, group, graph)
-            reports.append(report)
-        else:
-            graph = group.known.graph
-            plan = grown_plan(group.known.plan, _buckets(examples, group.known.plan.inputs))
-        check_widths(group, graph, analysis.discovery.blocks[group.members[0]])
-        planned.append(Planned(group, graph, plan, examples))
-    return tuple(planned), tuple(reports)
 
 
 @dataclass(frozen=True)
@@ -219,7 +174,7 @@ class _Growth:
         """A glue for every form of call that has none."""
         guarded = guarded_copy(self.discovery.model, self.guards, self.discovery.samples)
         for bucket, (given, doubled) in enumerate(self.discovery.buckets):
-            costs = _costs(self.planned, bucket)
+            costs = costs_of(self.planned, bucket)
             there = self._there(given)
             if there is None:
                 self._add_glue(guarded, given, doubled, costs)
@@ -230,7 +185,7 @@ class _Growth:
     def _there(self, given: Run) -> int | None:
         """The position of the glue for such arguments, if there is one."""
         tensors, constants = flatten(given.kwargs)
-        dtypes = {name: _dtype(value) for name, value in tensors.items()}
+        dtypes = {name: dtype_name(value) for name, value in tensors.items()}
         alike = [glue for glue in self.glues if {one.name: one.dtype for one in glue.inputs} == dtypes]
         found = find_glue(alike, tensors, constants)
         return None if found is None else self.glues.index(found)
@@ -315,58 +270,6 @@ def _warn_of_no_effect(graph: GlueGraph) -> None:
         )
 
 
-def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
-    site = analysis.discovery.blocks[group.members[0]]
-    leaves, single = group.graph.leaves, group.graph.row_dims is not None
-    placeholders = {node.target: node.meta["val"] for node in group.graph.module.graph.find_nodes(op="placeholder")}
-    inputs = []
-    for name, leaf in zip(group.graph.inputs, leaves, strict=True):
-        seen = [as_real(call.leaves[leaf]) for call in site.calls]
-        if single:
-            seen = [one_row([value], [site.batch_dims.get(leaf)])[0] for value in seen]
-        free = map(is_free, placeholders[name].shape)
-        same = (all(other.shape[d] == size for other in seen) for d, size in enumerate(seen[0].shape))
-        shape = tuple(
-            None if loose or not one else size for size, loose, one in zip(seen[0].shape, free, same, strict=True)
-        )
-        inputs.append(PlanInput(name, _dtype(seen[0]), shape, site.batch_dims.get(leaf)))
-    kind = type(site.module).__name__
-    time = leaves.index(site.time) if site.time is not None else None
-    examples = _examples(analysis, group)
-    sizes = [tuple(value.shape) for example in examples for value in example]
-    dtypes = [node.meta["val"].dtype for node in graph.variants[-1].graph.find_nodes(op="placeholder")]
-    return Plan(
-        id=plan_id(graph, (kind, inputs, time, sizes, dtypes)),
-        kind=kind,
-        inputs=tuple(inputs),
-        states=group.graph.states,
-        time=time,
-        weights=tuple(piece.name for piece in graph.pieces),
-        variants=tuple(
-            Variant(width, tuple(piece.rows[v] for piece in graph.pieces)) for v, width in enumerate(graph.widths)
-        ),
-        single_row=single,
-        buckets=_buckets(examples, inputs),
-    )
-
-
-def _buckets(
-    examples: Sequence[Sequence[Tensor]], inputs: Sequence[PlanInput]
-) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
-    """The sets of shapes of `examples`, each once."""
-    return tuple(dict.fromkeys(shapes_of(example, inputs) for example in examples))
-
-
-def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...]:
-    """The group's inputs at each bucket, from the runs with the doubled batch; one row where the graph takes one."""
-    calls = analysis.discovery.blocks[group.members[0]].calls
-    graph, doubled = group.graph, calls[len(calls) // 2 :]
-    examples = [[as_real(call.leaves[leaf]) for leaf in graph.leaves] for call in doubled]
-    if graph.row_dims is not None:
-        examples = [one_row(example, graph.row_dims) for example in examples]
-    return tuple(map(tuple, examples))
-
-
 def _own(piece: Tensor, source: Tensor) -> Tensor:
     """`piece` in memory of its own: a program must not change when the model is trained on, in part or in whole."""
     return piece.clone() if piece.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else piece
@@ -376,14 +279,6 @@ def _equal(weight: Tensor, value: Tensor) -> bool:
     if weight.shape != value.shape or weight.dtype != value.dtype:
         return False
     return hollow(value) or torch.equal(weight, value.to(weight.device))
-
-
-def _costs(planned: Sequence[Planned], bucket: int) -> tuple[Cost, ...]:
-    return tuple(
-        Cost(item.plan.id, index, *variant_cost(item.graph, index, item.plan, item.examples[bucket]))
-        for item in {item.plan.id: item for item in planned}.values()
-        for index in range(len(item.plan.variants))
-    )
 
 
 def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...], weights: tuple[str, ...]) -> Glue:
@@ -417,7 +312,7 @@ def _hosted(name: str, given: Run, doubled: Run, costs: tuple[Cost, ...], flops:
 def _glue_inputs(run: Run, batch_dims: Mapping[str, int]) -> tuple[GlueInput, ...]:
     return tuple(
         GlueInput(
-            name, _dtype(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
+            name, dtype_name(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
         )
         for name, value in zip(*tensor_arguments(run.kwargs), strict=True)
     )
@@ -432,7 +327,3 @@ def numbered_routers(routers: Mapping[str, Tensor], blocks: Sequence[Block]) -> 
         if name in position:
             numbered[f"{position[name]}.{parameter}"] = value.clone()
     return numbered
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from passes.calling import Calling
 from passes.dedupe import call_key
 from passes.export import ExportError, validate
 from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, PlanGraph, Refusal, Report, States
-from passes.guards import Calling
 from passes.real import as_real
 from passes.streams import state_names
 from runtime.bundle.spec import Glue, Plan, PlanInput

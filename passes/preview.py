@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from passes.calling import Calling, Guard, guarded_copy
 from passes.graph import Report
-from passes.guards import Calling, Guard, GuardError, guard_glue, guarded_copy, hosted_report
+from passes.guards import GuardError, guard_glue, hosted_report
 from passes.pipeline import Analysis
 
 

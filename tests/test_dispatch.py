@@ -83,8 +83,8 @@ class Fake:
         return run
 
     @property
-    def blocks(self):
-        return [self.ready]
+    def forms(self):
+        return [[self.ready]]
 
     routers = None
 

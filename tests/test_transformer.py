@@ -179,7 +179,7 @@ class Tracer:
         self.program = programs.make(kinds)
         self.calls: list[dict[str, object]] = []
 
-    def __call__(self, kwargs):
+    def __call__(self, kwargs, program=None):
         self.calls.append(dict(kwargs))
         time.sleep(0.05)
         glues = [replace(g, constants={"scale": kwargs.get("scale")}) for g in self.program.manifest.glues]

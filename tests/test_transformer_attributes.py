@@ -68,7 +68,7 @@ def test_the_first_call_may_be_by_position() -> None:
     given = programs.inputs(1)
     seen: list[set[str]] = []
 
-    def tracer(arguments: object) -> Program:
+    def tracer(arguments: object, _program: Program | None = None) -> Program:
         seen.append(set(arguments))
         return program()
 

@@ -37,7 +37,7 @@ def test_a_refused_call_does_no_harm_to_the_request_of_another_thread() -> None:
 
 
 def test_another_trace_empties_every_request() -> None:
-    def tracer(given):
+    def tracer(given, program=None):
         program = programs.make(("double", "single"))
         (glue,) = program.manifest.glues
         seen.append(given["hidden_states"].shape[0])

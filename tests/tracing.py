@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from edit_compile.compiler import Tracer
-from passes.guards import Calling, Guard, guarded_copy
+from passes.calling import Calling, Guard, guarded_copy
 from passes.pipeline import Analysis
 
 

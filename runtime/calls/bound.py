@@ -79,6 +79,15 @@ class ReadyBlock:
         ]
 
 
+def called(forms: Sequence[ReadyBlock], inputs: Sequence[Tensor], form: int, checked: bool) -> ReadyBlock:
+    """The block in a form, or in the first that takes `inputs`; where `checked`, InnerShapeError if it does not."""
+    fitting = [one for one in forms if one.takes(inputs)] if form < 0 else [forms[form]]
+    ready = fitting[0] if fitting else forms[0]
+    if checked or form < 0:
+        ready.check_shapes(inputs)
+    return ready
+
+
 class ReadyBlocks:
     """All blocks of a program on one engine; shared by all calls and threads.
 
@@ -112,15 +121,6 @@ class ReadyBlocks:
         if manifest.router is not None and program.routers:
             _check_routers(manifest.blocks, program.routers)
             self.routers = Routers(manifest.router, len(manifest.blocks), program.routers)
-
-    def called(self, block: int, inputs: Sequence[Tensor], form: int, checked: bool) -> ReadyBlock:
-        """The block in a form, or in the first that takes `inputs`; where `checked`, InnerShapeError if it does not."""
-        forms = self.forms[block]
-        fitting = [one for one in forms if one.takes(inputs)] if form < 0 else [forms[form]]
-        ready = fitting[0] if fitting else forms[0]
-        if checked or form < 0:
-            ready.check_shapes(inputs)
-        return ready
 
     def bound_again(self) -> list[ReadyBlock]:
         """The blocks with bindings of their own: what an engine keeps for a binding is not shared with `blocks`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.base import transfer
 from runtime.base.errors import PolicyError
-from runtime.calls.bound import ReadyBlock, ReadyBlocks
+from runtime.calls.bound import ReadyBlock, ReadyBlocks, called
 from runtime.calls.tally import Costs, Tally
 from runtime.requests.bank import Residuals
 from runtime.requests.state import Branch
@@ -38,7 +38,7 @@ class Dispatch:
         costs: Costs,
         copies: bool = False,
     ) -> None:
-        self._engine, self._ready = blocks.engine, blocks
+        self._engine, self._forms = blocks.engine, blocks.forms
         self._routers = blocks.routers if policy.routed else None
         self._widths = blocks.routers.config.widths if blocks.routers is not None else (1.0,)
         self._policy = policy
@@ -55,7 +55,7 @@ class Dispatch:
 
     def __call__(self, block: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         """The states of `block` after it, from its tensor inputs in plan order."""
-        ready = self._ready.called(block, inputs, form, checked=self._copies)
+        ready = called(self._forms[block], inputs, form, checked=self._copies)
         states = [inputs[index] for index in ready.states]
         with self._engine.hosting(sum(state.numel() for state in states)):
             return self._answer(block, ready, inputs, states)
