@@ -144,8 +144,8 @@ def _routers(analysis: Analysis, elastic: ElasticTransformer | None) -> list[Rou
         return []
     if elastic.layout is not None:
         return [router for router in elastic.routers if isinstance(router, Router)]
+    layout = layout_of(analysis, elastic.config.time_dim)
     with torch.device("meta"):
-        layout = layout_of(analysis, elastic.config.time_dim)
         return [Router(elastic.config, block.dim, block.time_dim) for block in layout.blocks]
 
 

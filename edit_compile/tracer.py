@@ -21,10 +21,10 @@ from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from edit_compile.snapshot import Snapshot
 from passes.assemble import Source, assemble, numbered_routers
-from passes.check import check_equal, masked
+from passes.check import CheckError, check_equal, masked
 from passes.graph import MlpSite, Report
 from passes.memory import Memory
-from passes.pipeline import Analysis, analyse
+from passes.pipeline import Analysis, analyse, loosened
 from passes.plans import plan_groups
 from passes.preview import preview_glue
 from passes.record import undisturbed
@@ -123,12 +123,25 @@ class Tracer:
         return None if self._snapshot is None else self._snapshot.changed(self.model)
 
     def _assembled(self, analysis: Analysis, program: Program, memory: Memory) -> Program:
+        """`program` with what the analysis found, and with plans for other sizes than those that values set in it."""
         with self._dense():
-            planned, widths = plan_groups(analysis, self.widths)
-            assembled = assemble(analysis, planned, program, memory)
-        self.reports = (*analysis.reports, *widths, *assembled.reports)
-        _log(self.reports)
-        return assembled.program
+            program, reports = self._added(analysis, program, memory)
+            if memory.loose:
+                more = loosened(analysis, self._narrow, memory)
+                memory.loose.clear()
+                try:
+                    program, loose = self._added(more, program, memory)
+                    reports = (*reports, *loose)
+                except CheckError as error:  # there are plans for the sizes that were seen
+                    log.info("no plan for any size that values may set: %s", error)
+        self.reports = reports
+        _log(reports)
+        return program
+
+    def _added(self, analysis: Analysis, program: Program, memory: Memory) -> tuple[Program, tuple[Report, ...]]:
+        planned, widths = plan_groups(analysis, self.widths)
+        assembled = assemble(analysis, planned, program, memory)
+        return assembled.program, (*analysis.reports, *widths, *assembled.reports)
 
     def host(self, **kwargs: Any) -> Any:
         """The guarded model's forward, for programs whose glue is hosted."""
@@ -217,8 +230,12 @@ class Tracer:
         self, model: nn.Module, inputs: Inputs, timestep: str | None = None, memory: Memory | None = None
     ) -> Analysis:
         with self._dense():
-            narrow = self.elastic.narrow if self.elastic is not None else None
-            return analyse(model, inputs, timestep or self.timestep, narrow, memory)
+            return analyse(model, inputs, timestep or self.timestep, self._narrow, memory)
+
+    @property
+    def _narrow(self) -> Sequence[str] | None:
+        """Names of the states whose MLPs are narrowed, of an elastic model that says so."""
+        return self.elastic.narrow if self.elastic is not None else None
 
     @contextmanager
     def _dense(self) -> Iterator[None]:

@@ -105,6 +105,7 @@ def assemble(analysis: Analysis, planned: Sequence[Planned], program: Program, m
         growth.add_blocks()
         growth.add_glues()
     except BaseException:
+        memory.loose.clear()
         for name in list(memory.ways):
             del memory.ways[name][before.get(name, 0) :]
         raise
@@ -205,6 +206,9 @@ class _Growth:
         else:
             outputs = check_open(glue_outputs(graph, shown), shown, model, self._answer)
             _warn_of_no_effect(graph)
+            for number, k, dim in graph.loose:
+                leaf = self._open[number][0].block.leaves[k]
+                self.memory.loose.setdefault(list(self.blocks)[number], set()).add((leaf, dim))
             keys = tuple(self._stored(key, value.clone()) for key, value in graph.weights.items())
             made = _standalone(graph, name, shown, costs, keys)
             self.makers[f"glue/{name}.pt2"] = partial(lower_glue, replace(graph, weights={}))

@@ -49,7 +49,8 @@ class GlueGraph:
     belong to no module under ``glue.<name of the glue>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
     inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
-    what the model gives, `sized_by` the inputs whose values set sizes at its guards (see runtime.bundle.spec.Glue).
+    what the model gives, `sized_by` the inputs whose values set sizes at its guards (see runtime.bundle.spec.Glue),
+    and `loose` where those are: (block, input, dimension).
     """
 
     module: fx.GraphModule
@@ -58,6 +59,7 @@ class GlueGraph:
     batch_dims: Mapping[str, int]
     outputs: tuple[str, ...]
     sized_by: tuple[str, ...] = ()
+    loose: frozenset[tuple[int, int, int]] = frozenset()
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -124,20 +126,24 @@ def _export_glue(
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
-    sized = _sized_by(module, dict(zip(module.graph.find_nodes(op="placeholder")[len(weights) :], names, strict=True)))
+    nodes = module.graph.find_nodes(op="placeholder")[len(weights) :]
+    sized, loose = _sized_by(module, dict(zip(nodes, names, strict=True)))
     done += f", sized by the values of {', '.join(sized)}" if sized else ""
-    return GlueGraph(module, weights, tuple(names), batch_dims, returned[0], sized), Report("guards", (done,))
+    return GlueGraph(module, weights, tuple(names), batch_dims, returned[0], sized, loose), Report("guards", (done,))
 
 
 _PICKS = (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default)
 """Operators whose second argument alone says how much they give."""
 
 
-def _sized_by(module: fx.GraphModule, inputs: Mapping[fx.Node, str]) -> tuple[str, ...]:
-    """The `inputs` whose values set sizes at guards; those guards are told to go by the shapes."""
+def _sized_by(
+    module: fx.GraphModule, inputs: Mapping[fx.Node, str]
+) -> tuple[tuple[str, ...], frozenset[tuple[int, int, int]]]:
+    """The `inputs` whose values set sizes at guards, and which; those guards are told to go by the shapes."""
     made: dict[fx.Node, set[str]] = {}
     sized: dict[fx.Node, set[str]] = {}
     found: set[str] = set()
+    loose: set[tuple[int, int, int]] = set()
     for node in module.graph.nodes:
         sources = node.all_input_nodes
         made[node] = {inputs[node]} if node in inputs else set().union(*(made[source] for source in sources))
@@ -146,9 +152,13 @@ def _sized_by(module: fx.GraphModule, inputs: Mapping[fx.Node, str]) -> tuple[st
             readers = _nodes(node.args[1]) if node.target in _PICKS else sources
             sized[node].update(*(made[source] for source in readers))
         if node.target is guard and any(map(_unbacked, _nodes(node.args[0]))):
+            block = node.args[2]
             node.args = (*node.args[:3], ANY)
             found |= sized[node]
-    return tuple(name for name in inputs.values() if name in found)
+            for k, tensor in enumerate(_nodes(node.args[0])):
+                shape = tensor.meta["val"].shape
+                loose |= {(block, k, dim) for dim, size in enumerate(shape) if free_unbacked_symbols(size)}
+    return tuple(name for name in inputs.values() if name in found), frozenset(loose)
 
 
 def _nodes(argument: Any) -> list[fx.Node]:

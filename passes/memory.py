@@ -21,6 +21,7 @@ from passes.calling import Calling
 from passes.dedupe import call_key
 from passes.export import ExportError, validate
 from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, PlanGraph, Refusal, Report, States
+from passes.guards import fits_any
 from passes.real import as_real
 from passes.streams import state_names
 from runtime.bundle.spec import Glue, Plan, PlanInput
@@ -44,6 +45,10 @@ class Known:
             for dim, (want, have) in enumerate(zip(given.shape, shape, strict=True))
         )
 
+    def free_in(self, leaf: int, dim: int) -> bool:
+        """Whether the plan takes any size there."""
+        return self.plan.inputs[self.graph.block.leaves.index(leaf)].shape[dim] is None
+
     def moved(self, site: BlockSite) -> Iterator[tuple[int, int]]:
         """(leaf, dimension) of the sizes of `site` that are other than those that the plan was made for."""
         for number, (leaf, given) in enumerate(zip(self.graph.block.leaves, self.plan.inputs, strict=True)):
@@ -51,21 +56,23 @@ class Known:
             assert isinstance(value, Tensor)
             for dim, size in enumerate(value.shape):
                 seen = {given.shape[dim], *(bucket[number][dim] for bucket in self.plan.buckets)}
-                if dim != given.batch_dim and seen != {size}:
+                if dim != given.batch_dim and size > 1 and seen != {size}:
                     yield leaf, dim
 
 
 @dataclass
 class Memory:
-    """The plans of a program; by block its first plan, and the ways in which it is called (passes.guards.Guard).
+    """The plans of a program; by block its first plan, and the ways in which it is called (passes.calling.Guard).
 
-    `hosts` are the guarded models that serve as glue.
+    `hosts` are the guarded models that serve as glue. `loose` are the sizes that values set, (leaf, dimension) by block:
+    a plan must be free in these, although they were seen once.
     """
 
     known: list[Known] = field(default_factory=list)
     firsts: dict[str, Known] = field(default_factory=dict)
     ways: dict[str, list[tuple[int, Calling]]] = field(default_factory=dict)
     hosts: list[tuple[Glue, nn.Module]] = field(default_factory=list)
+    loose: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
 
     def remember(
         self,
@@ -117,18 +124,40 @@ class Memory:
                     yield known, served
 
     def free(self, site: BlockSite) -> dict[int, set[int]]:
-        """Dimensions of leaves that plans of the same structure have in other sizes; none where one takes these."""
+        """Dimensions of leaves that are loose, or that plans of the same structure have in other sizes.
+
+        Where one of these takes the sizes of `site` it is not right in them, so that another is made for them alone.
+        """
         alike = [known for known in self.known if known.key == call_key(site)]
-        found: dict[int, set[int]] = {}
+        places = set(self._loose(site))
         if not any(known.takes(site) for known in alike):
-            for known in alike:
-                for leaf, dim in known.moved(site):
-                    found.setdefault(leaf, set()).add(dim)
+            places |= {place for known in alike for place in known.moved(site)}
+        found: dict[int, set[int]] = {}
+        for leaf, dim in places:
+            found.setdefault(leaf, set()).add(dim)
         return found
 
+    def lacks(self, site: BlockSite) -> bool:
+        """Whether there is no plan for the block that is free in the sizes that values set."""
+        loose = self._loose(site)
+        alike = [known for known in self.known if known.key == call_key(site)]
+        return bool(loose) and not any(all(known.free_in(*place) for place in loose) for known in alike)
+
+    def _loose(self, site: BlockSite) -> list[tuple[int, int]]:
+        """(leaf, dimension) of the block's loose sizes; torch.export leaves no size of one free."""
+        return [(leaf, dim) for leaf, dim in self.loose.get(site.name, ()) if _size(site, leaf, dim) > 1]
+
     def objection(self, site: BlockSite, graph: BlockGraph) -> str | None:
-        """Why a new plan must not serve the block: its residuals and its router go by the states of the first."""
+        """Why a new plan must not serve the block: its residuals and its router go by the states of the first.
+
+        Nor may it assume anything of sizes that values set, which were seen once.
+        """
         first = self.firsts[site.name]
+        values = {node.target: node.meta["val"] for node in graph.module.graph.find_nodes(op="placeholder")}
+        for leaf, dim in self._loose(site):
+            name = graph.inputs[graph.leaves.index(leaf)]
+            if not fits_any(values[name].shape[dim]):
+                return f"its code fixes a size of {name}, which the model's inputs set by their values"
         old, new = ((state_names(one), _widths(one)) for one in (first.graph.block, graph))
         return None if old == new else f"has other states than in the first form of call ({old[0]}, now {new[0]})"
 
@@ -157,6 +186,10 @@ def shapes_of(inputs: Sequence[Tensor], plan_inputs: Sequence[PlanInput]) -> tup
 
 def _shapes(site: BlockSite, leaves: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(as_real(site.calls[0].leaves[leaf]).shape) for leaf in leaves]
+
+
+def _size(site: BlockSite, leaf: int, dim: int) -> int:
+    return _shapes(site, [leaf])[0][dim]
 
 
 def _widths(graph: BlockGraph) -> list[int]:

@@ -75,9 +75,25 @@ def analyse(
     if memory is not None:
         discovery, left = memory.continued(discovery)
         reports.append(left)
+    return _grouped(discovery, reports, narrow, memory)
+
+
+def loosened(analysis: Analysis, narrow: Sequence[str] | None, memory: Memory) -> Analysis:
+    """The blocks whose sizes values set, in plans for any such size; those that can have none are left out."""
+    blocks = tuple(site for site in analysis.discovery.blocks if memory.lacks(site))
+    return _grouped(replace(analysis.discovery, blocks=blocks), [], narrow, memory, serving=False)
+
+
+def _grouped(
+    discovery: Discovery,
+    reports: list[Report],
+    narrow: Sequence[str] | None,
+    memory: Memory | None,
+    serving: bool = True,
+) -> Analysis:
     grouped: list[tuple[Group, list[BlockSite]]] = []
     for sites in group_blocks(discovery.blocks):
-        for known, members in memory.serving(sites) if memory is not None else ():
+        for known, members in memory.serving(sites) if memory is not None and serving else ():
             grouped.append((Group(known.graph.block, known.states, known.sites, (), known), members))
         served = {site.name for _, members in grouped for site in members}
         rest = [site for site in sites if site.name not in served]

@@ -80,9 +80,12 @@ class ReadyBlock:
 
 
 def called(forms: Sequence[ReadyBlock], inputs: Sequence[Tensor], form: int, checked: bool) -> ReadyBlock:
-    """The block in a form, or in the first that takes `inputs`; where `checked`, InnerShapeError if it does not."""
+    """The block in a form, or in that which takes `inputs` and the fewest others; InnerShapeError where none does.
+
+    A form that is named is only looked at where `checked`.
+    """
     fitting = [one for one in forms if one.takes(inputs)] if form < 0 else [forms[form]]
-    ready = fitting[0] if fitting else forms[0]
+    ready = min(fitting or forms[:1], key=lambda one: sum(given.shape.count(None) for given in one.plan.inputs))
     if checked or form < 0:
         ready.check_shapes(inputs)
     return ready
