@@ -64,8 +64,8 @@ class Known:
 class Memory:
     """The plans of a program; by block its first plan, and the ways in which it is called (passes.calling.Guard).
 
-    `hosts` are the guarded models that serve as glue. `loose` are the sizes that values set, (leaf, dimension) by block:
-    a plan must be free in these, although they were seen once.
+    `hosts` are the guarded models that serve as glue. `loose` are the sizes that values set, as (leaf, dimension) by
+    block: a plan must be free in these, although they were seen once.
     """
 
     known: list[Known] = field(default_factory=list)

@@ -259,6 +259,25 @@ def test_sizes_told_by_values_add_forms_to_the_glue_there_is(plainly: bool) -> N
     assert {cost.plan for cost in glue.costs} == {plan.id for plan in manifest.plans}
 
 
+class Dropping(PlainDiT):
+    """Gives its blocks no mask where that hides nothing, which its own Python looks at."""
+
+    def forward(self, x: Tensor, t: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, t, words, None if bool(mask.all()) else mask)
+
+
+def test_blocks_called_with_other_arguments_inside_hosted_glue() -> None:
+    model, inputs = randomised(Dropping()), tiny_plain()[1]
+    everything = {**inputs, "mask": torch.ones_like(inputs["mask"])}
+    compiled = opened(model, 3)
+    for given in (inputs, everything, inputs):
+        agree(compiled, model, given)
+    manifest = compiled.program.manifest
+    assert [len(plan.inputs) for plan in manifest.plans] == [4, 3]
+    assert [glue.file for glue in manifest.glues] == [None]
+    assert {cost.plan for cost in manifest.glues[0].costs} == {plan.id for plan in manifest.plans}
+
+
 class Measured(PlainBlock):
     """Does something else as soon as there are more than eight tokens."""
 
