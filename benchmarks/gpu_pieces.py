@@ -113,7 +113,7 @@ def dispatch(case: Case, engine: str) -> Result:
 def parity(case: Case, engine: str) -> list[dict[str, float]]:
     """Every width against the eager model with masked hidden channels: largest difference / largest output."""
     allowed = TOLERANCE[case.place.dtype or torch.float32]
-    with closing(case.tracer.at_widths(case.on(engine))) as outputs:
+    with closing(case.tracer.at_widths(case.on(engine), case.inputs)) as outputs:
         return [
             {"width": width, "relative": distance(output, expected), "allowed": allowed}
             for width, output, expected in outputs

@@ -113,12 +113,16 @@ def glue_alone(compiled: CompiledTransformer, inputs: Mapping[str, Any]) -> Call
     program = compiled.program
     (glue,) = program.manifest.glues
     plans = {plan.id: plan for plan in program.manifest.plans}
-    states = [plans[block.plan].states for block in program.manifest.blocks]
+    forms = [block.forms for block in program.manifest.blocks]
     graph = glue_graph(program, glue, compiled.device)
     given = [inputs[wanted.name] for wanted in glue.inputs]
 
     def call() -> None:
-        with answering(lambda block, passed, form: [passed[index] for index in states[block]]):
+        with answering(
+            lambda block, passed, form: [
+                passed[index] for index in plans[blocks[block].forms[max(form, 0)].plan].states
+            ]
+        ):
             graph(*given)
 
     return call

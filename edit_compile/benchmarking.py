@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.comparison import BlockWork, Comparison
+from edit_compile.inspection import plan_within
 from edit_compile.machine import describe_machine
 from edit_compile.timing import Call, Spread, interleaved
 from runtime.bundle.spec import Manifest, Plan
@@ -107,10 +108,12 @@ def row_flops(manifest: Manifest, kwargs: Mapping[str, Any]) -> dict[tuple[str, 
 
 def block_work(manifest: Manifest, trace: RequestTrace, flops: Mapping[tuple[str, int], int]) -> tuple[BlockWork, ...]:
     """What `trace` did with the blocks of each plan; `flops` is the work of a row in (plan id, variant)."""
-    columns = trace.arrays()
+    columns, used = trace.arrays(), {plan for plan, _ in flops}
+    plans = [plan_within(block, used) or block.plan for block in manifest.blocks]
     return tuple(
-        _plan_work(plan, [i for i, block in enumerate(manifest.blocks) if block.plan == plan.id], columns, flops)
+        _plan_work(plan, [i for i, own in enumerate(plans) if own == plan.id], columns, flops)
         for plan in manifest.plans
+        if plan.id in plans
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from edit_compile.elastic import ElasticTransformer
-from passes.assemble import Planned
+from edit_compile.layout import layout_of
 from passes.cost import count_flops, variant_cost
 from passes.graph import Refusal, Report
 from passes.pipeline import ORDER, Analysis
+from passes.plans import Planned
 from passes.widths import site_rows
+from runtime.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class DryRun:
         rows = [
             _row(item, index, len(item.group.members)) for item in planned for index in range(len(item.plan.variants))
         ]
-        routers = list(elastic.routers) if elastic is not None else []
+        routers = _routers(analysis, elastic)
         parameters = sum(p.numel() for router in routers for p in router.parameters())
         return DryRun(
             model=type(analysis.discovery.model).__name__,
             blocks=len(analysis.discovery.blocks),
             plans=tuple(rows),
             router_parameters=parameters // max(len(routers), 1),
-            router_flops=_router_flops(planned, elastic),
+            router_flops=_router_flops(planned, routers),
             reports=tuple(reports),
         )
 
@@ -134,11 +138,23 @@ def _row(item: Planned, index: int, blocks: int) -> PlanRow:
     )
 
 
-def _router_flops(planned: Sequence[Planned], elastic: ElasticTransformer | None) -> int:
+def _routers(analysis: Analysis, elastic: ElasticTransformer | None) -> list[Router]:
+    """The elastic model's routers, or such as it would have, without memory; none of another model."""
+    if elastic is None or not analysis.groups:
+        return []
+    if elastic.layout is not None:
+        return [router for router in elastic.routers if isinstance(router, Router)]
+    layout = layout_of(analysis, elastic.router_config.time_dim)
+    with torch.device("meta"):
+        return [Router(elastic.router_config, block.dim, block.time_dim) for block in layout.blocks]
+
+
+def _router_flops(planned: Sequence[Planned], routers: Sequence[Router]) -> int:
     """Work of the first block's router on one row."""
-    if elastic is None or not len(elastic.routers):
+    if not routers:
         return 0
-    router, item = elastic.routers[0], next(item for item in planned if 0 in item.group.members)
-    states = [item.examples[0][k] for k in item.plan.states]
-    time = states[0].new_empty(len(states[0]), int(router.time_dim))  # type: ignore[arg-type]
-    return count_flops(lambda *given: router(given[:-1], given[-1]), [*states, time]) // len(states[0])
+    router, item = routers[0], next(item for item in planned if 0 in item.group.members)
+    states = [item.examples[0][k].to("meta") for k in item.plan.states]
+    time = states[0].new_empty(len(states[0]), router.time_dim)
+    bare = copy.deepcopy(router).to("meta", states[0].dtype)
+    return count_flops(lambda *given: bare(given[:-1], given[-1]), [*states, time]) // len(states[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from runtime.bundle.spec import Glue, Manifest, Plan
+from runtime.bundle.spec import Block, Glue, Manifest, Plan
 
 
 def describe(manifest: Manifest, folder: Path) -> RenderableType:
@@ -48,7 +49,7 @@ def _plans(manifest: Manifest, folder: Path) -> Table:
     table = Table(title="plans")
     for heading in ("plan", "kind", "blocks", "states", "width", "weights read", "files"):
         table.add_column(heading)
-    members = Counter(block.plan for block in manifest.blocks)
+    members = Counter(form.plan for block in manifest.blocks for form in block.forms)
     for plan in manifest.plans:
         states = ", ".join(plan.inputs[index].name for index in plan.states)
         for index, variant in enumerate(plan.variants):
@@ -80,7 +81,13 @@ def dense_flops(manifest: Manifest, glue: Glue) -> float:
     """FLOPs of one row of the batch through `glue` with every block at full width."""
     full = {plan.id: plan.variant_at(1.0) for plan in manifest.plans}
     costs = {(cost.plan, cost.variant): cost.flops for cost in glue.costs}
-    return float(glue.flops + sum(costs.get((block.plan, full[block.plan]), 0) for block in manifest.blocks))
+    plans = [plan_within(block, {cost.plan for cost in glue.costs}) for block in manifest.blocks]
+    return float(glue.flops + sum(costs.get((plan, full[plan]), 0) for plan in plans if plan is not None))
+
+
+def plan_within(block: Block, plans: Collection[str]) -> str | None:
+    """The first plan of the block that is among `plans`, those that a glue uses."""
+    return next((form.plan for form in block.forms if form.plan in plans), None)
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

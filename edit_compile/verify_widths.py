@@ -21,10 +21,10 @@ from torch import Tensor
 
 from edit_compile.verify import Check
 from runtime.base.errors import EditError, EngineError
-from runtime.base.guard import answering
+from runtime.base.guard import ANY, answering
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Block, Manifest, Plan
-from runtime.calls.bound import BoundBlock, BoundBlocks, glue_graph
+from runtime.bundle.spec import Block, Form, Manifest, Plan
+from runtime.calls.bound import BoundBlock, BoundBlocks, glue_graph, takes
 from runtime.face import arguments
 from runtime.face.transformer import CompiledTransformer
 
@@ -52,12 +52,9 @@ def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tole
             "engine 'torch' is what the others are compared with: name another ('inductor' runs in any precision), or "
             "compare with the model (--model)"
         )
-    if compiled.program is None:
-        raise ValueError("nothing is compiled yet: call the compiled transformer once")
     program = compiled.program
     asked = guard_inputs(program, inputs, compiled.device)
-    for index, block, plan in _compared(program.manifest, compiled.engine.endswith("-packed")):
-        given = asked[index]
+    for block, plan, given in _compared(program.manifest, asked, compiled.engine.endswith("-packed")):
         mine = _alone(program, compiled.engine, block, plan)
         theirs = _alone(_moved(program, block, given[0].device), REFERENCE, block, plan)
         where = f" of {block.name}" if compiled.engine.endswith("-packed") else ""
@@ -66,8 +63,10 @@ def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tole
             yield _compare(name, mine, theirs, variant, given, tolerance)
 
 
-def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.device) -> dict[int, list[Tensor]]:
-    """What each guard is given, by block, when the glue runs on `inputs` and every block is skipped."""
+def guard_inputs(
+    program: Program, inputs: Mapping[str, Any], device: torch.device
+) -> dict[int, tuple[Form, list[Tensor]]]:
+    """The form that each guard calls its block in, and its inputs, when the glue runs on `inputs` and all are skipped."""
     tensors, constants = arguments.flatten(inputs)
     glue = arguments.find_glue(program.manifest.glues, tensors, constants)
     if glue is None:
@@ -76,26 +75,30 @@ def guard_inputs(program: Program, inputs: Mapping[str, Any], device: torch.devi
         raise EditError("this bundle is hosted by its model: compile the model here, and compare with that")
     arguments.check_device(glue, tensors, device)
     arguments.check_finite(glue, tensors)
-    states = {plan.id: plan.states for plan in program.manifest.plans}
-    seen: dict[int, list[Tensor]] = {}
+    plans = {plan.id: plan for plan in program.manifest.plans}
+    seen: dict[int, tuple[Form, list[Tensor]]] = {}
 
     def answer(block: int, given: Sequence[Tensor], form: int) -> list[Tensor]:
-        seen[block] = list(given)
-        return [given[at] for at in states[program.manifest.blocks[block].forms[form].plan]]
+        forms = program.manifest.blocks[block].forms
+        called = forms[form] if form != ANY else next(one for one in forms if takes(plans[one.plan], given))
+        seen[block] = called, list(given)
+        return [given[at] for at in plans[called.plan].states]
 
     with answering(answer):
         glue_graph(program, glue, device)(*(tensors[given.name] for given in glue.inputs))
     return seen
 
 
-def _compared(manifest: Manifest, packed: bool) -> Iterator[tuple[int, Block, Plan]]:
-    """The blocks to compare, with their index and plan."""
+def _compared(
+    manifest: Manifest, asked: Mapping[int, tuple[Form, list[Tensor]]], packed: bool
+) -> Iterator[tuple[Block, Plan, list[Tensor]]]:
+    """The blocks to compare, in the form they were called in, with their plan and inputs."""
     plans = {plan.id: plan for plan in manifest.plans}
     told = set()
-    for index, block in enumerate(manifest.blocks):
-        if packed or block.plan not in told:
-            told.add(block.plan)
-            yield index, block, plans[block.plan]
+    for index, (form, given) in asked.items():
+        if packed or form.plan not in told:
+            told.add(form.plan)
+            yield Block(manifest.blocks[index].name, form.plan, form.weights), plans[form.plan], given
 
 
 def _alone(program: Program, engine: str, block: Block, plan: Plan) -> BoundBlock:

@@ -1,14 +1,15 @@
 """From analysed graphs to a program: plans at every width, guards, one copy of the weights, files.
 
-Numbers are checked before a program leaves here:
+A program grows: what an analysis found in another form of call is added, and nothing that is there is changed, but that
+a plan is known to serve more shapes. Numbers are checked before a program leaves here:
 
-    each width          variant_v(weights[:rows_v], x)  =  block(x) with hidden channels rows_v.. masked to zero
     open gates          glue(x) with every guard answered at full width  =  the model's own output
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,41 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
-from passes.check import check_open, check_widths, glue_outputs, hosted_outputs
-from passes.cost import glue_flops, hosted_flops, variant_cost
-from passes.dedupe import plan_id
+from passes.adapt import lone
+from passes.calling import Calling, Guard, guarded_copy
+from passes.check import check_open, glue_outputs, hosted_outputs
+from passes.cost import glue_flops, hosted_flops
 from passes.export import weight_values
-from passes.graph import PlanGraph, Report, Run
-from passes.guards import (
-    GlueGraph,
-    GuardError,
-    guard_glue,
-    guarded_copy,
-    hosted_report,
-    moving_dims,
-    tensor_arguments,
-)
+from passes.graph import BlockSite, PlanGraph, Report, Run
+from passes.guards import GlueGraph, GuardError, guard_glue, hosted_report, moving_dims, tensor_arguments
+from passes.latents import carrying_batch, find_latents
 from passes.lower import Files, lower_glue, lower_plan
-from passes.pipeline import Analysis, Group
-from passes.real import as_real
-from passes.widths import at_widths
-from runtime.base.guard import Answer
-from runtime.base.rows import one_row
+from passes.memory import Memory, grown_plan
+from passes.pipeline import Analysis
+from passes.plans import Planned, costs_of, dtype_name
+from passes.weightless import hollow
 from runtime.bundle.program import Program
 from runtime.bundle.spec import (
     SCHEMA,
     Block,
     Cost,
+    Form,
     Glue,
     GlueInput,
     Manifest,
-    Plan,
-    PlanInput,
     Policy,
     RouterConfig,
-    Variant,
 )
-from runtime.face.arguments import flatten
+from runtime.face.arguments import find_glue, flatten
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxscript")
 
@@ -66,7 +58,6 @@ class Source:
     timestep: str
     arguments: tuple[str, ...]
     router: RouterConfig | None = None
-    routers: Mapping[str, Tensor] | None = None
     policy: Policy = field(default_factory=Policy)
     attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)
 
@@ -91,167 +82,196 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A group's plan: its graphs, what the manifest says of it, and example inputs (two rows or more, if it takes more
-    than one)."""
-
-    group: Group
-    graph: PlanGraph
-    plan: Plan
-    examples: tuple[tuple[Tensor, ...], ...]
-
-
-def plan_groups(analysis: Analysis, widths: Sequence[float]) -> tuple[tuple[Planned, ...], tuple[Report, ...]]:
-    """Every group at every width, each checked against its masked block."""
-    planned, reports = [], []
-    for group in analysis.groups:
-        graph, report = at_widths(group.graph, group.sites, widths)
-        check_widths(group, graph, analysis.discovery.blocks[group.members[0]])
-        planned.append(Planned(group, graph, _plan(analysis, group, graph), _examples(analysis, group)))
-        reports.append(report)
-    return tuple(planned), tuple(reports)
-
-
-@dataclass(frozen=True)
 class Assembled:
-    """A program, what the passes said, and the guarded model where some glue is hosted by it (None where none is)."""
+    """A program, and what the passes said."""
 
     program: Program
     reports: tuple[Report, ...]
-    host: nn.Module | None
 
 
-def assemble(analysis: Analysis, planned: Sequence[Planned], source: Source, widths: Sequence[float]) -> Assembled:
-    """The program of an analysed model, with one glue per shape bucket.
+def assemble(analysis: Analysis, planned: Sequence[Planned], program: Program, memory: Memory) -> Assembled:
+    """`program` with what an analysed model needs in the forms of call that were analysed: a glue for each.
 
-    A glue that cannot be exported is hosted: the report says why, and the guarded model itself serves as glue.
+    A glue that cannot be exported is hosted: the report says why, and the guarded model itself serves as glue. A glue
+    that is there already stays as it is, with the costs of plans that its blocks were found to need as well.
+    `memory` is that of `program`, and afterwards that of what is returned; where this raises, it is as it was.
 
     Raises:
         CheckError: the guarded program does not give the model's own output.
     """
-    discovery = analysis.discovery
-    device = next(discovery.model.parameters()).device
-    blocks, weights = _blocks(analysis, planned, device)
-    makers = {}
-    for item in planned:
-        makers.update(lower_plan(item.graph, item.plan))
-    owners = [planned[owner].group for owner in analysis.group_of]
-    guarded = guarded_copy(discovery, [group.states for group in owners], [group.graph for group in owners])
-    open_gates = partial(_full_width, planned, blocks, dict(weights))
-    fits = partial(_fits, discovery.model, open_gates)
-    glues, reports = [], []
-    for bucket, (given, doubled) in enumerate(discovery.buckets):
-        costs = _costs(planned, bucket)
-        try:
-            graph, shown, report = guard_glue(guarded, given, doubled, fits)
-        except GuardError as error:
-            for run in (doubled, given):
-                check_open(hosted_outputs(guarded, run), run, discovery.model, open_gates)
-            glues.append(_hosted(guarded, f"{bucket}", given, doubled, costs))
-            reports.append(hosted_report(error))
-            continue
-        check_open(glue_outputs(graph, shown), shown, discovery.model, open_gates)
-        glues.append(_standalone(graph, f"{bucket}", shown, costs))
-        weights.update({name: value.to(device, copy=True) for name, value in graph.weights.items()})
-        makers[f"glue/{bucket}.pt2"] = partial(lower_glue, graph)
-        reports.append(report)
-    manifest = replace(
-        source.manifest(widths),
-        timestep=discovery.timestep,
-        plans=tuple({item.plan.id: item.plan for item in planned}.values()),
-        blocks=blocks,
-        glues=tuple(glues),
-    )
-    host = guarded if any(glue.file is None for glue in glues) else None
-    return Assembled(Program(manifest, weights, _routers(source, blocks), Files(makers)), tuple(reports), host)
-
-
-def _fits(model: nn.Module, open_gates: Answer, glue: GlueGraph, run: Run) -> bool:
-    """Whether an exported glue gives what the model gives on another run than it was exported with."""
-    inputs = [*glue.weights.values(), *tensor_arguments(run.kwargs)[1]]
+    growth = _Growth(analysis, planned, program, memory)
+    before = {name: len(ways) for name, ways in memory.ways.items()}
     try:
-        check_open(lambda: Interpreter(glue.module).run(*inputs), run, model, open_gates)
-    except Exception:  # whatever the graph does to sizes that it was not made for
-        return False
-    return True
+        growth.add_blocks()
+        growth.add_glues()
+    except BaseException:
+        memory.loose.clear()
+        for name in list(memory.ways):
+            del memory.ways[name][before.get(name, 0) :]
+        raise
+    return Assembled(growth.finished(), tuple(growth.reports))
 
 
-def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
-    site = analysis.discovery.blocks[group.members[0]]
-    leaves, single = group.graph.leaves, group.graph.row_dims is not None
-    inputs = []
-    for name, leaf in zip(group.graph.inputs, leaves, strict=True):
-        seen = [as_real(call.leaves[leaf]) for call in site.calls]
-        if single:
-            seen = [one_row([value], [site.batch_dims.get(leaf)])[0] for value in seen]
-        shape = tuple(
-            size if all(other.shape[d] == size for other in seen) else None for d, size in enumerate(seen[0].shape)
-        )
-        inputs.append(PlanInput(name, _dtype(seen[0]), shape, site.batch_dims.get(leaf)))
-    kind = type(site.module).__name__
-    time = leaves.index(site.time) if site.time is not None else None
-    examples = _examples(analysis, group)
-    sizes = [tuple(value.shape) for example in examples for value in example]
-    dtypes = [node.meta["val"].dtype for node in graph.variants[-1].graph.find_nodes(op="placeholder")]
-    return Plan(
-        id=plan_id(graph, (kind, inputs, time, sizes, dtypes)),
-        kind=kind,
-        inputs=tuple(inputs),
-        states=group.graph.states,
-        time=time,
-        weights=tuple(piece.name for piece in graph.pieces),
-        variants=tuple(
-            Variant(width, tuple(piece.rows[v] for piece in graph.pieces)) for v, width in enumerate(graph.widths)
-        ),
-        single_row=single,
-        buckets=_buckets(examples, inputs),
-    )
+class _Growth:
+    """A program on its way from what it was to what it will be."""
 
+    def __init__(self, analysis: Analysis, planned: Sequence[Planned], program: Program, memory: Memory) -> None:
+        self.discovery, self.planned, self.program, self.memory = analysis.discovery, planned, program, memory
+        self.items = [planned[owner] for owner in analysis.group_of]
+        self.blocks = {block.name: block for block in program.manifest.blocks}
+        self.glues = list(program.manifest.glues)
+        self.weights = dict(program.weights)
+        self.makers: dict[str, Callable[[], bytes]] = {}
+        self.guards: list[Guard] = []
+        self.hosts: list[tuple[Glue, nn.Module]] = []
+        self.reports: list[Report] = []
+        held = next(iter((*program.weights.values(), *self.discovery.model.parameters())))
+        self.device = held.device
+        self._open: dict[int, tuple[PlanGraph, Form]] = {}
 
-def _buckets(
-    examples: Sequence[Sequence[Tensor]], inputs: Sequence[PlanInput]
-) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
-    """The sets of shapes of `examples`, each once, without the batch where that is free."""
-    shapes = [
-        tuple(
-            tuple(None if d == spec.batch_dim and spec.shape[d] is None else size for d, size in enumerate(value.shape))
-            for value, spec in zip(example, inputs, strict=True)
-        )
-        for example in examples
-    ]
-    return tuple(dict.fromkeys(shapes))
+    def add_blocks(self) -> None:
+        """Every block with its own weights, cut as its plan reads them, and its guard."""
+        for site, item in zip(self.discovery.blocks, self.items, strict=True):
+            form = self._form(site, item)
+            calling = Calling.of(site, item.group.graph, item.group.states)
+            number = list(self.blocks).index(site.name)
+            ways = self.memory.ways.setdefault(site.name, [])
+            if (form, calling) not in ways:
+                ways.append((form, calling))
+            self.guards.append(Guard(number, site.name, ((form, calling),)))
+            self._open[number] = (item.graph, self.blocks[site.name].forms[form])
 
-
-def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...]:
-    """The group's inputs at each bucket, from the runs with the doubled batch; one row where the graph takes one."""
-    calls = analysis.discovery.blocks[group.members[0]].calls
-    graph, doubled = group.graph, calls[len(calls) // 2 :]
-    examples = [[as_real(call.leaves[leaf]) for leaf in graph.leaves] for call in doubled]
-    if graph.row_dims is not None:
-        examples = [one_row(example, graph.row_dims) for example in examples]
-    return tuple(map(tuple, examples))
-
-
-def _blocks(
-    analysis: Analysis, planned: Sequence[Planned], device: torch.device
-) -> tuple[tuple[Block, ...], dict[str, Tensor]]:
-    """Every block with its own weights, cut as its plan reads them, on `device`.
-
-    Code may hold constants elsewhere (tables on the host, sent to the GPU in every call); a program holds all in one
-    place, which is where its graphs are loaded to.
-    """
-    weights: dict[str, Tensor] = {}
-    blocks = []
-    for index, site in enumerate(analysis.discovery.blocks):
-        item = planned[analysis.group_of[index]]
+    def _form(self, site: BlockSite, item: Planned) -> int:
+        """The number of the block's form with this plan, which is made where it is not there."""
+        block = self.blocks.get(site.name)
+        forms = () if block is None else block.forms
+        for number, form in enumerate(forms):
+            if form.plan == item.plan.id:
+                return number
         names = dict(zip(item.group.graph.weights, weight_values(item.group.graph, site.module), strict=True))
-        keys = []
-        for piece in item.graph.pieces:
-            key = f"{site.name}.{piece.name}"
-            weights[key] = _own(piece.cut(names[piece.source]), names[piece.source]).to(device)
-            keys.append(key)
-        blocks.append(Block(site.name, item.plan.id, tuple(keys)))
-    return tuple(blocks), weights
+        pieces = {piece.name: (piece.cut(names[piece.source]), names[piece.source]) for piece in item.graph.pieces}
+        keys = tuple(self._stored(f"{site.name}.{name}", _own(*piece)) for name, piece in pieces.items())
+        if block is None:
+            self.blocks[site.name] = Block(site.name, item.plan.id, keys)
+        else:
+            self.blocks[site.name] = replace(block, others=(*block.others, Form(item.plan.id, keys)))
+        return len(forms)
+
+    def _stored(self, key: str, value: Tensor) -> str:
+        """The name under which a weight is held: that of an equal one of the name, else one of its own.
+
+        Code may hold constants elsewhere (tables on the host, sent to the GPU in every call); a program holds all in
+        one place, which is where its graphs are loaded to.
+        """
+        name, count = key, 1
+        while name in self.weights and not _equal(self.weights[name], value):
+            count += 1
+            name = f"{key}~{count}"
+        if name not in self.weights:
+            self.weights[name] = value.to(self.device)
+        return name
+
+    def add_glues(self) -> None:
+        """A glue for every form of call that has none."""
+        guarded = guarded_copy(self.discovery.model, self.guards, self.discovery.samples)
+        for bucket, (given, doubled) in enumerate(self.discovery.buckets):
+            costs = costs_of(self.planned, bucket)
+            there = self._there(given)
+            if there is None:
+                self._add_glue(guarded, given, doubled, costs)
+            else:
+                glue = self.glues[there]
+                self.glues[there] = replace(glue, costs=tuple(dict.fromkeys((*glue.costs, *costs))))
+
+    def _there(self, given: Run) -> int | None:
+        """The position of the glue for such arguments, if there is one."""
+        tensors, constants = flatten(given.kwargs)
+        dtypes = {name: dtype_name(value) for name, value in tensors.items()}
+        alike = [glue for glue in self.glues if {one.name: one.dtype for one in glue.inputs} == dtypes]
+        found = find_glue(alike, tensors, constants)
+        return None if found is None else self.glues.index(found)
+
+    def _add_glue(self, guarded: nn.Module, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> None:
+        name, model = str(len(self.glues)), self.discovery.model
+        try:
+            graph, shown, report = guard_glue(guarded, given, doubled, self._fits, name)
+        except GuardError as error:
+            guards = [replace(one, ways=self.memory.ways[one.name], hosted=True) for one in self.guards]
+            guarded = guarded_copy(model, guards, self.discovery.samples)
+            check_open(hosted_outputs(guarded, doubled), doubled, model, self._answer)
+            outputs, shown = check_open(hosted_outputs(guarded, given), given, model, self._answer), given
+            made = _hosted(name, given, doubled, costs, hosted_flops(guarded, self._states(), given))
+            self.hosts.append((made, guarded))
+            self.reports.append(hosted_report(error))
+        else:
+            outputs = check_open(glue_outputs(graph, shown), shown, model, self._answer)
+            _warn_of_no_effect(graph)
+            for number, k, dim in graph.loose:
+                leaf = self._open[number][0].block.leaves[k]
+                self.memory.loose.setdefault(list(self.blocks)[number], set()).add((leaf, dim))
+            keys = tuple(self._stored(key, value.clone()) for key, value in graph.weights.items())
+            made = _standalone(graph, name, shown, costs, keys)
+            self.makers[f"glue/{name}.pt2"] = partial(lower_glue, replace(graph, weights={}))
+            self.reports.append(report)
+        other = given if shown is doubled else doubled
+        tensors = dict(zip(*tensor_arguments(shown.kwargs), strict=True))
+        batched = None if lone(self.discovery.runs) else carrying_batch(shown.kwargs, other.kwargs)
+        latents = find_latents(tensors, outputs, batched, self.discovery.timestep)
+        self.glues.append(replace(made, latents=latents))
+
+    def _fits(self, glue: GlueGraph, run: Run) -> bool:
+        """Whether an exported glue gives what the model gives on another run than it was exported with."""
+        inputs = [*glue.weights.values(), *tensor_arguments(run.kwargs)[1]]
+        try:
+            check_open(lambda: Interpreter(glue.module).run(*inputs), run, self.discovery.model, self._answer)
+        except Exception:  # whatever the graph does to sizes that it was not made for
+            return False
+        return True
+
+    def _answer(self, index: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
+        """Guards answered in full, by the plan of the form of call that is being added."""
+        graph, own = self._open[index]
+        return graph.block.run(
+            graph.variants[-1], [self.weights[key].to(inputs[0].device) for key in own.weights], inputs
+        )
+
+    def _states(self) -> dict[int, tuple[int, ...]]:
+        return {index: graph.block.states for index, (graph, _) in self._open.items()}
+
+    def finished(self) -> Program:
+        """What has become of the program; the memory is told."""
+        for site, item in zip(self.discovery.blocks, self.items, strict=True):
+            self.memory.remember(site, item.group.known, item.graph, item.group.states, item.group.sites, item.plan)
+        latest = {glue.id: glue for glue in self.glues}
+        self.memory.hosts = [(latest[glue.id], host) for glue, host in (*self.memory.hosts, *self.hosts)]
+        plans = {plan.id: plan for plan in self.program.manifest.plans}
+        for item in self.planned:
+            if item.plan.id not in plans:
+                self.makers.update(lower_plan(item.graph, item.plan))
+            plans[item.plan.id] = grown_plan(plans.get(item.plan.id, item.plan), item.plan.buckets)
+        manifest = replace(
+            self.program.manifest,
+            timestep=self.discovery.timestep,
+            plans=tuple(plans.values()),
+            blocks=tuple(self.blocks.values()),
+            glues=tuple(self.glues),
+        )
+        return replace(
+            self.program,
+            manifest=manifest,
+            weights=self.weights,
+            files=Files.grown(self.program.files, self.makers),
+        )
+
+
+def _warn_of_no_effect(graph: GlueGraph) -> None:
+    """A model that was run before may hold what it made of an argument, which has no effect then."""
+    if graph.unused and any(name.startswith("glue.") for name in graph.weights):
+        warnings.warn(
+            f"what is given as {', '.join(graph.unused)} has no effect: the model does not read it, or holds what it "
+            "once made of it; if so, clear that before compiling",
+            stacklevel=2,
+        )
 
 
 def _own(piece: Tensor, source: Tensor) -> Tensor:
@@ -259,40 +279,27 @@ def _own(piece: Tensor, source: Tensor) -> Tensor:
     return piece.clone() if piece.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else piece
 
 
-def _full_width(
-    planned: Sequence[Planned],
-    blocks: Sequence[Block],
-    weights: Mapping[str, Tensor],
-    index: int,
-    inputs: Sequence[Tensor],
-    form: int = 0,
-) -> list[Tensor]:
-    item = next(item for item in planned if item.plan.id == blocks[index].plan)
-    return item.graph.block.run(item.graph.variants[-1], [weights[key] for key in blocks[index].weights], inputs)
+def _equal(weight: Tensor, value: Tensor) -> bool:
+    if weight.shape != value.shape or weight.dtype != value.dtype:
+        return False
+    return hollow(value) or torch.equal(weight, value.to(weight.device))
 
 
-def _costs(planned: Sequence[Planned], bucket: int) -> tuple[Cost, ...]:
-    return tuple(
-        Cost(item.plan.id, index, *variant_cost(item.graph, index, item.plan, item.examples[bucket]))
-        for item in planned
-        for index in range(len(item.plan.variants))
-    )
-
-
-def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...]) -> Glue:
+def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...], weights: tuple[str, ...]) -> Glue:
     return Glue(
         id=name,
         file=f"glue/{name}.pt2",
         inputs=_glue_inputs(run, graph.batch_dims),
         constants=flatten(run.kwargs)[1],
-        weights=tuple(graph.weights),
+        weights=weights,
         outputs=graph.outputs,
         flops=glue_flops(graph, run),
         costs=costs,
+        sized_by=graph.sized_by,
     )
 
 
-def _hosted(guarded: nn.Module, name: str, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> Glue:
+def _hosted(name: str, given: Run, doubled: Run, costs: tuple[Cost, ...], flops: int) -> Glue:
     moving = {argument: dims[0] for argument, dims in moving_dims(given, doubled).items() if dims}
     return Glue(
         id=name,
@@ -301,7 +308,7 @@ def _hosted(guarded: nn.Module, name: str, given: Run, doubled: Run, costs: tupl
         constants=flatten(given.kwargs)[1],
         weights=(),
         outputs=(),
-        flops=hosted_flops(guarded, given),
+        flops=flops,
         costs=costs,
     )
 
@@ -309,22 +316,18 @@ def _hosted(guarded: nn.Module, name: str, given: Run, doubled: Run, costs: tupl
 def _glue_inputs(run: Run, batch_dims: Mapping[str, int]) -> tuple[GlueInput, ...]:
     return tuple(
         GlueInput(
-            name, _dtype(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
+            name, dtype_name(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
         )
         for name, value in zip(*tensor_arguments(run.kwargs), strict=True)
     )
 
 
-def _routers(source: Source, blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """Router tensors keyed by block index; `source.routers` is keyed by ``<block name>/<parameter>``."""
+def numbered_routers(routers: Mapping[str, Tensor], blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """A copy of router tensors keyed by block index, of those keyed by ``<block name>/<parameter>``."""
     position = {block.name: index for index, block in enumerate(blocks)}
-    routers = {}
-    for key, value in (source.routers or {}).items():
+    numbered = {}
+    for key, value in routers.items():
         name, _, parameter = key.partition("/")
         if name in position:
-            routers[f"{position[name]}.{parameter}"] = value
-    return routers
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+            numbered[f"{position[name]}.{parameter}"] = value.clone()
+    return numbered

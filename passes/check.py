@@ -14,7 +14,7 @@ from passes.graph import BlockSite, MlpSite, PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
 from passes.pipeline import Group
 from passes.real import as_real
-from passes.record import undisturbed
+from passes.record import here, undisturbed
 from passes.weightless import hollow
 from passes.widths import site_rows
 from runtime.base.errors import EditError
@@ -47,13 +47,17 @@ def check_open(
     run: Run,
     model: nn.Module,
     answer: Answer,
-) -> None:
-    """Compare a guarded model's `outputs`, its guards answered by `answer`, with the model's own on the same run."""
+) -> Sequence[Tensor]:
+    """Compare a guarded model's `outputs`, its guards answered by `answer`, with the model's own on the same run.
+
+    Gives the outputs.
+    """
     with undisturbed(model), answering(answer):
         expected = _tensors(model(**run.kwargs))
         found = outputs()
     for output, reference in zip(found, expected, strict=True):
         _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
+    return found
 
 
 def check_equal(output: Any, expected: Any, what: str) -> None:
@@ -73,7 +77,7 @@ def hosted_outputs(guarded: nn.Module, run: Run) -> Callable[[], Sequence[Tensor
 
 
 class masked:
-    """Inside the ``with`` block, `module`'s MLP sites see only their first hidden channels at `width`."""
+    """Inside the ``with`` block, `module`'s MLP sites see only their first channels at `width`, in this thread."""
 
     def __init__(self, module: nn.Module, sites: Sequence[MlpSite], width: float) -> None:
         self.module, self.sites, self.width = module, sites, width
@@ -86,7 +90,8 @@ class masked:
             for slot in site.contractions:
                 owner = self.module.get_submodule(site.weight_names[slot.weight].rpartition(".")[0])
                 dim = -1 if isinstance(owner, nn.Linear) else 1
-                self.handles.append(owner.register_forward_pre_hook(_Mask(dim, slot.start + kept, slot.size - kept)))
+                mask = _Mask(dim, slot.start + kept, slot.size - kept)
+                self.handles.append(owner.register_forward_pre_hook(here(mask)))
 
     def __exit__(self, *_: object) -> None:
         """Take the masks off."""

@@ -47,10 +47,11 @@ def glue_flops(glue: GlueGraph, run: Run) -> int:
         return count_flops(glue.module, [*weights, *tensor_arguments(run.kwargs)[1]]) // run.batch
 
 
-def hosted_flops(guarded: nn.Module, run: Run) -> int:
-    """Floating-point operations of a guarded model without its blocks for one row; runs it once."""
-    guards = [vars(module)["forward"] for module in guarded.modules() if "forward" in vars(module)]
-    states = {found.index: found.graph.states for found in guards}
+def hosted_flops(guarded: nn.Module, states: Mapping[int, Sequence[int]], run: Run) -> int:
+    """Floating-point operations of a guarded model without its blocks for one row; runs it once.
+
+    `states` are the positions of each block's states in its inputs.
+    """
     with _frozen(guarded), _counting() as counter, torch.no_grad(), answering(_skipping(states)):
         guarded(**run.kwargs)
     return counter.get_total_flops() // run.batch

@@ -45,16 +45,22 @@ def plan_id(plan: PlanGraph, calling: object = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _key(site: BlockSite) -> tuple[object, ...]:
+def call_key(site: BlockSite) -> tuple[object, ...]:
+    """What a block's code and the structure of its call are, sizes and numbers aside."""
     weights = (*site.module.named_parameters(), *site.module.named_buffers())
+    call = site.calls[0]
     return (
         tuple((name, _class(module), module.extra_repr()) for name, module in site.module.named_modules()),
         tuple((name, tuple(value.shape), value.dtype) for name, value in weights),
-        tuple(_structure(call) for call in site.calls),
+        (str(call.spec), str(call.output_spec), *map(_kind, (*call.leaves, *call.outputs))),
         tuple(sorted(site.batch_dims.items())),
         site.time,
         repr(site.adapter),
     )
+
+
+def _key(site: BlockSite) -> tuple[object, ...]:
+    return (call_key(site), tuple(_structure(call) for call in site.calls))
 
 
 def _class(module: nn.Module) -> str:
@@ -68,6 +74,10 @@ def _structure(call: Call) -> tuple[object, ...]:
 
 def _leaf(leaf: object) -> object:
     return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _kind(leaf: object) -> object:
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
 
 
 def _canonical(graph: fx.Graph) -> str:

@@ -15,11 +15,13 @@ disturbed. From these:
                                          from B to 2B, or as passes.adapt says
     a leaf is the time embedding    <=>  it is a float (B, E) and changes when only the timestep does
     rows are independent            <=>  the first B rows of a doubled run equal the given run
+
+A model that keeps something of its arguments for later calls is refused (passes.kept).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from torch.utils import _pytree as pytree
 from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
 from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
+from passes.kept import Attributes, find_kept
 from passes.packing import Samples
 from passes.record import Glimpse, record, survey, undisturbed
 from passes.weightless import changed_by, hollow, same
@@ -49,16 +52,19 @@ class _Observation:
 
 
 def discover(
-    model: nn.Module, inputs: Mapping[str, object] | Sequence[Mapping[str, object]], timestep: str | None = None
+    model: nn.Module,
+    inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
+    timestep: str | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[Discovery, Report]:
-    """Blocks of `model` in execution order, each with its call in every run.
+    """Blocks of `model` in execution order, each with its call in every run; those named in `only`, if it is given.
 
     `inputs` are keyword arguments of ``model.forward``, one mapping per shape bucket; `timestep` is
     the keyword that holds the timestep where it has an unusual name. Runs are ordered: every bucket
     as given, then every bucket doubled. The model's training flags and the grad mode are restored.
 
-    Raises DiscoveryError where no argument is the timestep, where no batch can be told, or where the
-    rows of a batch influence one another.
+    Raises DiscoveryError where no argument is the timestep, where no batch can be told, where the rows of
+    a batch influence one another, or where the model keeps what it makes of an argument.
     """
     buckets = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if not buckets:
@@ -67,7 +73,14 @@ def discover(
     if any(step not in kwargs for kwargs in buckets):
         raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
     with undisturbed(model):
+        before = Attributes.of(model)
         watched, refused = _blocks(model, buckets[0])
+        kept = find_kept(model, buckets[0], step, before)
+        if kept is not None:
+            raise DiscoveryError(kept)
+        strange = [] if only is None else [name for name in watched if name not in only]
+        refused += [Refusal(name, "was no block when the model was first traced") for name in strange]
+        watched = {name: module for name, module in watched.items() if name not in strange}
         runs, seen = _observe(model, buckets, step, watched)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
         probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)

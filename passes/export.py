@@ -13,7 +13,7 @@ the graph of all experts (passes.experts); else the export is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -42,8 +42,12 @@ class ExportError(EditError):
     """A block that has no faithful graph; the message says why."""
 
 
-def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[BlockGraph, Report]:
+def export_block(
+    site: BlockSite, states: States, runs: Sequence[Run], free: Mapping[int, Collection[int]] | None = None
+) -> tuple[BlockGraph, Report]:
     """The graph of `site`, for any batch and for every size that differed between `runs`.
+
+    Dimensions of leaves in `free`, which were seen with other sizes elsewhere, are left free where the code lets them.
 
     ``graph.module.meta["constants"]`` holds the tensors that are neither parameters nor buffers, by
     the names they have in ``graph.weights`` (they start with ``constant.``).
@@ -60,11 +64,13 @@ def export_block(site: BlockSite, states: States, runs: Sequence[Run]) -> tuple[
         raise ExportError(f"{site.name}: a state does not carry the batch")
     _check_constants(site)
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
-    moving = {at: _moving_dims(site, at) for at in tensors}
+    moving = {at: tuple(sorted({*_moving_dims(site, at), *(free or {}).get(at, ())})) for at in tensors}
     example = _example(site, runs)
     try:
         graph, flex = _faithful(site, states, example, moving)
     except ExportError as error:
+        if free:
+            return export_block(site, states, runs)
         graph, flex = _without_routing(site, states, example, moving, error)
     operators = sum(node.op == "call_function" for node in graph.module.graph.nodes)
     done = f"{site.name}: {operators} operators, {len(graph.weights)} weights, inputs {', '.join(graph.inputs)}"

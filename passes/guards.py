@@ -5,19 +5,18 @@
 
 `inputs` picks the tensor leaves that the block's plan takes, in plan order; outputs that are not
 states are constants of the call (None, in every model seen). The guard is opaque to torch.export,
-so the glue holds the model's embeddings, norms and projections and one node per block.
+so the glue holds the model's embeddings, norms and projections and one node per block. The node says in which of its
+forms (runtime.bundle.spec.Form) the block is called there; a glue in which values set the sizes at the guards, and the
+model's own Python as glue, leave that to the shapes: ANY.
 
-Around the guard of an adapted block (passes.adapt), leaves are seen per sample and states packed again;
-how many samples there are is read off the model's own arguments when it is called.
+Guards are put into a copy of the model by passes.calling.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +25,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from passes.adapt import split_leaves
-from passes.graph import BlockGraph, Call, Discovery, Refusal, Report, Run, States
-from passes.packing import Adapter, Samples
-from passes.real import as_real
+from passes.graph import Refusal, Report, Run
 from runtime.base.errors import EditError
-from runtime.base.guard import guard
+from runtime.base.guard import ANY, guard
 from runtime.face.arguments import flatten
-
-_samples: ContextVar[int] = ContextVar("edit_compile_samples")
-"""Samples in the call of a guarded model that is under way."""
-
 
 _OTHERS = (3, 5, 8, 17, 64)
 """Batches that no run had."""
@@ -53,10 +46,11 @@ class GlueGraph:
     """The model around its guards: ``module(*weights, *inputs) -> tuple(outputs)``.
 
     `weights` are the leading placeholders' tensors by qualified name in the model (constants that
-    belong to no module under ``glue.<bucket>.<name>``); `inputs` are the keywords (dotted where the
+    belong to no module under ``glue.<name of the glue>.<name>``); `inputs` are the keywords (dotted where the
     argument is a container) of the tensor arguments. `batch_dims` tells which
     inputs keep a free batch dimension; empty when the glue fits one batch size only. `outputs` names
-    what the model gives (see runtime.bundle.spec.Glue).
+    what the model gives, `sized_by` the inputs whose values set sizes at its guards (see runtime.bundle.spec.Glue),
+    and `loose` where those are: (block, input, dimension).
     """
 
     module: fx.GraphModule
@@ -64,64 +58,24 @@ class GlueGraph:
     inputs: tuple[str, ...]
     batch_dims: Mapping[str, int]
     outputs: tuple[str, ...]
+    sized_by: tuple[str, ...] = ()
+    loose: frozenset[tuple[int, int, int]] = frozenset()
 
-
-@dataclass(frozen=True)
-class Guard:
-    """Answers the calls of block `index` through the guard operator; takes and gives what the block does."""
-
-    index: int
-    call: Call
-    states: States
-    graph: BlockGraph
-    adapter: Adapter | None = None
-
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Called with the block's arguments; gives the block's output structure."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        if self.adapter is not None:
-            leaves = split_leaves(self.adapter, leaves, _samples.get())
-        inputs = [as_real(leaves[position]) for position in self.graph.leaves]
-        outputs = list(self.call.outputs)
-        for (position, _), state in zip(self.states.pairs, guard(inputs, self.graph.states, self.index), strict=True):
-            packing = None if self.adapter is None else self.adapter.outputs[position]
-            outputs[position] = state if packing is None else packing.packed(state)
-        return pytree.tree_unflatten(outputs, self.call.output_spec)
-
-
-def guarded_copy(discovery: Discovery, states: Sequence[States], graphs: Sequence[BlockGraph]) -> nn.Module:
-    """The model with the forward of every discovered block replaced by its guard.
-
-    Shares all parameters and buffers and leaves the model itself alone. A guarded block keeps its
-    children, since a model's forward may reach into them.
-    """
-    model = discovery.model
-    known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for index, (site, state, graph) in enumerate(zip(discovery.blocks, states, graphs, strict=True)):
-        original = model.get_submodule(site.name)
-        block = copy.copy(original)
-        block.forward = Guard(index, site.calls[0], state, graph, site.adapter)
-        known[id(original)] = block
-    twin = copy.deepcopy(model, known)
-    if discovery.samples is not None and any(site.adapter for site in discovery.blocks):
-        twin.register_forward_pre_hook(_Counting(discovery.samples), with_kwargs=True)
-    return twin
-
-
-@dataclass(frozen=True)
-class _Counting:
-    """Notes how many samples a guarded model is called with."""
-
-    samples: Samples
-
-    def __call__(self, _model: nn.Module, _args: object, kwargs: Mapping[str, object]) -> None:
-        _samples.set(self.samples.count(kwargs))
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Inputs that nothing is made of."""
+        nodes = self.module.graph.find_nodes(op="placeholder")[len(self.weights) :]
+        return tuple(name for name, node in zip(self.inputs, nodes, strict=True) if not node.users)
 
 
 def guard_glue(
-    guarded: nn.Module, given: Run, doubled: Run, fits: Callable[[GlueGraph, Run], bool] = lambda glue, run: True
+    guarded: nn.Module,
+    given: Run,
+    doubled: Run,
+    fits: Callable[[GlueGraph, Run], bool] = lambda glue, run: True,
+    name: str = "0",
 ) -> tuple[GlueGraph, Run, Report]:
-    """Export the glue of a guarded model, and say at the shapes of which run.
+    """Export the glue of a guarded model under `name`, and say at the shapes of which run.
 
     The two runs are of one bucket: dimensions that differ between them are left dynamic. Where the export
     cannot keep them so, where the graph pins the batch nevertheless (made from `doubled`, it does not `fits` the
@@ -133,10 +87,10 @@ def guard_glue(
     (tensors, constants), (others, as_given) = (flatten(run.kwargs) for run in (doubled, given))
     if tensors.keys() == others.keys() and constants == as_given:
         with suppress(GuardError):
-            glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given))
+            glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given), name)
             if glue.batch_dims and fits(glue, given):
                 return glue, doubled, report
-    glue, report = _export_glue(guarded, given, {})
+    glue, report = _export_glue(guarded, given, {}, name)
     return glue, given, report
 
 
@@ -155,7 +109,9 @@ def moving_dims(run: Run, other: Run) -> dict[str, list[int]]:
     }
 
 
-def _export_glue(guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int]]) -> tuple[GlueGraph, Report]:
+def _export_glue(
+    guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int]], name: str
+) -> tuple[GlueGraph, Report]:
     names, values = tensor_arguments(run.kwargs)
     free = [dict.fromkeys(moving.get(name, ()), Dim.AUTO) or None for name in names]
     returned: list[tuple[str, ...]] = []
@@ -166,12 +122,57 @@ def _export_glue(guarded: nn.Module, run: Run, moving: Mapping[str, Sequence[int
             program = program.run_decompositions({})
     except Exception as error:
         raise GuardError(f"the glue of {type(guarded).__name__} does not export: {_first_line(error)}") from error
-    module, weights = _functional(program, run.bucket)
+    module, weights = _functional(program, name)
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"
-    glue = GlueGraph(module, weights, tuple(names), batch_dims, returned[0])
-    return glue, Report("guards", (done,))
+    nodes = module.graph.find_nodes(op="placeholder")[len(weights) :]
+    sized, loose = _sized_by(module, dict(zip(nodes, names, strict=True)))
+    done += f", sized by the values of {', '.join(sized)}" if sized else ""
+    return GlueGraph(module, weights, tuple(names), batch_dims, returned[0], sized, loose), Report("guards", (done,))
+
+
+_PICKS = (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default)
+"""Operators whose second argument alone says how much they give."""
+
+
+def _sized_by(
+    module: fx.GraphModule, inputs: Mapping[fx.Node, str]
+) -> tuple[tuple[str, ...], frozenset[tuple[int, int, int]]]:
+    """The `inputs` whose values set sizes at guards, and which; those guards are told to go by the shapes."""
+    made: dict[fx.Node, set[str]] = {}
+    sized: dict[fx.Node, set[str]] = {}
+    found: set[str] = set()
+    loose: set[tuple[int, int, int]] = set()
+    for node in module.graph.nodes:
+        sources = node.all_input_nodes
+        made[node] = {inputs[node]} if node in inputs else set().union(*(made[source] for source in sources))
+        sized[node] = set().union(*(sized[source] for source in sources))
+        if _unbacked(node) - set().union(*map(_unbacked, sources)) and not any(map(_is_size, sources)):
+            readers = _nodes(node.args[1]) if node.target in _PICKS else sources
+            sized[node].update(*(made[source] for source in readers))
+        if node.target is guard and any(map(_unbacked, _nodes(node.args[0]))):
+            block = node.args[2]
+            node.args = (*node.args[:3], ANY)
+            found |= sized[node]
+            for k, tensor in enumerate(_nodes(node.args[0])):
+                shape = tensor.meta["val"].shape
+                loose |= {(block, k, dim) for dim, size in enumerate(shape) if free_unbacked_symbols(size)}
+    return tuple(name for name in inputs.values() if name in found), frozenset(loose)
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, fx.Node)]
+
+
+def _unbacked(node: fx.Node) -> set[Any]:
+    """Symbols of sizes in what the node gives that come from numbers in a tensor."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return set().union(*(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, (Tensor, torch.SymInt))))
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _output_names(outputs: Any, wraps: bool) -> tuple[str, ...]:
@@ -220,7 +221,7 @@ class _Positional(nn.Module):
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
-def _functional(program: torch.export.ExportedProgram, bucket: int) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+def _functional(program: torch.export.ExportedProgram, glue: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """The program's graph with its used weights as leading placeholders, and their values by name."""
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if s.kind is not InputKind.USER_INPUT}
     weights: dict[str, Tensor] = {}
@@ -232,7 +233,7 @@ def _functional(program: torch.export.ExportedProgram, bucket: int) -> tuple[fx.
         if not node.users:
             module.graph.erase_node(node)
         elif specs[node.name].kind is InputKind.CONSTANT_TENSOR:
-            weights[f"glue.{bucket}.{target}"] = program.constants[target]
+            weights[f"glue.{glue}.{target}"] = program.constants[target]
         else:
             held = program.state_dict if target in program.state_dict else program.constants
             weights[target.removeprefix("model.")] = held[target].detach()

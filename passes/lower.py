@@ -39,9 +39,10 @@ from runtime.bundle import archive as pt2
 from runtime.bundle.spec import Plan
 from runtime.engines import plan_file
 
-# By file name, for the life of the process: a plan's name is a hash of all that its files depend on, so that another
-# model of the same make, or the same one traced for more shapes, need not be lowered again.
+# The last files by name: a plan's name is a hash of all that its files depend on, so that another model of the same
+# make need not be lowered again.
 _lowered: dict[str, bytes] = {}
+_KEPT = 64
 
 
 class Files(Mapping[str, bytes]):
@@ -50,6 +51,15 @@ class Files(Mapping[str, bytes]):
     def __init__(self, makers: Mapping[str, Callable[[], bytes]]) -> None:
         self._makers = dict(makers)
         self._made: dict[str, bytes] = {}
+
+    @staticmethod
+    def grown(files: Mapping[str, bytes], makers: Mapping[str, Callable[[], bytes]]) -> Files:
+        """`files`, and those of `makers`; what is made of one is made of the other."""
+        if not isinstance(files, Files):
+            return Files({**makers, **{name: partial(files.__getitem__, name) for name in files}})
+        grown = Files({**files._makers, **makers})
+        grown._made = files._made
+        return grown
 
     def __getitem__(self, name: str) -> bytes:
         if name not in self._made:
@@ -75,9 +85,11 @@ def lower_plan(graph: PlanGraph, plan: Plan) -> dict[str, Callable[[], bytes]]:
 
 
 def _once(name: str, maker: Callable[[], bytes]) -> bytes:
-    if name not in _lowered:
-        _lowered[name] = maker()
-    return _lowered[name]
+    made = _lowered.pop(name, None)
+    made = _lowered[name] = maker() if made is None else made
+    while len(_lowered) > _KEPT:
+        del _lowered[next(iter(_lowered))]
+    return made
 
 
 def lower_glue(glue: GlueGraph) -> bytes:

@@ -15,9 +15,10 @@ from torch import nn
 
 from passes.dedupe import group_blocks
 from passes.discover import discover
-from passes.export import ExportError, export_block, validate
+from passes.export import ExportError, export_block
 from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Report, States
 from passes.heads import one_head
+from passes.memory import Known, Memory, computes
 from passes.mlp import find_sites
 from passes.real import complex_to_real
 from passes.states import find_states
@@ -29,12 +30,13 @@ ORDER = ("discover", "states", "dedupe", "export", "real", "heads", "mlp", "stre
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks that run the same code: `members` index the discovery's blocks."""
+    """Blocks that run the same code: `members` index the discovery's blocks. `known` is the plan there is already."""
 
     graph: BlockGraph
     states: States
     sites: tuple[MlpSite, ...]
     members: tuple[int, ...]
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -57,35 +59,64 @@ def analyse(
     inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
+    memory: Memory | None = None,
 ) -> Analysis:
     """Find the blocks of `model`, their states, graphs and MLP sites.
 
     `inputs` are keyword arguments of the model's forward, one mapping per shape bucket; `timestep`
     names the argument that holds the timestep where its name does not tell. `narrow` names the states
-    whose MLPs are sites (see passes.streams); without it all are.
+    whose MLPs are sites (see passes.streams); without it all are. With `memory`, only blocks that it knows
+    are looked for, and what it has for them is used.
 
     Raises StreamError where `narrow` names a state that no block has.
     """
-    discovery, found = discover(model, inputs, timestep)
+    discovery, found = discover(model, inputs, timestep, None if memory is None else memory.firsts)
     reports = [found]
-    grouped: list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]] = []
+    if memory is not None:
+        discovery, left = memory.continued(discovery)
+        reports.append(left)
+    return _grouped(discovery, reports, narrow, memory)
+
+
+def loosened(analysis: Analysis, narrow: Sequence[str] | None, memory: Memory) -> Analysis:
+    """The blocks whose sizes values set, in plans for any such size; those that can have none are left out."""
+    blocks = tuple(site for site in analysis.discovery.blocks if memory.lacks(site))
+    return _grouped(replace(analysis.discovery, blocks=blocks), [], narrow, memory, serving=False)
+
+
+def _grouped(
+    discovery: Discovery,
+    reports: list[Report],
+    narrow: Sequence[str] | None,
+    memory: Memory | None,
+    serving: bool = True,
+) -> Analysis:
+    grouped: list[tuple[Group, list[BlockSite]]] = []
     for sites in group_blocks(discovery.blocks):
-        grouped += _export_group(sites, discovery, reports, narrow)
-    check_names((graph for graph, *_ in grouped), narrow)
-    kept = {site.name for *_, members in grouped for site in members}
+        for known, members in memory.serving(sites) if memory is not None and serving else ():
+            grouped.append((Group(known.graph.block, known.states, known.sites, (), known), members))
+        served = {site.name for _, members in grouped for site in members}
+        rest = [site for site in sites if site.name not in served]
+        grouped += _export_group(rest, discovery, reports, narrow, memory) if rest else ()
+    if memory is None:
+        check_names((group.graph for group, _ in grouped), narrow)
+    kept = {site.name for _, members in grouped for site in members}
     blocks = tuple(site for site in discovery.blocks if site.name in kept)
     position = {site.name: index for index, site in enumerate(blocks)}
     groups = tuple(
-        Group(graph, states, mlps, tuple(sorted(position[site.name] for site in members)))
-        for graph, states, mlps, members in grouped
+        replace(group, members=tuple(sorted(position[site.name] for site in members))) for group, members in grouped
     )
     reports.append(Report("dedupe", (f"{len(blocks)} blocks are {len(groups)} plans",)))
     return Analysis(replace(discovery, blocks=blocks), groups, tuple(reports))
 
 
 def _export_group(
-    sites: Sequence[BlockSite], discovery: Discovery, reports: list[Report], narrow: Sequence[str] | None
-) -> list[tuple[BlockGraph, States, tuple[MlpSite, ...], list[BlockSite]]]:
+    sites: Sequence[BlockSite],
+    discovery: Discovery,
+    reports: list[Report],
+    narrow: Sequence[str] | None,
+    memory: Memory | None = None,
+) -> list[tuple[Group, list[BlockSite]]]:
     """Graphs that together cover `sites`: one, unless a member does not compute what the first does."""
     first, *others = sites
     states, told = find_states(first, discovery.blocks)
@@ -94,14 +125,15 @@ def _export_group(
         reports.append(Report("states", refused=tuple(Refusal(s.name, f"as {first.name}") for s in others)))
         return []
     try:
-        graph, exported = export_block(first, states, discovery.runs)
+        free = None if memory is None else memory.free(first)
+        graph, exported = export_block(first, states, discovery.runs, free)
     except ExportError as error:
         reports.append(Report("export", refused=tuple(Refusal(site.name, str(error)) for site in sites)))
         return []
     members, strangers = [first], list[BlockSite]()
     for site in others:
         (members if _computes(graph, site) else strangers).append(site)
-    apart = _export_group(strangers, discovery, reports, narrow) if strangers else []
+    apart = _export_group(strangers, discovery, reports, narrow, memory) if strangers else []
     module, real = complex_to_real(graph.module)
     reports += [exported, real]
     if real.refused:
@@ -109,10 +141,14 @@ def _export_group(
     module, heads = one_head(module)
     reports.append(heads)
     graph = replace(graph, module=module)
+    objection = None if memory is None else memory.objection(first, graph)
+    if objection is not None:
+        reports.append(Report("growth", refused=tuple(Refusal(site.name, objection) for site in members)))
+        return apart
     mlps, narrowed = find_sites(graph)
     chosen, streams = choose_sites(graph, mlps, narrow)
     reports += [_within(first, narrowed), _within(first, streams)]
-    return [(graph, states, chosen, members), *apart]
+    return [(Group(graph, states, chosen, ()), members), *apart]
 
 
 def _within(site: BlockSite, report: Report) -> Report:
@@ -123,10 +159,4 @@ def _within(site: BlockSite, report: Report) -> Report:
 
 def _computes(graph: BlockGraph, site: BlockSite) -> bool:
     """Whether the graph gives what the block of `site` gives; without numbers, what `group_blocks` compared is all."""
-    if weightless(site.module):
-        return True
-    try:
-        validate(graph, site)
-    except ExportError:
-        return False
-    return True
+    return weightless(site.module) or computes(graph, site)

@@ -3,11 +3,13 @@
 Two kinds of observation: a *survey* notes only shapes and counts, so that it may watch every
 candidate of a large model; a *recording* keeps tensors, by reference. A tensor that is written in
 place after it was seen would make a reference lie, so versions are compared when the run ends and
-such a run is recorded again with copies.
+such a run is recorded again with copies. Hooks see the calls of the thread that looks alone: others may be running
+the same modules.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -61,11 +63,8 @@ def survey(
 
         return hook
 
-    with ExitStack() as hooks:
-        for name, module in watched.items():
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
-        model(**_own(kwargs))
+    with watching(watched, before, after):
+        model(**own(kwargs))
     return seen
 
 
@@ -108,16 +107,31 @@ def _record(
 
         return hook
 
-    with ExitStack() as hooks:
-        for name, module in watched.items():
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
-        output = model(**_own(kwargs))
+    with watching(watched, before, after):
+        output = model(**own(kwargs))
     stale = any(_version(tensor) != version for tensor, version in versions)
     return calls, output, stale
 
 
-def _own(kwargs: Mapping[str, object]) -> dict[str, object]:
+@contextmanager
+def watching(
+    watched: Mapping[str, nn.Module], before: Callable[..., None], after: Callable[[str], Callable[..., None]]
+) -> Iterator[None]:
+    """Inside the ``with`` block `before` and ``after(name)`` are hooks of the modules, in this thread."""
+    with ExitStack() as hooks:
+        for name, module in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(here(before), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(here(after(name)), with_kwargs=True))
+        yield
+
+
+def here(hook: Callable[..., object]) -> Callable[..., object]:
+    """`hook`, which does nothing in other threads than this one."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+
+def own(kwargs: Mapping[str, object]) -> dict[str, object]:
     """`kwargs` with copies of its tensors, so that a model that writes into them spoils no other run."""
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(kwargs))
 

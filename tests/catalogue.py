@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from edit_compile.compiler import Tracer
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import layout_of
 from passes.check import check_equal
@@ -22,6 +21,7 @@ from runtime.bundle.spec import Manifest, RouterConfig
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
 from tests.schedule_oracle import ScheduleOracle
+from tests.tracing import Watched
 from tests.zoo import CASES, Case
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -42,13 +42,13 @@ def check(name: str, engines: Sequence[str] = ENGINES) -> Checked:
     """Compile the class and compare it with eager; raises where they differ."""
     case = CASES[name]()
     started = time.process_time()
-    tracer = Tracer(case.model, WIDTHS, case.timestep)
+    tracer = Watched(case.model, WIDTHS, case.timestep)
     program = tracer.trace(case.inputs)
     compiled = [CompiledTransformer(program, engine, host=tracer.host) for engine in engines]
     seconds = time.process_time() - started
     assert tracer.analysis is not None
     for one in compiled:
-        tracer.prove(one)
+        tracer.prove(one, case.inputs)
         follow_decisions(one, tracer.analysis, case)
     train_routers(case, tracer.analysis)
     return Checked(tracer.analysis, program.manifest, tracer.reports, seconds)

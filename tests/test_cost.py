@@ -38,5 +38,5 @@ def test_a_view_of_a_parameter_does_not_stop_the_count_and_wants_its_gradient_ag
             return x + self.map(self.queries.expand(2, 4, 6))
 
     model = Viewing()
-    assert hosted_flops(model, Run({"x": torch.ones(2, 4, 6)}, 2, 0)) == 2 * 4 * 6 * 6
+    assert hosted_flops(model, {}, Run({"x": torch.ones(2, 4, 6)}, 2, 0)) == 2 * 4 * 6 * 6
     assert model.queries.requires_grad

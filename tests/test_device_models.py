@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from edit_compile.compiler import Tracer
 from runtime.device import runner
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions
 from tests.emulator import Emulator
+from tests.tracing import Watched
 from tests.zoo import CASES
 
 FAST = ("DiTTransformer2DModel", "FluxTransformer2DModel")
@@ -26,7 +26,7 @@ def test_recorded_steps_follow_decisions(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(runner, "absent", lambda device: None)
     case = CASES[name]()
-    tracer = Tracer(case.model, WIDTHS, case.timestep)
+    tracer = Watched(case.model, WIDTHS, case.timestep)
     program = tracer.trace(case.inputs)
     if any(glue.file is None for glue in program.manifest.glues):
         pytest.skip("its glue is the model's own Python")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.compiler import Tracer
 from passes.discover import discover
 from passes.experts import dense_experts, find_experts
 from passes.export import ExportError, export_block
@@ -16,6 +15,7 @@ from passes.states import find_states
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import check, follow_decisions, train_routers
 from tests.models import noise, randomised
+from tests.tracing import Watched
 from tests.zoo import Case
 
 DIM, HIDDEN, PICKED = 8, 20, 2
@@ -112,14 +112,14 @@ def test_the_sum_over_all_is_the_mixture() -> None:
 
 def test_every_expert_is_narrowed_and_trained() -> None:
     given = case(Mixture(), Mixture())
-    tracer = Tracer(given.model, (0.25, 0.5, 1.0), None)
+    tracer = Watched(given.model, (0.25, 0.5, 1.0), None)
     program = tracer.trace(given.inputs)
     assert tracer.analysis is not None
     (group,) = tracer.analysis.groups
     assert group.graph.experts == ("mixture",)
     assert len(group.sites) == 5  # four experts and the shared one
     compiled = CompiledTransformer(program, "torch", host=tracer.host)
-    tracer.prove(compiled)
+    tracer.prove(compiled, given.inputs)
     follow_decisions(compiled, tracer.analysis, given)
     train_routers(given, tracer.analysis)
 

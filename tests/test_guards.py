@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.compiler import Tracer
-from passes.assemble import plan_groups
 from passes.check import CheckError, check_open, check_widths, glue_outputs
 from passes.export import weight_values
 from passes.graph import Run
-from passes.guards import GlueGraph, GuardError, guard_glue, guarded_copy, tensor_arguments
+from passes.guards import GlueGraph, GuardError, guard_glue, tensor_arguments
 from passes.pipeline import Analysis, analyse
+from passes.plans import plan_groups
 from runtime.base.guard import answering, guard
 from runtime.bundle.spec import Manifest
 from tests.models import noise, randomised, tiny_dit, tiny_flux
+from tests.tracing import guarded
 
 
 @pytest.fixture(scope="module")
 def analysed() -> Analysis:
     return analyse(*tiny_flux(double=1, single=2))
-
-
-def guarded(analysis: Analysis) -> nn.Module:
-    groups = [analysis.groups[index] for index in analysis.group_of]
-    return guarded_copy(analysis.discovery, [g.states for g in groups], [g.graph for g in groups])
 
 
 def glue_of(analysis: Analysis) -> GlueGraph:

@@ -17,12 +17,12 @@ import torch
 
 import edit_compile
 from edit_compile import RoutingPolicy
-from edit_compile.compiler import Tracer
 from edit_compile.elastic import ElasticTransformer
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions, train_routers
 from tests.models import noise, randomised
+from tests.tracing import Watched
 from tests.zoo import Case
 
 FILE = "hy3dgen/shapegen/models/denoisers/hunyuan3ddit.py"
@@ -67,7 +67,7 @@ def tiny() -> Case:
 class Made:
     case: Case
     elastic: ElasticTransformer
-    tracer: Tracer
+    tracer: Watched
     program: Program
 
 
@@ -75,7 +75,7 @@ class Made:
 def made() -> Made:
     case = tiny()
     elastic = edit_compile.elasticize(case.model)
-    tracer = Tracer(elastic, WIDTHS, None)
+    tracer = Watched(elastic, WIDTHS, None)
     return Made(case, elastic, tracer, tracer.trace(case.inputs))
 
 
@@ -93,7 +93,7 @@ def test_all_blocks_and_their_mlps_are_found(made: Made) -> None:
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_every_width_and_a_decision_sequence_agree_with_eager(made: Made, engine: str) -> None:
     compiled = CompiledTransformer(made.program, engine)
-    made.tracer.prove(compiled)
+    made.tracer.prove(compiled, made.case.inputs)
     follow_decisions(compiled, made.tracer.analysis, made.case)
 
 

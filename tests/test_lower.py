@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from edit_compile.compiler import Tracer
 from passes import lower
-from passes.assemble import plan_groups
 from passes.cost import variant_cost, weight_stand_ins
 from passes.lower import Files, lower_plan
 from passes.pipeline import analyse
+from passes.plans import plan_groups
 from runtime.bundle import archive as pt2
 from runtime.face.transformer import CompiledTransformer
 from tests.models import noise, randomised, tiny_dit
@@ -108,4 +108,4 @@ def test_what_one_width_leaves_behind_does_not_reach_the_next(engines: tuple[str
     tracer = Tracer(randomised(Rolling()), (0.25, 0.5, 1.0), None)
     program = tracer.trace(inputs)
     for engine in engines:
-        tracer.prove(CompiledTransformer(program, engine, host=tracer.host))
+        tracer.prove(CompiledTransformer(program, engine, host=tracer.host), inputs)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.compiler import Tracer
 from passes.discover import DiscoveryError, discover
 from passes.packing import Packing, Samples
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import follow_decisions, train_routers
 from tests.models import noise, randomised
+from tests.tracing import Watched
 from tests.zoo import Case
 
 DIM, HIDDEN = 8, 24
@@ -91,7 +91,7 @@ def batched() -> dict[str, Tensor]:
 )
 def test_rows_are_tokens_of_samples(model: nn.Module, inputs: Mapping[str, Any], samples: Samples) -> None:
     case = Case(randomised(model), dict(inputs))
-    tracer = Tracer(case.model, (0.25, 0.5, 1.0), None)
+    tracer = Watched(case.model, (0.25, 0.5, 1.0), None)
     program = tracer.trace(case.inputs)
     assert tracer.analysis is not None
     discovery = tracer.analysis.discovery
@@ -101,15 +101,16 @@ def test_rows_are_tokens_of_samples(model: nn.Module, inputs: Mapping[str, Any],
     assert all(glue.file is not None for glue in program.manifest.glues)
     for engine in ("torch", "onnxruntime"):
         compiled = CompiledTransformer(program, engine, host=tracer.host)
-        tracer.prove(compiled)
+        tracer.prove(compiled, case.inputs)
         follow_decisions(compiled, tracer.analysis, case)
     train_routers(case, tracer.analysis)
 
 
 def test_one_sample_at_two_sizes() -> None:
-    tracer = Tracer(randomised(OneSample()), (0.5, 1.0), None)
-    compiled = CompiledTransformer(tracer.trace([one_sample(), one_sample(words=3, pixels=9)]), "torch")
-    tracer.prove(compiled)
+    tracer = Watched(randomised(OneSample()), (0.5, 1.0), None)
+    both = [one_sample(), one_sample(words=3, pixels=9)]
+    compiled = CompiledTransformer(tracer.trace(both), "torch")
+    tracer.prove(compiled, both)
     assert len(tracer.analysis.groups) == 1 if tracer.analysis else False
 
 

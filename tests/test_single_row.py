@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.compiler import Tracer
 from passes.discover import discover
 from passes.export import ExportError, export_block, weight_values
 from passes.graph import BlockGraph
@@ -23,6 +22,7 @@ from runtime.routing.policy import ScheduledPolicy
 from tests.catalogue import follow_decisions
 from tests.models import noise, randomised
 from tests.programs import make
+from tests.tracing import Watched
 from tests.zoo import Case
 
 DIM, HIDDEN = 8, 24
@@ -100,25 +100,25 @@ def test_what_pins_more_than_the_batch_is_refused_with_both_reasons() -> None:
 
 
 @pytest.fixture(scope="module")
-def traced() -> Tracer:
-    tracer = Tracer(randomised(Model(by_row)), (0.5, 1.0), None)
+def traced() -> Watched:
+    tracer = Watched(randomised(Model(by_row)), (0.5, 1.0), None)
     tracer.program = tracer.trace(inputs(3))  # type: ignore[attr-defined]
     return tracer
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_both_engines_follow_decisions_row_by_row(traced: Tracer, engine: str) -> None:
+def test_both_engines_follow_decisions_row_by_row(traced: Watched, engine: str) -> None:
     program = traced.program  # type: ignore[attr-defined]
     (plan,) = program.manifest.plans
     assert plan.single_row
     assert [given.shape[0] for given in plan.inputs[:2]] == [1, 1]
     compiled = CompiledTransformer(program, engine)
-    traced.prove(compiled)
+    traced.prove(compiled, inputs(3))
     assert traced.analysis is not None
     follow_decisions(compiled, traced.analysis, Case(traced.model, inputs(3)))
 
 
-def test_every_row_is_a_call_that_reads_the_weights(traced: Tracer) -> None:
+def test_every_row_is_a_call_that_reads_the_weights(traced: Watched) -> None:
     program = traced.program  # type: ignore[attr-defined]
     compiled = CompiledTransformer(program, "torch", ScheduledPolicy([[1.0, 0.0]]))
     compiled(**inputs(3))

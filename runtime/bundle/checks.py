@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.base.errors import BundleError
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Block, Glue, Manifest, Plan, PlanInput, RouterConfig
+from runtime.bundle.spec import Form, Glue, Manifest, Plan, PlanInput, RouterConfig
 
 _FUNCTIONS = (
     "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu sigmoid silu softplus softsign tanh"
@@ -28,7 +28,8 @@ def check(program: Program) -> None:
     for plan in manifest.plans:
         _check_plan(plan)
     for block in manifest.blocks:
-        _check_block(block, plans, program.weights)
+        for form in block.forms:
+            _check_form(block.name, form, plans, program.weights)
     for glue in manifest.glues:
         _check_glue(glue, plans, program)
     if manifest.router is not None:
@@ -72,17 +73,17 @@ def _fits(shape: tuple[int | None, ...], given: PlanInput) -> bool:
     )
 
 
-def _check_block(block: Block, plans: Mapping[str, Plan], weights: Mapping[str, Tensor]) -> None:
-    _need(block.plan in plans, f"block {block.name} runs the plan {block.plan!r}, which is not there")
-    plan = plans[block.plan]
+def _check_form(block: str, form: Form, plans: Mapping[str, Plan], weights: Mapping[str, Tensor]) -> None:
+    _need(form.plan in plans, f"block {block} runs the plan {form.plan!r}, which is not there")
+    plan = plans[form.plan]
     _need(
-        len(block.weights) == len(plan.weights),
-        f"block {block.name} has {len(block.weights)} weights, its plan {len(plan.weights)}",
+        len(form.weights) == len(plan.weights),
+        f"block {block} has {len(form.weights)} weights, its plan {len(plan.weights)}",
     )
-    _check_weights(block.weights, weights, f"block {block.name}")
-    for key, rows in zip(block.weights, zip(*(v.rows for v in plan.variants), strict=True), strict=True):
+    _check_weights(form.weights, weights, f"block {block}")
+    for key, rows in zip(form.weights, zip(*(v.rows for v in plan.variants), strict=True), strict=True):
         weight = weights[key]
-        _need(weight.dim() == 0 or weight.shape[0] >= max(rows), f"{key} of block {block.name} has too few rows")
+        _need(weight.dim() == 0 or weight.shape[0] >= max(rows), f"{key} of block {block} has too few rows")
 
 
 def _check_glue(glue: Glue, plans: Mapping[str, Plan], program: Program) -> None:

@@ -47,14 +47,7 @@ class BoundBlock:
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether `inputs`, their rows aside, are what the plan was made for."""
-        return len(inputs) == len(self.plan.inputs) and all(
-            len(given.shape) == tensor.dim()
-            and all(
-                want is None or want == have or dim == given.batch_dim
-                for dim, (want, have) in enumerate(zip(given.shape, tensor.shape, strict=True))
-            )
-            for tensor, given in zip(inputs, self.plan.inputs, strict=True)
-        )
+        return takes(self.plan, inputs)
 
     def rows_first(self, states: Sequence[Tensor]) -> list[Tensor]:
         """`states` with the rows of the batch as dimension 0, as routers read them."""
@@ -66,6 +59,18 @@ class BoundBlock:
             tensor if dim is None or tensor.shape[dim] != rows else tensor.index_select(dim, index)
             for tensor, dim in zip(inputs, self.batch_dims, strict=True)
         ]
+
+
+def takes(plan: Plan, inputs: Sequence[Tensor]) -> bool:
+    """Whether `inputs`, their rows aside, have the shapes that `plan` was made for."""
+    return len(inputs) == len(plan.inputs) and all(
+        len(given.shape) == tensor.dim()
+        and all(
+            want is None or want == have or dim == given.batch_dim
+            for dim, (want, have) in enumerate(zip(given.shape, tensor.shape, strict=True))
+        )
+        for tensor, given in zip(inputs, plan.inputs, strict=True)
+    )
 
 
 class BoundBlocks:
@@ -100,15 +105,16 @@ class BoundBlocks:
         return self.forms[block][max(form, 0)]
 
     def fitting(self, block: int, form: int, inputs: Sequence[Tensor], sized_by: Sequence[str]) -> BoundBlock:
-        """`form` of `block` if `inputs` are what it is for, else another one that they are for.
+        """`form` of `block` if `inputs` are what it is for, else that which is for them and the fewest others.
 
         InnerShapeError, naming the arguments `sized_by` (all where there are none), where there is no such form.
         """
         forms = self.forms[block]
-        first = forms[form : form + 1] if form != ANY else []
-        for ready in (*first, *forms):
-            if ready.fits(inputs):
-                return ready
+        if form != ANY and forms[form].fits(inputs):
+            return forms[form]
+        fitting = [ready for ready in forms if ready.fits(inputs)]
+        if fitting:
+            return min(fitting, key=lambda ready: sum(given.shape.count(None) for given in ready.plan.inputs))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         told = f"the values of {', '.join(sized_by)}" if sized_by else "the values of the model's arguments"
         raise InnerShapeError(

@@ -126,7 +126,11 @@ def placed(name: str, program: Program) -> Program:
         return program
     if not torch.cuda.is_available():
         raise EngineError(no_gpu(name))
-    inside = {key for block in program.manifest.blocks for key in block.weights} if known.packed else set()
+    inside = (
+        {key for block in program.manifest.blocks for form in block.forms for key in form.weights}
+        if known.packed
+        else set()
+    )
     weights = {key: tensor if key in inside else tensor.cuda() for key, tensor in program.weights.items()}
     routers = {key: tensor.cuda() for key, tensor in program.routers.items()}
     return replace(program, weights=weights, routers=routers)

@@ -93,7 +93,12 @@ def jobs(
     for target in targets:
         for plan in program.manifest.plans:
             profiles = profiles_of(plan, max_batch)
-            members = [block for block in program.manifest.blocks if block.plan == plan.id]
+            members = [
+                Block(block.name, form.plan, form.weights)
+                for block in program.manifest.blocks
+                for form in block.forms
+                if form.plan == plan.id
+            ]
             for block in members if weights == "packed" else [None]:
                 for variant in range(len(plan.variants)):
                     key = key_of(program, library, target, plan, variant, block)
