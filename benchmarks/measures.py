@@ -118,11 +118,7 @@ def glue_alone(compiled: CompiledTransformer, inputs: Mapping[str, Any]) -> Call
     given = [inputs[wanted.name] for wanted in glue.inputs]
 
     def call() -> None:
-        with answering(
-            lambda block, passed, form: [
-                passed[index] for index in plans[blocks[block].forms[max(form, 0)].plan].states
-            ]
-        ):
+        with answering(lambda block, passed, form: [passed[index] for index in plans[forms[block][form].plan].states]):
             graph(*given)
 
     return call

@@ -66,7 +66,7 @@ def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tole
 def guard_inputs(
     program: Program, inputs: Mapping[str, Any], device: torch.device
 ) -> dict[int, tuple[Form, list[Tensor]]]:
-    """The form that each guard calls its block in, and its inputs, when the glue runs on `inputs` and all are skipped."""
+    """The form and inputs that each guard calls its block with, when the glue runs on `inputs` and all are skipped."""
     tensors, constants = arguments.flatten(inputs)
     glue = arguments.find_glue(program.manifest.glues, tensors, constants)
     if glue is None:
