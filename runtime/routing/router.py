@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,46 @@ def read_streams(states: Sequence[Tensor]) -> list[Tensor]:
     return [state.flatten(1, -2) for state in states if state.shape[-1] == width]
 
 
-def activated(time: Tensor, function: str | None) -> Tensor:
-    """The time embedding after `function` of torch.nn.functional, unchanged where that is None."""
-    return time if function is None else getattr(F, function)(time)
+def hidden_mean(
+    config: RouterConfig, parameters: Mapping[str, Tensor], states: Sequence[Tensor], time: Tensor
+) -> Tensor:
+    """Token mean of h (B, H_r), equations 4 and 5, in the dtype of the router's `parameters` (named as in `Router`).
+
+    `states` are all of the block's (B, ..., D), of which `read_streams` are read; `time` is (B, E) or (1, E). No tensor
+    of the tokens' size is made beyond the normalised tokens: the modulation is folded into W, streams are projected one
+    by one instead of being joined. The mean is summed in float32: half precision overflows.
+    """
+    streams = read_streams(states)
+    weight, bias = _modulated(config, parameters, time)
+    activation = getattr(F, config.activation)
+    total: Tensor | None = None
+    for stream in streams:
+        normed = F.layer_norm(stream, stream.shape[-1:], eps=config.eps).to(weight.dtype)
+        part = activation(_project(normed, weight, bias)).sum(1, dtype=torch.float32)
+        total = part if total is None else total + part
+    assert total is not None
+    return (total / sum(stream.shape[1] for stream in streams)).to(weight.dtype)
+
+
+def _modulated(config: RouterConfig, parameters: Mapping[str, Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 + gamma) W (B, H_r, D) and delta W + b (B, H_r), of equation 4 put into 5."""
+    weight, bias = parameters["hidden.weight"], parameters["hidden.bias"]
+    if config.modulation == "none":
+        return weight[None], bias[None]
+    modulation = time.to(weight.dtype)
+    if config.time_activation is not None:
+        modulation = getattr(F, config.time_activation)(modulation)
+    for name in ("modulation",) if config.modulation == "full" else ("modulation.0", "modulation.1"):
+        modulation = F.linear(modulation, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+    gamma, delta = modulation.chunk(2, dim=1)
+    return torch.addcmul(weight, weight, gamma[:, None]), F.linear(delta, weight, bias)
+
+
+def _project(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b for tokens (B, L, D), with W (B or 1, H_r, D) and b (B or 1, H_r) of each row's own."""
+    if weight.shape[0] == 1:
+        return F.linear(stream, weight[0], bias[0])
+    return torch.baddbmm(bias[:, None], stream, weight.transpose(1, 2))
 
 
 class Router(nn.Module):
@@ -102,24 +139,7 @@ class Router(nn.Module):
             time: time embedding (B, E), or (1, E) shared by all rows.
 
         Returns:
-            gate logits (B,) and width logits (B, |S|), in the states' dtype.
+            gate logits (B,) and width logits (B, |S|), in the router's dtype.
         """
-        streams = read_streams(states)
-        joined = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
-        normed = F.layer_norm(joined, (self.dim,), eps=self.config.eps)
-        activation = getattr(F, self.config.activation)
-        hidden = activation(self._project(normed, time)).mean(dim=1)
+        hidden = hidden_mean(self.config, dict(self.named_parameters()), states, time)
         return self.gate(hidden)[:, 0], self.width(hidden)
-
-    def _project(self, normed: Tensor, time: Tensor) -> Tensor:
-        """x~ W + b, (B, L, H_r)."""
-        if self.modulation is None:
-            return self.hidden(normed)
-        embedding = activated(time.to(normed.dtype), self.config.time_activation)
-        gamma, delta = self.modulation(embedding).chunk(2, dim=1)
-        if normed.shape[1] <= self.config.hidden:
-            return self.hidden((1 + gamma)[:, None] * normed + delta[:, None])
-        # The same algebra with the modulation folded into W: B x H_r x D numbers instead of B x L x D.
-        weight = self.hidden.weight * (1 + gamma)[:, None]
-        bias = self.hidden(delta)[:, None].expand(len(normed), -1, -1)
-        return torch.baddbmm(bias, normed, weight.expand(len(normed), -1, -1).transpose(1, 2))
