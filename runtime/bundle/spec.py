@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
