@@ -303,7 +303,8 @@ class Session:
 
     def _check_weights(self, glue: Glue) -> None:
         """Refuse, or warn once, where the model beside the program has other weights by now."""
-        name = None if self._tracer is None or self._said_changed else self._tracer.changed()
+        known = self._tracer is None or (self._said_changed and glue.file is not None)
+        name = None if known else self._tracer.changed()  # type: ignore[union-attr]
         if name is None:
             return
         told = f"the model's weights have changed since it was compiled (first: {name})"

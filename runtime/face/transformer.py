@@ -299,5 +299,9 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         part = getattr(self._eager[0], name, None)
         if isinstance(part, nn.Module) and next(part.parameters(), None) is None:
             return part
-        more = f": {name} of the model runs the model's own weights; docs/your_model.md says how to compile it"
-        raise AttributeError(f"a compiled transformer has no attribute {name!r}{more if callable(part) else ''}")
+        why = ""
+        if isinstance(part, nn.Module):
+            why = ": this part of the model holds weights that are not those that run (to offload them, offload the whole)"
+        elif callable(part):
+            why = ": this method of the model runs the model's own weights (docs/your_model.md has methods beside forward)"
+        raise AttributeError(f"a compiled transformer has no attribute {name!r}{why}")
