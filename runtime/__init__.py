@@ -1,1 +1,1 @@
-"""What ships to production: bundles, engines, dispatch and the residual cache. docs/architecture.md lists the folders."""
+"""What ships to production: bundles, engines, dispatch, residuals. docs/architecture.md lists its folders."""

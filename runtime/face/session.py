@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from runtime import engines
-from runtime.base.errors import EditError, InputError, RecordError, ShapeError
+from runtime.base.errors import EditError, InnerShapeError, InputError, RecordError, ShapeError
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
@@ -145,7 +145,6 @@ class Session:
         glue, tensors = self._find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
         call = self._call(glue, given, tensors, constants)
-        self._check_weights(glue)
         return self._run(call, policy)
 
     def reset_counters(self) -> None:
@@ -261,6 +260,7 @@ class Session:
 
     def _on_device(self, request: Request, call: Call, policy: Decider) -> object:
         glue = call.glue
+        self._check_weights(glue, begins=request.elsewhere is None)
         with self._lock:
             if self._runner is None:
                 try:
@@ -278,12 +278,24 @@ class Session:
     def _on_host(self, request: Request, call: Call, policy: Decider) -> object:
         glue, seen = call.glue, request.look(call.sighting)
         branch = request.enter(seen)
+        self._check_weights(glue, begins=request.step == 0)
         assert request.trace is not None
         scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device))
         grow = None if self._tracer is None else partial(self._trace, call.given)
-        dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
-        with answering(dispatch):
-            result, outputs = self._answered(call)
+        already = len(request.trace)
+        try:
+            dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
+            with answering(dispatch):
+                result, outputs = self._answered(call)
+        except InnerShapeError:  # the model's own Python calls a block with other arguments, known only now
+            if grow is None or glue.file is not None:
+                raise
+            grow()
+            branch.clear()
+            request.trace.shorten(already)
+            dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
+            with answering(dispatch):
+                result, outputs = self._answered(call)
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
@@ -301,10 +313,10 @@ class Session:
         whole: Any = result.to_tuple() if hasattr(result, "to_tuple") else result
         return result, [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]
 
-    def _check_weights(self, glue: Glue) -> None:
-        """Refuse, or warn once, where the model beside the program has other weights by now."""
-        known = self._tracer is None or (self._said_changed and glue.file is not None)
-        name = None if known else self._tracer.changed()  # type: ignore[union-attr]
+    def _check_weights(self, glue: Glue, begins: bool) -> None:
+        """Refuse, or warn once as a generation `begins`, where the model has other weights than were compiled."""
+        asked = self._tracer is not None and (glue.file is None or (begins and not self._said_changed))
+        name = self._tracer.changed() if asked and self._tracer is not None else None
         if name is None:
             return
         told = f"the model's weights have changed since it was compiled (first: {name})"

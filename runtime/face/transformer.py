@@ -301,7 +301,9 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             return part
         why = ""
         if isinstance(part, nn.Module):
-            why = ": this part of the model holds weights that are not those that run (to offload them, offload the whole)"
+            why = (
+                ": this part of the model holds other weights than those that run (to offload them, offload the whole)"
+            )
         elif callable(part):
-            why = ": this method of the model runs the model's own weights (docs/your_model.md has methods beside forward)"
+            why = ": this method of the model runs the model's own weights (docs/your_model.md: methods beside forward)"
         raise AttributeError(f"a compiled transformer has no attribute {name!r}{why}")

@@ -56,6 +56,11 @@ class RequestTrace:
         columns["width"].extend(d if d > 0.0 else 0.0 for d in decisions)
         columns["done"].extend(SKIPPED if d == SKIP else REUSED if d == REUSE else COMPUTED for d in decisions)
 
+    def shorten(self, length: int) -> None:
+        """Forget all entries but the first `length`."""
+        for column in self._columns.values():
+            del column[length:]
+
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """The columns context, step, block, row, p, width, done as arrays (copies) of one length."""
         return {name: np.array(column) for name, column in self._columns.items()}
