@@ -35,6 +35,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     monkeypatch.setattr(runner, "recorder_for", cuda_graph.CudaRecorder)
+    monkeypatch.setattr(runner, "absent", lambda device: None)
     return cuda
 
 

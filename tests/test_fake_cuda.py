@@ -105,8 +105,14 @@ def arguments_on_gpu(inputs: Mapping[str, object], rows: int) -> dict[str, Tenso
 def calls(program: Program, inputs: dict[str, Tensor], table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = CompiledTransformer(program, "torch", ScheduledPolicy(table, routed=False))
     assert compiled.device == CUDA
+    compiled.memory_limit = 1 << 30  # there is no GPU to ask how much it has
     for step in range(len(table)):
-        landing = SimpleNamespace(fetch=lambda tensor, step=step: [1 - step / 10] * tensor.numel())
+        rows = len(inputs["timestep"])
+
+        def fetch(tensor: Tensor, step: int = step, rows: int = rows) -> list:
+            return [1 - step / 10] * rows + [0.0] * (tensor.numel() - rows)  # timesteps; then, the latents are the same
+
+        landing = SimpleNamespace(fetch=fetch)
         monkeypatch.setattr(transfer, "_landing", lambda tensor, landing=landing: landing)
         assert compiled(**inputs).sample.device == CUDA
     done = compiled.counters
@@ -124,8 +130,8 @@ def test_whole_calls_stay_on_the_gpu(made, fake, rows: int, table: np.ndarray, m
 def test_every_variant_and_router_stays_on_the_gpu(made, fake, rows: int) -> None:
     program, _ = made
     blocks = CompiledTransformer(on_gpu(program, fake), "torch")._session.blocks
-    assert {block.plan.kind for block in blocks.blocks} == {plan.kind for plan in program.manifest.plans}
-    for index, block in enumerate(blocks.blocks):
+    assert {block.plan.kind for (block,) in blocks.forms} == {plan.kind for plan in program.manifest.plans}
+    for index, (block,) in enumerate(blocks.forms):
         shapes = [tuple(rows if size is None else size for size in given.shape) for given in block.plan.inputs]
         given = [torch.empty(shape, device=CUDA) for shape in shapes]
         states = [given[place] for place in block.states]
@@ -141,6 +147,7 @@ def test_every_variant_and_router_stays_on_the_gpu(made, fake, rows: int) -> Non
 def test_routed_calls_read_the_timestep_and_the_logits_alone(made, fake, monkeypatch) -> None:
     program, inputs = made
     compiled = CompiledTransformer(on_gpu(program, fake), "torch")
+    compiled.memory_limit = 1 << 30
     given = arguments_on_gpu(inputs, 3)
     read: list[torch.Size] = []
 
@@ -160,12 +167,12 @@ def test_banks_stay_on_the_gpu(fake) -> None:
     index = transfer.row_index(rows, CUDA)
     parts = [state.index_select(dim, index) for dim, state in enumerate(states)]
     for whole_first in (True, False):
-        bank = Residuals(3, (0, 1))
+        bank = Residuals(states, (0, 1))
         if whole_first:
             bank.keep(states, states)
-        bank.keep_rows(rows, index, parts, parts)
+        bank.keep(parts, parts, rows, index)
         bank.keep(states, states)
-        for after in (*bank.reuse(states), *bank.reuse_rows(rows, index, parts)):
+        for after in (*bank.reuse(states), *bank.reuse(parts, rows, index)):
             assert after.device == CUDA
 
 

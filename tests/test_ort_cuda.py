@@ -256,6 +256,6 @@ def test_onnxruntime_gpu_without_its_libraries_is_refused(monkeypatch: pytest.Mo
 
 def test_it_is_not_moved() -> None:
     compiled = CompiledTransformer(programs.make(("single",)), "torch")
-    compiled.engine = ENGINE
+    compiled._session.engine = ENGINE
     with pytest.raises(EditError, match="'onnxruntime-cuda' runs where it was loaded"):
-        compiled.to("meta")
+        compiled._apply(lambda tensor: SimpleNamespace(is_meta=False, device="cuda:0", dtype=tensor.dtype))

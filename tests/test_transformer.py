@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +16,6 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.face.transformer import CompiledTransformer
-from runtime.requests.trace import COMPUTED, REUSED
 from runtime.routing.policy import REUSE, RoutingPolicy, ScheduledPolicy
 from tests import programs
 
@@ -214,98 +212,6 @@ def test_saving_keeps_the_policy(tmp_path) -> None:
     again = CompiledTransformer(bundle.load(tmp_path / "x"), "onnxruntime")
     assert again.policy == RoutingPolicy(0.3, 0.2, 1)
     torch.testing.assert_close(again(**programs.inputs(2)).sample, model(**programs.inputs(2)).sample)
-
-
-class Tracer:
-    """Makes the program of hand grow by a glue for each other scale."""
-
-    def __init__(self, kinds: tuple[str, ...] = ("single",)) -> None:
-        self.whole = programs.make(kinds)
-        self.calls: list[dict[str, object]] = []
-        self.moves = 0
-
-    def untraced(self) -> Program:
-        manifest = replace(self.whole.manifest, plans=(), blocks=(), glues=())
-        return Program(manifest, {}, {}, {})
-
-    def changed(self) -> str | None:
-        return None
-
-    def apply(self, fn) -> None:
-        self.moves += 1
-
-    def __call__(self, given, program):
-        self.calls.append(dict(given))
-        time.sleep(0.05)
-        (glue,) = self.whole.manifest.glues
-        glues = (
-            *program.manifest.glues,
-            replace(glue, id=f"{len(self.calls)}", constants={"scale": given.get("scale")}),
-        )
-        return with_glues(self.whole, *glues)
-
-
-def lazy(**options) -> tuple[CompiledTransformer, Tracer]:
-    tracer = Tracer()
-    return CompiledTransformer(tracer.untraced(), "torch", tracer=tracer, **options), tracer
-
-
-def test_a_lazy_transformer_traces_at_its_first_call() -> None:
-    eager = nn.Linear(1, 1)
-    model, tracer = lazy(eager=eager)
-    assert model.config["in_channels"] == programs.C
-    assert [id(p) for p in model.parameters()] == [id(p) for p in eager.parameters()]
-    with pytest.raises(EditError, match="once"):
-        model.save("nowhere")
-    model.to("cpu")
-    assert tracer.moves == 1  # nothing is compiled yet: the model itself is moved
-    model(**programs.inputs(1))
-    model(**programs.inputs(3, timestep=0.5))
-    assert len(tracer.calls) == 1
-    model(**programs.inputs(1), scale=2.0)
-    assert [call.get("scale") for call in tracer.calls] == [None, 2.0]
-    assert model.state_dict().keys() >= {"blocks.0.up", "glue.into"}
-
-
-def test_threads_that_need_the_same_trace_make_it_once() -> None:
-    model, tracer = lazy()
-    in_threads([lambda: model(**programs.inputs(1))] * 3)
-    assert len(tracer.calls) == 1
-
-
-def test_tracing_in_one_thread_disturbs_no_request_of_another() -> None:
-    model, tracer = lazy(policy=ScheduledPolicy(np.full((9, 1), REUSE)))
-    first, second = threading.Event(), threading.Event()
-
-    def waiting() -> None:
-        model(**programs.inputs(1))
-        first.set()
-        assert second.wait(20)
-        model(**programs.inputs(1, timestep=0.5))
-
-    def tracing() -> None:
-        assert first.wait(20)
-        model(**programs.inputs(1), scale=3.0)
-        second.set()
-
-    with model.request("named"):
-        model(**programs.inputs(1))
-    in_threads([waiting, tracing])
-    with model.request("named"):
-        model(**programs.inputs(1, timestep=0.5))
-    assert len(tracer.calls) == 2
-    done = sorted((record.arrays()["done"].tolist() for record in model.trace), key=len)
-    assert done == [[COMPUTED], [COMPUTED, REUSED], [COMPUTED, REUSED]]
-
-
-def test_tracing_disturbs_no_request() -> None:
-    model, tracer = lazy(policy=ScheduledPolicy(np.full((9, 1), REUSE)))
-    for timestep, scale in ((1.0, None), (0.8, None), (0.8, 2.0), (0.6, None), (0.6, 2.0)):
-        model(**programs.inputs(1, timestep=timestep), scale=scale)
-    assert len(tracer.calls) == 2
-    columns = model.trace[0].arrays()  # calls with other constants are another branch
-    assert columns["step"].tolist() == [0, 1, 1, 2, 2]
-    assert columns["done"].tolist() == [COMPUTED, REUSED, COMPUTED, REUSED, REUSED]
 
 
 def in_threads(works: list[Callable[[], object]]) -> list[object]:

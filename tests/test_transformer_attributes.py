@@ -14,7 +14,7 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from tests import programs
-from tests.test_transformer import lazy
+from tests.test_transformer_lazy import lazy
 
 
 class Model(nn.Module):

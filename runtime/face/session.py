@@ -1,4 +1,4 @@
-"""A program on one engine, and all that is remembered of its calls: where a call finds its glue, and is run."""
+"""Calls of a program, run on the host or on the device, and all that is remembered of them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from runtime import engines
 from runtime.base.errors import EditError, InnerShapeError, InputError, RecordError, ShapeError
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
-from runtime.calls.bound import BoundBlocks, glue_graph
 from runtime.calls.dispatch import Dispatch, Scene
 from runtime.device.policy import why_not
 from runtime.device.runner import DeviceRunner, make_runner, why_not_here
 from runtime.device.state import DeviceState
 from runtime.face import arguments
 from runtime.face.arguments import Constant
-from runtime.face.output import Config, Output
+from runtime.face.growing import GrowingProgram, Tracer
+from runtime.face.output import Output
 from runtime.requests.registry import Requests
 from runtime.requests.request import Request
 from runtime.requests.scope import current_context
 from runtime.requests.sighting import Sighting
-from runtime.requests.trace import Costs, Counters, Trace, work
+from runtime.requests.trace import Counters, Trace, work
 from runtime.routing.policy import Decider
 
 log = logging.getLogger(__name__)
@@ -41,22 +40,6 @@ KEPT = 16
 
 Host = Callable[..., object]
 """The model's forward with guards for blocks, for programs whose glue is hosted."""
-
-
-class Tracer(Protocol):
-    """What can make a program grow: the compiler with the model beside it."""
-
-    def __call__(self, given: Mapping[str, object], program: Program) -> Program:
-        """`program` and what a call with the arguments `given` needs beyond it; EditError where that cannot be made."""
-
-    def changed(self) -> str | None:
-        """Name of a weight of the model that is not what it was at the first trace; None where all are."""
-
-    def untraced(self) -> Program:
-        """A program that says what the model is and holds nothing yet."""
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move or cast the model, as `torch.nn.Module.to` does."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +52,8 @@ class Call:
     sighting: Sighting
 
 
-class Session:
-    """`program`, which grows by `tracer` where there is one, on the engine called `engine`.
-
-    `trace` and `counters` hold what was decided and done. `grown` is called with every program that is run from then
-    on. Raises EngineError where the engine cannot run the program here.
-    """
+class Session(GrowingProgram):
+    """A program that grows, with the requests that call it; `trace` and `counters` hold what was decided and done."""
 
     def __init__(
         self,
@@ -87,65 +66,31 @@ class Session:
     ) -> None:
         if dispatch not in ("host", "device"):
             raise EditError(f"dispatch is {dispatch!r}: say 'host' or 'device'")
-        self.engine, self.wanted = engine, dispatch
+        super().__init__(program, engine, tracer, grown)
+        self.wanted = dispatch
         self.trace = Trace(KEPT)
         self.counters = Counters()
-        self.requests = Requests(lambda name, trusted: Request(name, self.trace, trusted))
-        self._tracer, self._host, self._grown = tracer, host, grown
-        self._lock, self._counting = threading.RLock(), threading.Lock()
-        self._note: str | None = None
-        self._said_changed = False
-        self._start(program)
-
-    def grow(self, program: Program) -> None:
-        """Run `program`, which has all that was there before, from now on; what runs goes on undisturbed."""
-        before = self.program
-        if not before.manifest.blocks:
-            self._start(program)
-            return
-        new = {key: tensor for key, tensor in program.weights.items() if key not in before.weights}
-        placed = engines.placed(self.engine, replace(program, weights=new, routers={}))
-        program = replace(program, weights={**before.weights, **placed.weights}, routers=before.routers)
-        self.blocks.grow(program)
-        self._run_from_now_on(program)
-
-    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Have `fn` move all tensors to another device; residuals stay behind."""
-        with self._lock:
-            self.settle()
-            weights = {key: fn(tensor) for key, tensor in self.program.weights.items()}
-            routers = {key: fn(tensor) for key, tensor in self.program.routers.items()}
-            self._start(replace(self.program, weights=weights, routers=routers))
-            self.requests.lose_all()
-
-    def _start(self, program: Program) -> None:
-        """Run `program` and forget what was made for another."""
-        program = engines.placed(self.engine, program)
-        self.blocks = BoundBlocks(program, self.engine)
-        self.config = Config(program.manifest.config)
-        self.dtype: torch.dtype = getattr(torch, program.manifest.dtype)
-        tensors = (*program.weights.values(), *program.routers.values())
-        self.device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        self.requests = Requests(self.trace)
+        self._host = host
+        self._counting = threading.Lock()
         self._runner: DeviceRunner | None = None
         self._no_runner: str | None = None
-        self._graphs: dict[str, Callable[..., Sequence[Tensor]]] = {}
-        self._costs: dict[str, Costs] = {}
-        self._found: dict[object, Glue] = {}
-        self._run_from_now_on(program)
-
-    def _run_from_now_on(self, program: Program) -> None:
-        for glue in program.manifest.glues:
-            self._costs[glue.id] = {(cost.plan, cost.variant): cost for cost in glue.costs}
-        self.program = program
-        self._grown(program)
+        self._note: str | None = None
+        self._said_changed = False
 
     def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
         """The model's output for the arguments `given`."""
         flat, constants = arguments.flatten(given)
-        glue, tensors = self._find(given, flat, constants)
+        glue, tensors = self.find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
-        call = self._call(glue, given, tensors, constants)
-        return self._run(call, policy)
+        return self._run(self._call(glue, given, tensors, constants), policy)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Have `fn` move all tensors to another device; residuals stay behind."""
+        self.settle()
+        super().move(fn)
+        self._runner = self._no_runner = None
+        self.requests.lose_all()
 
     def reset_counters(self) -> None:
         """Start counting anew."""
@@ -170,43 +115,6 @@ class Session:
         if self.wanted == "device" and self._note is None:
             return why_not_here(self.blocks, self.device)
         return self._note
-
-    def graph(self, glue: Glue) -> Callable[..., Sequence[Tensor]]:
-        """A glue's graph with its weights."""
-        found = self._graphs.get(glue.id)
-        if found is None:
-            found = self._graphs[glue.id] = glue_graph(self.program, glue, self.device)
-        return found
-
-    def _find(
-        self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
-    ) -> tuple[Glue, Mapping[str, Tensor]]:
-        """The glue for these arguments, traced first if need be, and the tensors as it takes them."""
-        form = (tuple((name, t.shape, t.dtype) for name, t in tensors.items()), tuple(constants.items()))
-        found = self._found.get(form) or self._search(tensors, constants)
-        if found is None and self._tracer is not None:
-            with self._lock:
-                found = self._search(tensors, constants)  # another thread may have traced it meanwhile
-                if found is None:
-                    self._trace(given)
-                    found = self._search(tensors, constants)
-        if found is not None:
-            self._found[form] = found
-            return found, tensors
-        manifest = self.program.manifest
-        cast = arguments.retyped(manifest.glues, tensors, constants, manifest.timestep)
-        found = None if cast is None else self._search(cast, constants)
-        if cast is None or found is None:
-            raise arguments.explain(manifest.glues, tensors, constants)
-        return found, cast
-
-    def _search(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
-        return arguments.find_glue(self.program.manifest.glues, tensors, constants)
-
-    def _trace(self, given: Mapping[str, object]) -> None:
-        assert self._tracer is not None
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            self.grow(self._tracer(given, self.program))
 
     def _call(
         self, glue: Glue, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
@@ -246,7 +154,10 @@ class Session:
         except (ValueError, IndexError, RuntimeError) as error:
             if isinstance(error, (EditError, torch.OutOfMemoryError)):
                 raise
-            raise _explained(call, error) from error
+            explained = _explained(call, error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _why_on_host(self, glue: Glue, policy: Decider) -> str | None:
         """Why a call is decided on the host, as far as that is known before it; None where the device may decide."""
@@ -270,7 +181,7 @@ class Session:
                     raise
         inputs = {given.name: call.tensors[given.name] for given in glue.inputs}
         advanced = partial(_advanced, glue)
-        costs = self._costs[glue.id]
+        costs = self.costs[glue.id]
         outputs = self._runner(request, glue, self.graph(glue), inputs, call.sighting, policy, costs, advanced)
         self._note = None
         return _named(glue, outputs, call.given)
@@ -281,7 +192,7 @@ class Session:
         self._check_weights(glue, begins=request.step == 0)
         assert request.trace is not None
         scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device))
-        grow = None if self._tracer is None else partial(self._trace, call.given)
+        grow = None if self.tracer is None else partial(self.retrace, call.given)
         already = len(request.trace)
         try:
             dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
@@ -299,7 +210,7 @@ class Session:
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
-        self._count(glue, work(dispatch.answered, self._costs[glue.id]), dispatch.rows)
+        self._count(glue, work(dispatch.answered, self.costs[glue.id]), dispatch.rows)
         return result
 
     def _answered(self, call: Call) -> tuple[object, Sequence[Any]]:
@@ -315,8 +226,8 @@ class Session:
 
     def _check_weights(self, glue: Glue, begins: bool) -> None:
         """Refuse, or warn once as a generation `begins`, where the model has other weights than were compiled."""
-        asked = self._tracer is not None and (glue.file is None or (begins and not self._said_changed))
-        name = self._tracer.changed() if asked and self._tracer is not None else None
+        asked = self.tracer is not None and (glue.file is None or (begins and not self._said_changed))
+        name = self.tracer.changed() if asked and self.tracer is not None else None
         if name is None:
             return
         told = f"the model's weights have changed since it was compiled (first: {name})"
@@ -370,8 +281,8 @@ def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -
     return tuple(named.values()) if plain or not given.get("return_dict", True) else Output(named.items())
 
 
-def _explained(call: Call, error: Exception) -> Exception:
-    """`error` of a call, or what a user can make of it."""
+def _explained(call: Call, error: Exception) -> EditError | None:
+    """What a user can make of `error`; None where that says it itself."""
     rows = arguments.rows(call.glue, call.tensors)
     if len(set(rows.values())) > 1 or 0 in rows.values():
         told = ", ".join(f"{name} {count}" for name, count in rows.items())
@@ -379,4 +290,4 @@ def _explained(call: Call, error: Exception) -> Exception:
     if call.glue.sized_by:
         names = ", ".join(call.glue.sized_by)
         return ShapeError(f"not compiled for sizes as the values of {names} tell here, compile with such, too: {error}")
-    return error
+    return None

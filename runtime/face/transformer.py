@@ -20,7 +20,8 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.face import arguments
 from runtime.face.adapters import WithoutAdapters, refuse_adapters
-from runtime.face.session import Host, Session, Tracer
+from runtime.face.growing import Tracer
+from runtime.face.session import Host, Session
 from runtime.requests.scope import cache_context, named_request
 from runtime.requests.trace import Counters, Trace
 from runtime.routing.policy import Decider, RoutingPolicy
@@ -125,7 +126,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs have to be."""
-        first = next(iter(self._parameters.values()), None)
+        first = None if self.program.manifest.blocks else next(iter(self._parameters.values()), None)
         return self._session.device if first is None else first.device
 
     @property

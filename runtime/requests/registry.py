@@ -6,15 +6,16 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from runtime.base.errors import BusyError
+from runtime.requests.request import Request
 from runtime.requests.scope import current_request
+from runtime.requests.trace import Trace
 
 NAMES = 4096
 """Named requests whose step is remembered."""
@@ -22,44 +23,24 @@ SHARE = 4
 """Residuals may take one part in so many of a device's memory, unless a limit is set."""
 
 
-class Held(Protocol):
-    """A request as `Requests` needs it."""
-
-    name: str
-    busy: threading.Lock
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that `lose` would free."""
-
-    def lose(self) -> None:
-        """Give up residuals, but not the place."""
-
-    def forget(self) -> None:
-        """Take back what was traced."""
-
-
-H = TypeVar("H", bound=Held)
-
-
-class Requests(Generic[H]):
-    """Requests made by ``make(name, trusted)``, where `trusted` says that the caller named it.
+class Requests:
+    """Requests, traced in `traces`.
 
     Unnamed requests belong to their thread and vanish with it. Named ones stay until they are dropped. Where all of
     them together hold more than `limit` bytes, those used longest ago lose their residuals, but not their step; beyond
     NAMES names, the one used longest ago is forgotten. Both are said in a warning.
     """
 
-    def __init__(self, make: Callable[[str, bool], H]) -> None:
+    def __init__(self, traces: Trace) -> None:
         self.limit: int | None = None
-        self._make = make
-        self._named: OrderedDict[str, H] = OrderedDict()
+        self._traces = traces
+        self._named: OrderedDict[str, Request] = OrderedDict()
         self._own = threading.local()
-        self._sizes: WeakKeyDictionary[H, int] = WeakKeyDictionary()  # the one used last comes last
+        self._sizes: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # the one used last comes last
         self._lock = threading.Lock()
 
     @contextmanager
-    def held(self, device: torch.device) -> Iterator[H]:
+    def held(self, device: torch.device) -> Iterator[Request]:
         """The current request, nobody else's meanwhile; BusyError if another thread has it.
 
         An exception inside forgets the request and what was traced of it.
@@ -77,11 +58,11 @@ class Requests(Generic[H]):
         finally:
             request.busy.release()
 
-    def existing(self) -> H | None:
+    def existing(self) -> Request | None:
         """The current request, None where there is none yet."""
         name = current_request()
         with self._lock:
-            found: H | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
+            found: Request | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
             return found
 
     def drop(self) -> None:
@@ -100,17 +81,17 @@ class Requests(Generic[H]):
         for request in everyone:
             _lose_if_idle(request)
 
-    def _current(self) -> H:
+    def _current(self) -> Request:
         name = current_request()
         if name is None:
             if not hasattr(self._own, "request"):
-                self._own.request = self._make(threading.current_thread().name, False)
-            own: H = self._own.request
+                self._own.request = Request(threading.current_thread().name, self._traces)
+            own: Request = self._own.request
             return own
         with self._lock:
             request = self._named.get(name)
             if request is None:
-                request = self._named[name] = self._make(name, True)
+                request = self._named[name] = Request(name, self._traces, trusted=True)
             self._named.move_to_end(name)
             forgotten = [self._named.popitem(last=False)[0] for _ in range(len(self._named) - NAMES)]
         if forgotten:
@@ -122,7 +103,7 @@ class Requests(Generic[H]):
             )
         return request
 
-    def _abandon(self, request: H) -> None:
+    def _abandon(self, request: Request) -> None:
         """Forget `request` and what was traced of it."""
         request.forget()
         with self._lock:
@@ -131,7 +112,7 @@ class Requests(Generic[H]):
             if self._own.__dict__.get("request") is request:
                 del self._own.request
 
-    def _weigh(self, request: H, device: torch.device) -> None:
+    def _weigh(self, request: Request, device: torch.device) -> None:
         """Note the size of `request`, used last, and free others' where all are beyond the limit."""
         size = request.nbytes
         with self._lock:
@@ -155,12 +136,10 @@ class Requests(Generic[H]):
             )
 
     def _limit_on(self, device: torch.device) -> int:
-        if self.limit is None:
-            self.limit = _memory(device) // SHARE
-        return self.limit
+        return _memory(device) // SHARE if self.limit is None else self.limit
 
 
-def _lose_if_idle(request: Held) -> bool:
+def _lose_if_idle(request: Request) -> bool:
     if not request.busy.acquire(blocking=False):
         return False
     try:
