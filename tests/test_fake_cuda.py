@@ -126,6 +126,19 @@ def test_whole_calls_stay_on_the_gpu(made, fake, rows: int, table: np.ndarray, m
     calls(on_gpu(program, fake), arguments_on_gpu(inputs, rows), table, monkeypatch)
 
 
+def test_a_move_with_a_dtype_moves_and_casts_nothing(made, fake) -> None:
+    """As pipelines move their parts: ``pipeline.to("cuda", torch.float16)``."""
+    program, _ = made
+    compiled = CompiledTransformer(on_gpu(program, fake), "torch")
+    with pytest.warns(RuntimeWarning, match="keeps computing in float32"):
+        compiled.to("cpu", torch.float16)
+    assert (compiled.device.type, compiled.dtype) == ("cpu", torch.float16)
+    for before, after in ((program.weights, compiled.program.weights), (program.routers, compiled.program.routers)):
+        assert {key: (t.dtype, "cpu") for key, t in before.items()} == {
+            key: (t.dtype, t.device.type) for key, t in after.items()
+        }
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_variant_and_router_stays_on_the_gpu(made, fake, rows: int) -> None:
     program, _ = made

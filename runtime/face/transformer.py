@@ -235,7 +235,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
                 raise EditError(
                     f"engine {self.engine!r} runs where it was loaded: to run on {after.device}, compile or load there"
                 )
-            self._session.move(fn)
+            self._session.move(lambda tensor: tensor.to(after.device))  # `fn` may cast, too
         if after.dtype != before.dtype:
             self._take(after.dtype)
         return self
