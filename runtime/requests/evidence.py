@@ -65,10 +65,10 @@ class Chain:
         return (vectors @ vectors.mT).double()
 
     def begins_again(self, sample: Tensor) -> Tensor:
-        """Whether latents are those of the first call: () bool. Does not synchronise with the device."""
-        if sample.shape != self.first.shape:
-            return torch.zeros((), dtype=torch.bool, device=sample.device)
-        return (sample == self.first).all()
+        """Whether every row has latents of the first call: () bool. Does not synchronise with the device."""
+        if len(sample) == len(self.first):
+            return (sample == self.first).all()
+        return (sample[:, None] == self.first).all(-1).any(1).all()
 
     def begin_where(self, new: Tensor, sample: Tensor) -> None:
         """Take `sample` for that of the first call where `new` () bool. Does not synchronise with the device."""
