@@ -85,7 +85,8 @@ class Chain:
 
 def continues(gram: np.ndarray, eps: float, near: bool) -> bool:
     """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k); `near`: being near is enough."""
-    return all(_row_continues(row, eps, near) for row in gram)
+    with np.errstate(all="ignore"):  # latents that are not finite do not continue
+        return all(_row_continues(row, eps, near) for row in gram)
 
 
 def _row_continues(gram: np.ndarray, eps: float, near: bool) -> bool:
