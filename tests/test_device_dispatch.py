@@ -84,9 +84,16 @@ def test_traces_and_counters_are_those_of_the_host(recorder: Emulator, routers: 
         for dispatch in ("host", "device")
     ]
     for step in range(4):
-        host, device = (call(model, 1 - step / 4, seed=step) for model in models)
+        outputs = []
+        for model in models:
+            with model.request("one"):
+                outputs.append(call(model, 1 - step / 4, seed=step))
+        host, device = outputs
         torch.testing.assert_close(device, host, rtol=0, atol=0)
     host, device = models
+    assert len(host.trace) == len(device.trace) == 1
+    assert set(host.trace[0].arrays()["step"]) == {0, 1, 2, 3}
+    assert set(host.trace[0].arrays()["done"]) == {SKIPPED, REUSED, COMPUTED}
     assert host.counters == device.counters
     assert device.counters.calls == 4
     for name, column in host.trace[0].arrays().items():
@@ -176,13 +183,15 @@ def test_threads_are_as_if_alone(recorder: Emulator) -> None:
     model = on_device()
 
     def trajectory(target: CompiledTransformer, seed: int) -> list[torch.Tensor]:
-        return [call(target, 1 - n / 3, 100 * seed + n) for n in range(3)]
+        with target.request(f"{seed}"):
+            return [call(target, 1 - n / 3, 100 * seed + n) for n in range(3)]
 
     for seed in range(2):
         (samples,) = in_threads([lambda seed=seed: trajectory(model, seed)])
         host = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE)
         for got, expected in zip(samples, trajectory(host, seed), strict=True):
             torch.testing.assert_close(got, expected)
+        assert done(model, seed) == [COMPUTED, REUSED, REUSED]
 
 
 def test_outputs_are_not_overwritten_by_later_calls(recorder: Emulator) -> None:

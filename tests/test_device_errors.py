@@ -132,12 +132,13 @@ def test_shapes_that_cannot_be_recorded_are_tried_once(
     monkeypatch.setattr(recorder, "record", record)
     for number in range(6):
         for context in ("cond", "uncond"):
-            with device.cache_context(context):
+            with device.request("one"), device.cache_context(context):
                 got = call(device, 1 - number / 6, seed=number)
-            with host.cache_context(context):
+            with host.request("one"), host.cache_context(context):
                 torch.testing.assert_close(got, call(host, 1 - number / 6, seed=number))
     assert len(tried) == (1 if when == "the first" else 2)
     assert device.dispatch == "host" and "out of memory" in device.dispatch_note
+    assert {int(s) for record in device.trace for s in record.arrays()["step"]} == set(range(6))
 
 
 def test_buffers_that_do_not_fit_fall_back_too(recorder: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runtime.base import transfer
 from runtime.face.transformer import CompiledTransformer
+from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
 from runtime.routing.policy import RoutingPolicy
 from tests import programs
 
@@ -114,9 +115,10 @@ def test_a_regrouping_that_was_seen_before_makes_no_row_numbers() -> None:
     compiled = CompiledTransformer(program, "torch", RoutingPolicy(threshold=0.35, margin=0.4, max_reuse=2))
     transfer.row_index.cache_clear()
     for _ in range(2):
-        compiled._reset_stateful_cache()
         made = transfer.row_index.cache_info().misses
-        for step in range(6):
-            compiled(**programs.inputs(4, seed=step, timestep=1 - step / 6))
+        with compiled.request():
+            for step in range(6):
+                compiled(**programs.inputs(4, seed=step, timestep=1 - step / 6))
+        assert set(compiled.trace[-1].arrays()["done"]) == {SKIPPED, REUSED, COMPUTED}
     assert transfer.row_index.cache_info().misses == made
     assert transfer.row_index.cache_info().hits > 0
