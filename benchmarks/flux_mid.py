@@ -26,7 +26,7 @@ from rich.table import Table
 import edit_compile
 from benchmarks.configurations import FLUX_MID, Place
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
-from benchmarks.memory import measure_memory
+from benchmarks.memory import measure_memory, tensor_bytes
 from edit_compile.benchmarking import benchmark
 from edit_compile.compiler import compile as compile_model
 from edit_compile.elastic import ElasticTransformer
@@ -92,7 +92,7 @@ def run(
     inputs = shape.inputs(model)
     bundle = folder / f"{shape.name}-{engine}.edit"
     elastic = edit_compile.elasticize(model, inputs, config=edit_compile.RouterConfig(modulation=modulation))
-    compile_seconds = _compile(elastic, inputs, engine, bundle)
+    compile_seconds, held = _compile(elastic, inputs, engine, bundle)
     compiled, load_seconds = _load(bundle, engine)
     blocks = len(compiled.program.manifest.blocks)
     compiled.policy = ScheduledPolicy.at_budget(shape.steps, blocks, GATE, WIDTH)
@@ -105,7 +105,8 @@ def run(
         "comparison": json.loads(comparison.to_json()),
         "widths": width_costs(model, compiled, inputs, shape.repeats),
         "dispatch": asdict(dispatch_cost(compiled, inputs, shape.repeats)),
-        "memory": measure_memory(bundle, engine, comparison.dense_bytes),
+        "memory": measure_memory(bundle, engine, comparison.dense_bytes)
+        | {"held_after_compile": held / comparison.dense_bytes},
         "builds": {"compile_seconds": compile_seconds, "load_seconds": load_seconds} | plan_counts(compiled),
         "inductor": _inductor(model, compiled, inputs, shape) if compare_inductor else None,
     }
@@ -117,10 +118,20 @@ def _inductor(
     return against_inductor(torch.compile(model, dynamic=False), compiled, inputs, shape.repeats)
 
 
-def _compile(elastic: ElasticTransformer, inputs: dict[str, Any], engine: str, bundle: Path) -> float:
-    started = time.perf_counter()
-    compile_model(elastic, inputs=inputs, engine=engine, output=bundle)
-    return time.perf_counter() - started
+def _compile(elastic: ElasticTransformer, inputs: dict[str, Any], engine: str, bundle: Path) -> tuple[float, int]:
+    """Seconds of it, and bytes of the tensors that it leaves behind: the compiled weights, and what else is held."""
+    before, started = tensor_bytes(), time.perf_counter()
+    compiled = compile_model(elastic, inputs=inputs, engine=engine, output=bundle)
+    seconds = time.perf_counter() - started
+    held = tensor_bytes() - before
+    del compiled
+    return seconds, held
+
+
+def _held(run: dict[str, Any]) -> str:
+    """Of runs recorded before it was measured, nothing."""
+    held = run["memory"].get("held_after_compile")
+    return "" if held is None else f"{held:.3f}"
 
 
 def _load(bundle: Path, engine: str) -> tuple[CompiledTransformer, dict[str, float]]:
@@ -165,6 +176,7 @@ ROWS: dict[str, Any] = {
         f"{run['dispatch']['unrouted_us']:.0f} ({run['dispatch']['routed_us']:.0f} with its router)"
     ),
     "P4 resident weights / dense": lambda run: f"{run['comparison']['memory']:.3f}",
+    "P4 tensors that compile leaves behind / dense weights": lambda run: _held(run),
     "P4 resident memory of a fresh process / dense weights": lambda run: f"{run['memory']['ratio']:.2f}",
     "P5 engines": lambda run: f"{run['builds']['engines']} for {run['builds']['blocks']} blocks",
     "P5 seconds to compile; load cold, warm": lambda run: (

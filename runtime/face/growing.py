@@ -36,6 +36,10 @@ class Tracer(Protocol):
         """Move or cast the model, as `torch.nn.Module.to` does."""
 
 
+FORMS = 1024
+"""Forms of call whose glue is found at once."""
+
+
 class GrowingProgram:
     """`program` on the engine called `engine`, which grows by `tracer` where there is one.
 
@@ -81,6 +85,8 @@ class GrowingProgram:
                     self.retrace(given)
                     found = self._search(tensors, constants)
         if found is not None:
+            if len(self._found) >= FORMS:
+                self._found.clear()
             self._found[form] = found
             return found, tensors
         manifest = self.program.manifest

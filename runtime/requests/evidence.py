@@ -65,10 +65,10 @@ class Chain:
         return (vectors @ vectors.mT).double()
 
     def begins_again(self, sample: Tensor) -> Tensor:
-        """Whether latents are those of the first call: () bool. Does not synchronise with the device."""
-        if sample.shape != self.first.shape:
-            return torch.zeros((), dtype=torch.bool, device=sample.device)
-        return (sample == self.first).all()
+        """Whether every row has latents of the first call: () bool. Does not synchronise with the device."""
+        if len(sample) == len(self.first):
+            return (sample == self.first).all()
+        return (sample[:, None] == self.first).all(-1).any(1).all()
 
     def begin_where(self, new: Tensor, sample: Tensor) -> None:
         """Take `sample` for that of the first call where `new` () bool. Does not synchronise with the device."""
@@ -85,7 +85,8 @@ class Chain:
 
 def continues(gram: np.ndarray, eps: float, near: bool) -> bool:
     """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k); `near`: being near is enough."""
-    return all(_row_continues(row, eps, near) for row in gram)
+    with np.errstate(all="ignore"):  # latents that are not finite do not continue
+        return all(_row_continues(row, eps, near) for row in gram)
 
 
 def _row_continues(gram: np.ndarray, eps: float, near: bool) -> bool:
