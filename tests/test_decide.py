@@ -18,7 +18,7 @@ from runtime.device.recorder import Condition
 from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
 from runtime.requests.evidence import continues
-from runtime.requests.rule import Arrival, Verdict, advance
+from runtime.requests.rule import Arrival, Verdict, advance, turns_back
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel, library
 
@@ -148,7 +148,7 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
         gram = None if kind is None else np.array([GRAMS[kind]])
         again = begun is not None and kind is not None and first and (left or begun == (branch, times))
         left = left or (kind is not None and not first)
-        on = None if gram is None else continues(gram, 1e-7, near=not renewed)
+        on = None if gram is None else continues(gram, 1e-7, near=not renewed and not turns_back(place, times))
         arrival = Arrival(times, ticks[branch] == tick, on, again, renewed, trusted)
         before, (place, verdict) = place, advance(place, arrival)
         if verdict is not Verdict.GOES_ON:

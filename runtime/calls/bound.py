@@ -97,8 +97,10 @@ class BoundBlocks:
     def grow(self, program: Program) -> None:
         """Take in the forms of blocks that `program` has more than there were."""
         self._program = program
-        for own, block in zip(self.forms, program.manifest.blocks, strict=True):
-            own.extend([self._bind(block, form) for form in block.forms[len(own) :]])
+        pairs = zip(self.forms, program.manifest.blocks, strict=True)
+        new = [[self._bind(block, form) for form in block.forms[len(own) :]] for own, block in pairs]
+        for own, forms in zip(self.forms, new, strict=True):  # all of them or, where one does not bind, none
+            own.extend(forms)
 
     def named(self, block: int, form: int) -> BoundBlock:
         """`form` of `block`; the first where the form is ANY."""

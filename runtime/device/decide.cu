@@ -62,9 +62,9 @@ extern "C" __global__ void advance(
         down |= time[row] < last[row];
         same &= time[row] == begun[row];
     }
-    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, !renewed);
     int moved = up || down, direction = up && down ? 0 : up - down;
     int turned = (up && down) || direction * clock[DIRECTION] < 0;
+    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, !renewed && !turned);
     int another = !moved && own[OWN_TICK] != clock[TICK];
     int again = rows && *first && (clock[LEFT] || (same && branch == clock[BRANCH]));
     if (rows && !*first) clock[LEFT] = 1;

@@ -205,7 +205,8 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         known = {i.name: getattr(torch, i.dtype) for glue in self.program.manifest.glues for i in glue.inputs}
 
         def cast(name: str, tensor: Tensor) -> Tensor:
-            return tensor.to(known.get(name, self._session.dtype)) if tensor.dtype == source else tensor
+            wanted = known.get(name, self._session.dtype)
+            return tensor.to(wanted) if tensor.dtype == source and wanted.is_floating_point else tensor
 
         return arguments.mapped(given, cast)
 
@@ -264,12 +265,17 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTransformer:
-        """A twin over the same weights, which are never written to, with requests of its own."""
+        """A twin over the same weights, which are never written to, with requests of its own. It does not grow.
+
+        A tracer makes one program grow. EditError where nothing has been compiled yet.
+        """
+        if not self.program.manifest.blocks:
+            raise EditError("nothing is compiled yet that could be copied: call the compiled transformer once")
         twin = CompiledTransformer(
             self.program,
             self.engine,
             self._policy,
-            self._tracer,
+            None,
             host=self._host,
             eager=self._eager[0],
             dispatch=self._session.wanted,

@@ -74,11 +74,14 @@ class Requests:
             else:
                 self._named.pop(name, None)
 
+    def everyone(self) -> list[Request]:
+        """All requests that have been called."""
+        with self._lock:
+            return list(self._sizes)
+
     def lose_all(self) -> None:
         """Have every request that is not running give up its residuals."""
-        with self._lock:
-            everyone = list(self._sizes)
-        for request in everyone:
+        for request in self.everyone():
             _lose_if_idle(request)
 
     def _current(self) -> Request:

@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.requests.bank import Residuals
 from runtime.requests.conditioning import Conditioning
 from runtime.requests.evidence import Chain, continues
-from runtime.requests.rule import Arrival, Place, Verdict, advance
+from runtime.requests.rule import Arrival, Place, Verdict, advance, turns_back
 from runtime.requests.sighting import Shape, Sighting
 from runtime.requests.trace import RequestTrace, Trace
 
@@ -156,7 +156,8 @@ class Request:
 
     def compare(self, branch: Branch, call: Sighting) -> tuple[bool, bool]:
         """Whether the conditioning of a call is that of another generation, and whether it changed within this one."""
-        renewed = branch.conditioning.renewed(call.conditioning)
+        renewed = branch.tick < 0 or branch.conditioning.renewed(call.conditioning)
+        branch.tick = max(branch.tick, 0)
         return renewed, branch.conditioning.observe(call.conditioning) and not self.trusted
 
     def go_elsewhere(self, state: object) -> None:
@@ -205,7 +206,7 @@ class Request:
             on = continues(call.gram, call.eps, near=False)
         if not on and self.place is not None and not self.lost:
             renewed = branch is None or branch.conditioning.renewed(call.conditioning)
-            if call.gram is not None and not renewed:
+            if call.gram is not None and not renewed and not turns_back(self.place, call.times):
                 on = continues(call.gram, call.eps, near=True)
         again = False
         if beginning is not None and call.first:

@@ -64,7 +64,7 @@ def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     if place is None or call.again:
         return Place(0, 0, call.times), Verdict.NEW
     move = _move(place.times, call.times)
-    turned = move is None or move * place.direction < 0
+    turned = turns_back(place, call.times)
     another_branch = move == 0 and not call.seen
     steps = 0 if another_branch else 1
     direction = move or (0 if move is None else place.direction)
@@ -76,6 +76,12 @@ def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     if call.continues is not None and not place.broke:
         return Place(0, on.calls, call.times, direction, broke=True), Verdict.NEW
     return Place(on.calls, on.calls, call.times, direction, broke=True), Verdict.IN_DOUBT
+
+
+def turns_back(place: Place | None, times: tuple[float, ...]) -> bool:
+    """Whether timesteps go the other way than before, or rows move apart."""
+    move = 0 if place is None else _move(place.times, times)
+    return move is None or (place is not None and move * place.direction < 0)
 
 
 def _move(before: tuple[float, ...], after: tuple[float, ...]) -> int | None:
