@@ -89,8 +89,8 @@ class Session(GrowingProgram):
         """Have `fn` move all tensors to another device; residuals stay behind."""
         self.settle()
         super().move(fn)
-        self._runner = self._no_runner = None
-        self.requests.lose_all()
+        runner, self._runner, self._no_runner = self._runner, None, None
+        self.requests.lose_all(None if runner is None else runner.leave)
 
     def reset_counters(self) -> None:
         """Start counting anew."""
