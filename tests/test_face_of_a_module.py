@@ -77,7 +77,7 @@ def test_methods_of_the_model_are_not_its_own(half: FluxPipeline) -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_autocast_changes_nothing_and_refuses_nothing(engine: str) -> None:
-    model, inputs = tiny_flux()
+    model, inputs = tiny_flux(double=1, single=1)
     compiled = edit_compile.compile(edit_compile.elasticize(model, inputs), engine=engine, policy=OPEN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first = compiled(**inputs, return_dict=False)[0]  # traced here
@@ -94,7 +94,7 @@ def test_autocast_changes_nothing_and_refuses_nothing(engine: str) -> None:
 
 
 def test_a_dtype_of_timestep_is_a_form_of_its_own_or_a_cast(tmp_path) -> None:
-    model, inputs = tiny_flux()
+    model, inputs = tiny_flux(double=1, single=1)
     whole = {**inputs, "timestep": torch.ones_like(inputs["timestep"])}
     compiled = edit_compile.compile(
         edit_compile.elasticize(model, whole), inputs=whole, engine="torch", policy=OPEN, output=tmp_path / "it.edit"
@@ -111,7 +111,7 @@ def test_a_dtype_of_timestep_is_a_form_of_its_own_or_a_cast(tmp_path) -> None:
 
 
 def test_before_its_first_call_it_is_the_models_face() -> None:
-    model, inputs = tiny_flux()
+    model, inputs = tiny_flux(double=1, single=1)
     elastic = edit_compile.elasticize(model, inputs)
     compiled = edit_compile.compile(elastic, engine="torch", policy=OPEN)
     assert {id(p) for p in compiled.parameters()} == {id(p) for p in model.parameters()}
@@ -124,7 +124,7 @@ def test_before_its_first_call_it_is_the_models_face() -> None:
 
 
 def test_inside_another_module_it_is_counted_and_left_alone() -> None:
-    model, inputs = tiny_flux()
+    model, inputs = tiny_flux(double=1, single=1)
     compiled = edit_compile.compile(edit_compile.elasticize(model, inputs), inputs=inputs, engine="torch", policy=OPEN)
     outer = nn.Sequential(compiled)
     assert len(outer.state_dict()) == len(list(outer.parameters())) > 0
