@@ -20,7 +20,7 @@ from runtime.requests.trace import COMPUTED, REUSED
 from runtime.routing.policy import SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
-from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, on_device, recorder
+from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, Custom, on_device, recorder
 from tests.test_transformer import in_threads
 from tests.test_transformer_requests import alternating, call, done
 
@@ -257,6 +257,41 @@ def test_a_move_loses_no_counts(recorder: Emulator, caplog: pytest.LogCaptureFix
     model(**infinite())
     model._session.move(lambda tensor: tensor.clone())
     assert "hidden_states" in caplog.text
+
+
+@pytest.mark.parametrize("there_too", [True, False])
+def test_a_move_loses_no_place(recorder: Emulator, there_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded serves one device: a request under way goes on where it was, on the host."""
+    model = on_device()
+    with model.request("a"):
+        call(model, 1.0)
+        call(model, 0.7)
+        model._session.move(lambda tensor: tensor.clone())
+        if not there_too:
+            monkeypatch.setattr(runner, "absent", lambda device: "there is no GPU")
+        call(model, 0.4)
+        call(model, 0.2)
+    assert recorder.replays == 2
+    steps = [int(s) for record in model.trace for s in record.arrays()["step"]]
+    assert steps[:: len(KINDS)] == [0, 1, 2, 3]
+    assert [what for number in range(len(model.trace)) for what in done(model, number)] == [COMPUTED, REUSED] * 2
+
+
+def test_a_move_leaves_an_error_to_be_raised(recorder: Emulator) -> None:
+    model = on_device()
+    model(**infinite())
+    model._session.move(lambda tensor: tensor.clone())
+    with pytest.raises(InputError, match="hidden_states"):
+        model.reset()
+
+
+def test_an_error_is_raised_where_the_host_goes_on(recorder: Emulator) -> None:
+    model = on_device()
+    model(**infinite())
+    model.policy = Custom()
+    with pytest.raises(InputError, match="hidden_states"):
+        call(model, 0.5)
+    assert torch.isfinite(call(model, 0.5)).all()
 
 
 def test_errors_are_edit_errors() -> None:

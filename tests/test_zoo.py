@@ -46,7 +46,7 @@ def test_every_class_of_diffusers_has_a_case_or_a_reason() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH_ONLY)
 def test_a_class_with_bfloat16_inside_is_refused_by_onnxruntime(name: str) -> None:
-    with pytest.raises(EngineError, match=r"cannot load plan|onnxruntime does not take"):
+    with pytest.raises(EngineError, match="Could not find an implementation for Mul"):
         check(name, ("onnxruntime",))
 
 

@@ -126,10 +126,15 @@ class DeviceRunner:
         self._write_down()
 
     def leave(self, request: Request) -> None:
-        """Let the host go on where the device was in `request`, without its residuals. Synchronises with the device."""
+        """Let the host go on where the device was in `request`, without its residuals. Synchronises with the device.
+
+        Raises what the device came upon in it.
+        """
         state = request.elsewhere
         if isinstance(state, DeviceState):
             self.settle()
+            if state.error is not None:
+                raise state.error
             request.catch_up(state.place, state.seen())
             request.come_back()
 

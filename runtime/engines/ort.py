@@ -42,6 +42,8 @@ Shapes = tuple[tuple[int, ...], ...]
 ELEMENTS = {
     torch.float32: 1,
     torch.uint8: 2,
+    torch.int8: 3,
+    torch.int16: 5,
     torch.int32: 6,
     torch.int64: 7,
     torch.bool: 9,

@@ -88,13 +88,9 @@ class Session(GrowingProgram):
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Have `fn` move all tensors to another device; residuals stay behind."""
         self.settle()
-        for request in self.requests.everyone():
-            if self._runner is not None:
-                self._runner.leave(request)
-                request.stays = False
         super().move(fn)
-        self._runner = self._no_runner = None
-        self.requests.lose_all()
+        runner, self._runner, self._no_runner = self._runner, None, None
+        self.requests.lose_all(None if runner is None else runner.leave)
 
     def reset_counters(self) -> None:
         """Start counting anew."""

@@ -6,13 +6,13 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from weakref import WeakKeyDictionary
 
 import torch
 
-from runtime.base.errors import BusyError
+from runtime.base.errors import BusyError, EditError
 from runtime.requests.request import Request
 from runtime.requests.scope import current_request
 from runtime.requests.trace import Trace
@@ -74,15 +74,12 @@ class Requests:
             else:
                 self._named.pop(name, None)
 
-    def everyone(self) -> list[Request]:
-        """All requests that have been called."""
+    def lose_all(self, leave: Callable[[Request], None] | None = None) -> None:
+        """Have every request that is not running give up its residuals; `leave` first brings its place to the host."""
         with self._lock:
-            return list(self._sizes)
-
-    def lose_all(self) -> None:
-        """Have every request that is not running give up its residuals."""
-        for request in self.everyone():
-            _lose_if_idle(request)
+            everyone = list(self._sizes)
+        for request in everyone:
+            _lose_if_idle(request, leave)
 
     def _current(self) -> Request:
         name = current_request()
@@ -142,10 +139,13 @@ class Requests:
         return _memory(device) // SHARE if self.limit is None else self.limit
 
 
-def _lose_if_idle(request: Request) -> bool:
+def _lose_if_idle(request: Request, leave: Callable[[Request], None] | None = None) -> bool:
     if not request.busy.acquire(blocking=False):
         return False
     try:
+        if leave is not None:
+            with suppress(EditError):  # what its next call, or its end, will raise
+                leave(request)
         request.lose()
     finally:
         request.busy.release()
