@@ -194,6 +194,16 @@ def test_alternating_requests_are_as_if_alone(engine: str) -> None:
     assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED]] * 2
 
 
+def test_a_request_without_a_name_ends_in_every_transformer_that_it_called() -> None:
+    high, low = compiled(), compiled()
+    for _ in range(3):
+        with high.request():
+            for timestep, model in ((1.0, high), (0.8, high), (0.5, low), (0.2, low)):
+                call(model, timestep)
+    assert not high._session.requests._named and not low._session.requests._named
+    assert [done(model, n) for model in (high, low) for n in range(3)] == [[COMPUTED, REUSED]] * 6
+
+
 def test_requests_beyond_the_limit_of_memory_lose_residuals_and_not_their_step() -> None:
     model = compiled()
     with model.request("a"):

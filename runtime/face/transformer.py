@@ -22,6 +22,7 @@ from runtime.face import arguments
 from runtime.face.adapters import WithoutAdapters, refuse_adapters
 from runtime.face.growing import Tracer
 from runtime.face.session import Host, Session
+from runtime.requests.registry import Requests
 from runtime.requests.scope import cache_context, named_request
 from runtime.requests.trace import Counters, Trace
 from runtime.routing.policy import Decider, RoutingPolicy
@@ -147,12 +148,13 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         It is told from all others, and trusted to go on where its latents do not (a sampler that adds noise). Without a
         name it is a new one, which ends with the ``with`` block; one with a name ends by `reset` inside, or an error.
         """
-        with named_request(f"request {next(_numbers)}" if name is None else str(name)):
+        chosen = f"unnamed request {next(_numbers)}" if name is None else str(name)
+        with named_request(chosen):
             try:
                 yield
             finally:
                 if name is None:
-                    self._session.requests.drop()
+                    Requests.drop_everywhere(chosen)
 
     def cache_context(self, name: str, **progress: object) -> Any:
         """Context manager: calls inside are those of guidance's branch `name` (diffusers).

@@ -23,6 +23,11 @@ class Conditioning:
         self._moving: set[str] = set()
         self._kept_objects = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held; the caller may hold them, too."""
+        return sum(one.nbytes for one in self._given.values())
+
     def same_objects(self, given: Mapping[str, Tensor]) -> bool:
         """Whether all of it is the very same tensors."""
         names = self._names(given)
@@ -72,6 +77,7 @@ class _Remembered:
         # An inference tensor does not tell when it is written into: it is copied, and never known as an object.
         self._tensor = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
         self._version = None if tensor.is_inference() else tensor._version
+        self.nbytes = tensor.nbytes
 
     def is_object(self, tensor: Tensor) -> bool:
         own = self._tensor

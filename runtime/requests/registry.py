@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -21,6 +21,9 @@ NAMES = 4096
 """Named requests whose step is remembered."""
 SHARE = 4
 """Residuals may take one part in so many of a device's memory, unless a limit is set."""
+
+
+_registries: WeakSet[Requests] = WeakSet()
 
 
 class Requests:
@@ -38,6 +41,7 @@ class Requests:
         self._own = threading.local()
         self._sizes: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # the one used last comes last
         self._lock = threading.Lock()
+        _registries.add(self)
 
     @contextmanager
     def held(self, device: torch.device) -> Iterator[Request]:
@@ -64,6 +68,13 @@ class Requests:
         with self._lock:
             found: Request | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
             return found
+
+    @classmethod
+    def drop_everywhere(cls, name: str) -> None:
+        """Forget the request `name` of every compiled transformer: a pipeline may call two inside one request."""
+        for each in list(_registries):
+            with each._lock:
+                each._named.pop(name, None)
 
     def drop(self) -> None:
         """Forget the current request."""

@@ -92,10 +92,11 @@ class Request:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals, and of what is remembered of latents."""
+        """Bytes of residuals, and of what is remembered of latents and conditioning."""
         banks = [*self._spare, *(branch.banks for branch in self._branches)]
         residuals = sum(bank.nbytes for each in banks for bank in each.values())
-        return residuals + sum(chain.nbytes for chain in self._chains.values())
+        conditioning = sum(branch.conditioning.nbytes for branch in self._branches)
+        return residuals + conditioning + sum(chain.nbytes for chain in self._chains.values())
 
     def look(self, call: Sighting) -> Sighting:
         """`call` beside those before it; one transfer to the host, which brings its timesteps too."""
