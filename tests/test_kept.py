@@ -84,6 +84,7 @@ def test_nothing_that_was_recorded_is_kept(tmp_path: Path, monkeypatch: pytest.M
     from passes import discover
 
     seen: list[weakref.ref[Tensor]] = []
+    others = recorded()  # those of other tests, whose fixtures hold them: kept here, so that identity tells
 
     def recording(*args: Any) -> Any:
         calls, output = record(*args)
@@ -100,7 +101,7 @@ def test_nothing_that_was_recorded_is_kept(tmp_path: Path, monkeypatch: pytest.M
     mine = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     alive = [tensor for ref in seen if (tensor := ref()) is not None and id(tensor) not in mine]
     assert seen and not alive
-    assert not recorded()
+    assert not [one for one in recorded() if not any(one is other for other in others)]
     assert compiled._tracer.reports
 
 
