@@ -24,7 +24,7 @@ from runtime.base.errors import EditError, EngineError
 from runtime.base.guard import ANY, answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Block, Form, Manifest, Plan
-from runtime.calls.bound import BoundBlock, BoundBlocks, glue_graph, takes
+from runtime.calls.bound import BoundBlock, BoundBlocks, glue_graph
 from runtime.face import arguments
 from runtime.face.transformer import CompiledTransformer
 
@@ -80,7 +80,8 @@ def guard_inputs(
 
     def answer(block: int, given: Sequence[Tensor], form: int) -> list[Tensor]:
         forms = program.manifest.blocks[block].forms
-        called = forms[form] if form != ANY else next(one for one in forms if takes(plans[one.plan], given))
+        shapes = [tensor.shape for tensor in given]
+        called = forms[form] if form != ANY else next(one for one in forms if plans[one.plan].takes(shapes))
         seen[block] = called, list(given)
         return [given[at] for at in plans[called.plan].states]
 

@@ -39,11 +39,7 @@ class Known:
 
     def takes(self, site: BlockSite) -> bool:
         """Whether the recorded calls of `site` are such calls, in sizes that the plan takes."""
-        return call_key(site) == self.key and all(
-            want in (None, have) or dim == given.batch_dim
-            for given, shape in zip(self.plan.inputs, _shapes(site, self.graph.block.leaves), strict=True)
-            for dim, (want, have) in enumerate(zip(given.shape, shape, strict=True))
-        )
+        return call_key(site) == self.key and self.plan.takes(_shapes(site, self.graph.block.leaves))
 
     def free_in(self, leaf: int, dim: int) -> bool:
         """Whether the plan takes any size there."""

@@ -8,6 +8,7 @@ of input shapes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SCHEMA = 2
@@ -91,6 +92,17 @@ class Plan:
             if abs(variant.width - width) < 1e-9:
                 return index
         return len(self.variants) - 1
+
+    def takes(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Whether inputs of `shapes`, their rows aside, are what the plan was made for."""
+        return len(shapes) == len(self.inputs) and all(
+            len(given.shape) == len(shape)
+            and all(
+                want is None or want == have or dim == given.batch_dim
+                for dim, (want, have) in enumerate(zip(given.shape, shape, strict=True))
+            )
+            for shape, given in zip(shapes, self.inputs, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class BoundBlock:
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether `inputs`, their rows aside, are what the plan was made for."""
-        return takes(self.plan, inputs)
+        return self.plan.takes([tensor.shape for tensor in inputs])
 
     def rows_first(self, states: Sequence[Tensor]) -> list[Tensor]:
         """`states` with the rows of the batch as dimension 0, as routers read them."""
@@ -59,18 +59,6 @@ class BoundBlock:
             tensor if dim is None or tensor.shape[dim] != rows else tensor.index_select(dim, index)
             for tensor, dim in zip(inputs, self.batch_dims, strict=True)
         ]
-
-
-def takes(plan: Plan, inputs: Sequence[Tensor]) -> bool:
-    """Whether `inputs`, their rows aside, have the shapes that `plan` was made for."""
-    return len(inputs) == len(plan.inputs) and all(
-        len(given.shape) == tensor.dim()
-        and all(
-            want is None or want == have or dim == given.batch_dim
-            for dim, (want, have) in enumerate(zip(given.shape, tensor.shape, strict=True))
-        )
-        for tensor, given in zip(inputs, plan.inputs, strict=True)
-    )
 
 
 class BoundBlocks:
