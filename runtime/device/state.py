@@ -19,7 +19,7 @@ from runtime.device.step import Step
 from runtime.requests.evidence import Chain
 from runtime.requests.request import Request
 from runtime.requests.rule import Place
-from runtime.requests.sighting import Shape, Sighting
+from runtime.requests.sighting import Shape, Sighting, one_if_equal
 from runtime.requests.trace import RequestTrace, Trace
 
 FIELDS = 11
@@ -70,8 +70,7 @@ class Clock:
     def place(self) -> Place | None:
         """Where it is, None before it has started. Synchronises with the device."""
         started, step, calls, direction, broke, *_ = self.fields.tolist()
-        last = self.last.tolist()
-        times = tuple(last[:1] if len(set(last)) == 1 else last)
+        times = one_if_equal(self.last.tolist())
         return Place(step, calls, times, direction, bool(broke)) if started else None
 
     def start_at(self, place: Place) -> None:

@@ -59,7 +59,7 @@ class Sighting:
         """
         times = self.timestep.detach().reshape(-1).double()
         if chain is None or self.latents is None:
-            return replace(self, times=_one_if_equal(to_host(times)))
+            return replace(self, times=one_if_equal(to_host(times)))
         sample = chain.sample(self.latents)
         gram = chain.gram(sample)
         facts = [times.to(gram.device), chain.begins_again(sample).double().reshape(1), gram.reshape(-1)]
@@ -67,12 +67,13 @@ class Sighting:
         count = times.numel()
         return replace(
             self,
-            times=_one_if_equal(told[:count]),
+            times=one_if_equal(told[:count]),
             sample=sample,
             gram=np.array(told[count + 1 :]).reshape(gram.shape),
             first=bool(told[count]) if begun else None,
         )
 
 
-def _one_if_equal(times: list[float]) -> tuple[float, ...]:
+def one_if_equal(times: list[float]) -> tuple[float, ...]:
+    """The timesteps of a call's rows, one where all have the same."""
     return tuple(times[:1] if len(set(times)) == 1 else times)
