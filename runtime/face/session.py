@@ -194,19 +194,21 @@ class Session(GrowingProgram):
         scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device))
         grow = None if self.tracer is None else partial(self.retrace, call.given)
         already = len(request.trace)
-        try:
+
+        def dispatched() -> tuple[Dispatch, object, Sequence[Any]]:
             dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
             with answering(dispatch):
-                result, outputs = self._answered(call)
+                return dispatch, *self._answered(call)
+
+        try:
+            dispatch, result, outputs = dispatched()
         except InnerShapeError:  # the model's own Python calls a block with other arguments, known only now
             if grow is None or glue.file is not None:
                 raise
             grow()
             branch.clear()
             request.trace.shorten(already)
-            dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
-            with answering(dispatch):
-                result, outputs = self._answered(call)
+            dispatch, result, outputs = dispatched()
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
@@ -226,8 +228,8 @@ class Session(GrowingProgram):
 
     def _check_weights(self, glue: Glue, begins: bool) -> None:
         """Refuse, or warn once as a generation `begins`, where the model has other weights than were compiled."""
-        asked = self.tracer is not None and (glue.file is None or (begins and not self._said_changed))
-        name = self.tracer.changed() if asked and self.tracer is not None else None
+        asked = glue.file is None or (begins and not self._said_changed)
+        name = self.tracer.changed() if self.tracer is not None and asked else None
         if name is None:
             return
         told = f"the model's weights have changed since it was compiled (first: {name})"
