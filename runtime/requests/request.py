@@ -113,8 +113,7 @@ class Request:
             branch = None
         elif verdict is Verdict.IN_DOUBT:
             warnings.warn(IN_DOUBT, RuntimeWarning, stacklevel=2)
-            for each in self._branches:
-                each.clear()
+            self._clear()
         if before is None or verdict is Verdict.NEW or self.place.calls != before.calls:
             self._tick += 1
         if branch is None:
@@ -146,7 +145,7 @@ class Request:
     def branch_at_once(self, call: Sighting) -> Branch | None:
         """The branch of a call whose timestep and latents the host has not seen; None where they are needed."""
         if call.context is not None:
-            return self._branch_of(call) or self._new_branch(call)
+            return self.branch(call)
         own = self._unnamed(call)
         same = [branch for branch in own if branch.conditioning.same_objects(call.conditioning)]
         return same[0] if same else None if own else self._new_branch(call)
@@ -163,8 +162,7 @@ class Request:
 
     def go_elsewhere(self, state: object) -> None:
         """Let `state` have what comes, from this place on; residuals stay behind."""
-        for branch in self._branches:
-            branch.clear()
+        self._clear()
         self.elsewhere, self.lost = state, self.place is not None and not self._chains
 
     def catch_up(self, place: Place | None, seen: set[int]) -> None:
@@ -178,8 +176,7 @@ class Request:
         """Take decisions on the host again, until the request ends, without residuals."""
         self.elsewhere, self.stays, self._beginning = None, True, None
         self.lost = self.place is not None and not self._chains
-        for branch in self._branches:
-            branch.clear()
+        self._clear()
 
     def lose(self) -> None:
         """Give up residuals and what is remembered of latents, but not the place."""
@@ -193,10 +190,13 @@ class Request:
         if self.trace is not None:
             self._traces.discard(self.trace)
 
-    def _begin(self) -> None:
+    def _clear(self) -> None:
         for branch in self._branches:
             branch.clear()
-            self._spare.append(branch.banks)
+
+    def _begin(self) -> None:
+        self._clear()
+        self._spare.extend(branch.banks for branch in self._branches)
         self._branches.clear()
         self._chains.clear()
         self._beginning = self.trace = None
