@@ -176,7 +176,7 @@ ROWS: dict[str, Any] = {
         f"{run['dispatch']['unrouted_us']:.0f} ({run['dispatch']['routed_us']:.0f} with its router)"
     ),
     "P4 resident weights / dense": lambda run: f"{run['comparison']['memory']:.3f}",
-    "P4 tensors that compile leaves behind / dense weights": lambda run: _held(run),
+    "P4 tensors that compile leaves behind / dense weights": _held,
     "P4 resident memory of a fresh process / dense weights": lambda run: f"{run['memory']['ratio']:.2f}",
     "P5 engines": lambda run: f"{run['builds']['engines']} for {run['builds']['blocks']} blocks",
     "P5 seconds to compile; load cold, warm": lambda run: (

@@ -185,10 +185,7 @@ class _Growth:
 
     def _there(self, given: Run) -> int | None:
         """The position of the glue for such arguments, if there is one."""
-        tensors, constants = flatten(given.kwargs)
-        dtypes = {name: dtype_name(value) for name, value in tensors.items()}
-        alike = [glue for glue in self.glues if {one.name: one.dtype for one in glue.inputs} == dtypes]
-        found = find_glue(alike, tensors, constants)
+        found = find_glue(self.glues, *flatten(given.kwargs))
         return None if found is None else self.glues.index(found)
 
     def _add_glue(self, guarded: nn.Module, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> None:
