@@ -36,7 +36,12 @@ POLICY = Flaky(threshold=0.12, margin=0.3, max_reuse=2, warmup_steps=2)
 
 @dataclass(frozen=True)
 class Generation:
-    """What one image is made of; `stop` is the step at which it ends early, `name` that of its request."""
+    """What one image is made of.
+
+    `start` is the first timestep of image to image. With `beside`, an image stands beside the latents, as in FLUX
+    Kontext; with `turned`, guidance calls its branches in the other order. `stop` is the step at which it ends early,
+    with `between` after the first of its calls; `name` is that of its request.
+    """
 
     sampler: str = "euler"
     guidance: str = "none"
@@ -46,9 +51,13 @@ class Generation:
     text: int = 6
     prompt: int = 0
     noise: int = 0
+    start: float = 0.6
+    beside: bool = False
+    turned: bool = False
     anew: bool = False
     ending: str = "reset"
     stop: int = 0
+    between: bool = False
     name: str | None = None
 
 
@@ -81,9 +90,13 @@ def draw(seed: int, count: int) -> list[Generation]:
                 text=text,
                 prompt=last.prompt if chance.random() < 0.5 else chance.randrange(10**6),
                 noise=last.noise if chance.random() < 0.3 else chance.randrange(10**6),
+                start=chance.choice((0.06, 0.3, 0.6)),
+                beside=chance.random() < 0.3,
+                turned=chance.random() < 0.3,
                 anew=chance.random() < 0.3,
                 ending=chance.choice(ENDINGS),
                 stop=chance.randrange(steps),
+                between=chance.random() < 0.3,
                 name=f"{seed}/{number}" if chance.random() < 0.2 else None,
             )
         )
@@ -132,33 +145,41 @@ class _Guided:
     def __init__(self, model: CompiledTransformer, generation: Generation, outputs: list[Tensor]) -> None:
         self.model, self.generation, self.outputs = model, generation, outputs
         self.step = 0
+        self._beside = _random(generation.prompt + 9)(generation.batch, generation.side, CHANNELS)
         self._kept: dict[object, dict[str, Tensor]] = {}
 
     def __call__(self, x: Tensor, moment: float) -> Tensor:
         generation, third = self.generation, self.generation.steps // 3
         kind = generation.guidance
         both = kind != "none" and (kind != "interval" or third <= self.step < max(2 * third, 1))
+        order = ("cond", "uncond") if generation.turned else ("uncond", "cond")
         if kind in ("batched", "switched off"):
             if kind == "switched off" and self.step >= generation.steps // 2:
                 return self._call(x, moment, ("cond",))
-            uncond, cond = self._call(torch.cat([x, x]), moment, ("uncond", "cond")).chunk(2)
-            return uncond + 3.0 * (cond - uncond)
-        named = kind in ("contexts", "interval")
-        cond = self._call(x, moment, ("cond",), "cond" if named else None)
-        if not both:
-            return cond
-        uncond = self._call(x, moment, ("uncond",), "uncond" if named else None)
-        return uncond + 3.0 * (cond - uncond)
+            given = dict(zip(order, self._call(torch.cat([x, x]), moment, order).chunk(2), strict=True))
+        else:
+            named = kind in ("contexts", "interval")
+            order = order[::-1] if both else ("cond",)
+            given = {prompt: self._call(x, moment, (prompt,), prompt if named else None) for prompt in order}
+            if not both:
+                return given["cond"]
+        return given["uncond"] + 3.0 * (given["cond"] - given["uncond"])
 
     def _call(self, x: Tensor, moment: float, prompts: Sequence[str], context: str | None = None) -> Tensor:
         conditioning = self._kept.setdefault(tuple(prompts), _conditioning(self.generation, prompts))
         if self.generation.anew:
             conditioning = {name: tensor.clone() for name, tensor in conditioning.items()}
+        tokens = x.shape[1]
+        if self.generation.beside:
+            x = torch.cat([x, self._beside.repeat(len(prompts), 1, 1)], dim=1)
         with self.model.cache_context(context) if context else nullcontext():
             timestep = torch.full((len(x),), moment)
             output = self.model(hidden_states=x, timestep=timestep, **conditioning, return_dict=False)[0]
         self.outputs.append(output.clone())
-        return output
+        stops = self.generation.ending == "cancelled" and self.step == self.generation.stop
+        if self.generation.between and stops:
+            raise Stopped
+        return output[:, :tokens]
 
 
 def _conditioning(generation: Generation, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -169,6 +190,8 @@ def _conditioning(generation: Generation, prompts: Sequence[str]) -> dict[str, T
         pooled.append(random_of(generation.batch, POOLED))
     side = torch.arange(generation.side)
     rows, columns = side.repeat_interleave(generation.side), side.repeat(generation.side)
+    if generation.beside:  # as many more tokens as the image has in a row
+        rows, columns = torch.cat([rows, side]), torch.cat([columns, side + generation.side])
     return {
         "encoder_hidden_states": torch.cat(text),
         "pooled_projections": torch.cat(pooled),
@@ -178,7 +201,7 @@ def _conditioning(generation: Generation, prompts: Sequence[str]) -> dict[str, T
 
 
 def _moments(generation: Generation) -> list[float]:
-    start = 0.6 if generation.sampler == "image to image" else 1.0
+    start = generation.start if generation.sampler == "image to image" else 1.0
     if generation.sampler == "rounded":  # many steps, of which bfloat16 keeps few apart
         fine = torch.linspace(1.0, 0.97, generation.steps)
         return [float(moment) for moment in fine.bfloat16()]

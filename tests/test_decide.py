@@ -18,7 +18,7 @@ from runtime.device.recorder import Condition
 from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
 from runtime.requests.evidence import continues
-from runtime.requests.rule import Arrival, Verdict, advance, turns_back
+from runtime.requests.rule import Arrival, Verdict, advance, goes_further
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel, library
 
@@ -146,15 +146,17 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
     for branch, moments, kind, first, renewed in calls:
         times = tuple(map(float, moments))
         gram = None if kind is None else np.array([GRAMS[kind]])
-        again = begun is not None and kind is not None and first and (left or begun == (branch, times))
+        seen = ticks[branch] == tick
+        again = begun is not None and kind is not None and first and (left or (seen and begun == times))
         left = left or (kind is not None and not first)
-        on = None if gram is None else continues(gram, 1e-7, near=not renewed and not turns_back(place, times))
-        arrival = Arrival(times, ticks[branch] == tick, on, again, renewed, trusted)
+        near = not renewed and place is not None and goes_further(place, times, seen)
+        on = None if gram is None else continues(gram, 1e-7, near=near)
+        arrival = Arrival(times, seen, on, again, renewed, trusted)
         before, (place, verdict) = place, advance(place, arrival)
         if verdict is not Verdict.GOES_ON:
             banks = dict.fromkeys(banks, EMPTY)
         if verdict is Verdict.NEW:
-            begun, left = (branch, times), False
+            begun, left = times, False
         if before is None or verdict is Verdict.NEW or place.calls != before.calls:
             tick += 1
         ticks[branch] = tick
@@ -162,7 +164,7 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
         flag = torch.tensor([int(first)], dtype=torch.int32)
         call_kernel("advance", (
             torch.tensor(times, dtype=torch.float64), clock.last, clock.begun, 2, matrix, 0 if gram is None else 1, 3,
-            flag, torch.tensor([1e-7], dtype=torch.float64), int(renewed), int(trusted), branch, clock.fields,
+            flag, torch.tensor([1e-7], dtype=torch.float64), int(renewed), int(trusted), clock.fields,
             own[branch], held[branch], 3,
         ))  # fmt: skip
         assert int(own[branch][3]) == place.step
@@ -203,7 +205,7 @@ def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
     values = dict(re.findall(r"(\w+) = (-?\d+)[,} ]", source))
     assert (len(enums[0]), len(enums[1]), len(enums[4])) == (FIELDS, OWN, 4)
     assert enums[0][:5] == ["STARTED", "STEP", "CALLS", "DIRECTION", "BROKE"]  # which Clock reads and writes
-    assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [9, 10, 2]
+    assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [8, 9, 2]
     assert enums[2] == [verdict.name for verdict in Verdict]
     assert {name: int(values[name]) for name in ("UNPLANNED", "REUSE", "COMPUTE", "SKIP", "EMPTY")} == {
         "UNPLANNED": UNPLANNED,

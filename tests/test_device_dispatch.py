@@ -158,6 +158,23 @@ def test_branches_of_guidance_are_those_of_the_host(recorder: Emulator, contexts
     assert done(device).count(REUSED) == 4
 
 
+def test_a_branch_that_is_recorded_anew_is_still_the_same_branch(recorder: Emulator) -> None:
+    host, device = CompiledTransformer(programs.make(KINDS, seed=3), "torch", ALWAYS_REUSE), on_device()
+    given = programs.inputs()
+    for model in (host, device):
+        model(**given)
+        model(**{**given, "timestep": torch.tensor([0.5])})
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            model(**{**given, "timestep": torch.tensor([0.5])})  # as a sampler of second order does
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert device.dispatch_note is None
+    steps = [model.trace[0].arrays()["step"].tolist() for model in (host, device)]
+    assert steps[0] == steps[1] and set(steps[0]) == {0, 1, 2}
+
+
 def test_recordings_are_used_again_when_a_request_has_ended(recorder: Emulator) -> None:
     model = on_device()
     for name in ("a", "b", "c"):

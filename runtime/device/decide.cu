@@ -4,7 +4,7 @@
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
 // Fields of `clock`, which all branches of a request share, and of `own`, which is one branch's.
-enum { STARTED, STEP, CALLS, DIRECTION, BROKE, LEFT, BRANCH, EPOCH, BANKS, TICK, VERDICT };
+enum { STARTED, STEP, CALLS, DIRECTION, BROKE, LEFT, EPOCH, BANKS, TICK, VERDICT };
 enum { OWN_EPOCH, OWN_BANKS, OWN_TICK, OWN_STEP, OWN_VERDICT };
 enum { GOES_ON, NEW, IN_DOUBT };
 enum { MOST = 16 };  // vectors of a Gram matrix
@@ -49,12 +49,12 @@ extern "C" __device__ int continues(const double* gram, int k, double eps, int n
     return unscaled <= 4 * eps * eps * own || unexplained(gram, k, k) < 0.25 * unscaled;
 }
 
-// Brings the clock to the call at `time` (one per row, or one for all) of the branch `branch`: the rule is that of
+// Brings the clock to the call at `time` (one per row, or one for all) of a branch: the rule is that of
 // runtime/requests/rule.py. `grams` (rows, k, k) are those of its latents, none where nothing came before; `first` says
 // whether they are those of the first call. `held` (cells) is emptied where the request began anew or is in doubt.
 extern "C" __global__ void advance(
     const double* time, double* last, double* begun, int times, const double* grams, int rows, int k, const int* first,
-    const double* eps, int renewed, int trusted, int branch, int* clock, int* own, int* held, int cells)
+    const double* eps, int renewed, int trusted, int* clock, int* own, int* held, int cells)
 {
     int up = 0, down = 0, same = 1, on = 1;
     for (int row = 0; row < times; ++row) {
@@ -64,9 +64,10 @@ extern "C" __global__ void advance(
     }
     int moved = up || down, direction = up && down ? 0 : up - down;
     int turned = (up && down) || direction * clock[DIRECTION] < 0;
-    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, !renewed && !turned);
-    int another = !moved && own[OWN_TICK] != clock[TICK];
-    int again = rows && *first && (clock[LEFT] || (same && branch == clock[BRANCH]));
+    int seen = own[OWN_TICK] == clock[TICK], another = !moved && !seen;
+    int near = !renewed && !turned && (moved || !seen);
+    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, near);
+    int again = rows && *first && (clock[LEFT] || (same && seen));
     if (rows && !*first) clock[LEFT] = 1;
     int verdict = GOES_ON, calls = clock[CALLS] + !another, broke = 0, certain = 1;
     if (!clock[STARTED] || again) verdict = NEW;
@@ -79,7 +80,6 @@ extern "C" __global__ void advance(
         clock[STEP] = 0;
         clock[CALLS] = certain ? 0 : calls;
         clock[LEFT] = 0;
-        clock[BRANCH] = branch;
         clock[EPOCH] += clock[STARTED];
         for (int row = 0; row < times; ++row) begun[row] = time[row];
     } else {

@@ -87,6 +87,8 @@ class DeviceRunner:
         def make() -> Step:
             try:
                 return Step(self._recorder, self._blocks, graph, inputs, call.timestep, routed)
+            except torch.OutOfMemoryError as error:  # there may be room the next time
+                raise RecordError(f"a step could not be recorded: {error}") from error
             except Exception as error:  # of torch, of the engine, of CUDA: whatever is done that cannot be recorded
                 self._refused[recorded] = f"a step could not be recorded: {error}"
                 raise RecordError(self._refused[recorded]) from error
@@ -100,16 +102,14 @@ class DeviceRunner:
             step, clock = state.step(branch.number, recorded, call, make)
             if changed:
                 step.empty()
-            chain = None if call.shape is None else request.chain(call.shape)
+            chain = request.chain(call.shape)
             trusted = request.trusted or request.lost
             sample: list[Tensor | None] = []
             outputs = step.run(
                 tuple(inputs.values()),
                 call.timestep,
                 policy,
-                lambda: sample.append(
-                    clock.advance(self._recorder, step, branch.number, call, chain, renewed, trusted)
-                ),
+                lambda: sample.append(clock.advance(self._recorder, step, call, chain, renewed, trusted)),
             )
             request.lost = False
             advanced = latents(outputs)

@@ -22,9 +22,9 @@ from runtime.requests.rule import Place
 from runtime.requests.sighting import Shape, Sighting, one_if_equal
 from runtime.requests.trace import RequestTrace, Trace
 
-FIELDS = 11
+FIELDS = 10
 """Numbers of a clock (see ``decide.cu``)."""
-_TICK, _VERDICT, _OWN_TICK = 9, 10, 2
+_TICK, _VERDICT, _OWN_TICK = 8, 9, 2
 
 Recorded = tuple[object, ...]
 """What a step was recorded for: its glue, shapes, settings of torch, and whether routers run."""
@@ -45,13 +45,12 @@ class Clock:
         self,
         recorder: Recorder,
         step: Step,
-        branch: int,
         seen: Sighting,
         chain: Chain | None,
         renewed: bool,
         trusted: bool,
     ) -> Tensor | None:
-        """Come to the call `seen` of `branch`, which `step` runs; a sample of its latents, None without a `chain`."""
+        """Come to the call `seen` of a branch, which `step` runs; a sample of its latents, None without a `chain`."""
         sample = gram = first = None
         if chain is not None and seen.latents is not None:
             sample = chain.sample(seen.latents)
@@ -60,7 +59,7 @@ class Clock:
         recorder.launch(
             "advance", step.time, self.last, self.begun, self.last.numel(), gram, rows, vectors, first,
             torch.full((1,), seen.eps, dtype=torch.float64, device=self.last.device), int(renewed), int(trusted),
-            branch, self.fields, step.own, step.held, step.held.numel(),
+            self.fields, step.own, step.held, step.held.numel(),
         )  # fmt: skip
         if chain is not None and sample is not None:
             chain.begin_where(self.fields[_VERDICT] == 1, sample)
@@ -165,8 +164,8 @@ class DeviceState:
     def step(self, branch: int, recorded: Recorded, seen: Sighting, make: Callable[[], Step]) -> tuple[Step, Clock]:
         """The step of a branch, from `make` where there is none to have, and the clock.
 
-        A step that was left for another recording of the branch comes back without its residuals. RecordError where the
-        host has to say what the call is to the request.
+        A step that takes over from another recording of the branch comes without residuals, but knows when the branch
+        was called last. RecordError where the host has to say what the call is to the request.
         """
         times, clock = seen.timestep.numel(), self._mine.clock
         if clock is not None and clock.last.numel() != times:
@@ -178,8 +177,10 @@ class DeviceState:
         found = self._mine.steps.get((branch, recorded))
         if found is None:
             found = self._mine.steps[branch, recorded] = self._shelf.take(recorded, make)
-        elif self._last[branch] != recorded:
+        last = self._last.get(branch, recorded)
+        if last != recorded:
             found.empty()
+            found.own[_OWN_TICK].copy_(self._mine.steps[branch, last].own[_OWN_TICK])
         if clock is None:
             clock = self._mine.clock = self._shelf.clock(times, found.own.device)
             if self._place is not None:

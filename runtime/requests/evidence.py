@@ -8,8 +8,10 @@ their own, which no such sum gives. With d = x' - x and the Gram matrix of (d, x
     s = |d - projection of d onto x, v_1 ...|   what is left once the outputs are, too
 
 the latents continue where s < r / 2, where r is no more than rounding of x', and where d is less than a tenth of x' and
-nothing else speaks against it. A half leaves room for what samplers do beside the sum (guidance rescaled token by
-token, clipping, a region that is painted over). Latents are compared by up to `SAMPLE` of their numbers a row.
+the timestep goes on under the same conditioning. A half leaves room for what samplers do beside the sum (guidance
+rescaled token by token, clipping, a region that is painted over). Only what moved is looked at: what the model gives
+for an image beside the latents (FLUX Kontext) the sampler does not use. Latents are compared by up to `SAMPLE` of their
+numbers a row.
 """
 
 from __future__ import annotations
@@ -19,22 +21,29 @@ import torch
 from torch import Tensor
 
 SAMPLE = 1 << 16
-OUTPUTS = 4
-"""Outputs of the last calls that are kept to explain the next latents by."""
+OUTPUTS = 6
+"""Outputs of the last calls that are kept to explain the next latents by: two steps of guidance with three calls."""
+MOST = 14
+"""Outputs, and those of other rows, that are looked at at once (as many as ``decide.cu`` has room for)."""
+NUMBERS = 8
+"""Each of them needs so many numbers of the latents; fewer could be explained by anything."""
 NEAR = 0.1
 EXPLAINED = 0.5
+PART = 1 / 8
+"""Where less than such a part of a row moved, all of it is looked at."""
 RIDGE = 1e-6
 """Added to the diagonal of the normalised Gram matrix: outputs may be nearly the same."""
 
 
 class Chain:
-    """The last calls with latents of one shape: samples (rows, numbers) float32 of latents and of outputs.
+    """The last calls, with latents of one shape: samples (rows, numbers) float32 of latents and of outputs.
 
     `latents` are those of the first call, rows first, and `output` what the model gave for them: what both have of each
-    dimension is what the sampler advances, and so what is looked at.
+    dimension is what the sampler advances, and so what is looked at. `shape` is that of the latents, without rows.
     """
 
     def __init__(self, latents: Tensor, output: Tensor) -> None:
+        self.shape = tuple(latents.shape[1:])
         self._advanced = [slice(min(pair)) for pair in zip(latents.shape[1:], output.shape[1:], strict=True)]
         self.first = self._last = self.sample(latents)
         self._outputs = [self.sample(output)]
@@ -56,12 +65,15 @@ class Chain:
         Where the call has another number of rows, each goes with the nearest of those before. Does not synchronise
         with the device.
         """
-        before, outputs = self._last, [part for output in self._outputs for part in _with_partners(output)]
+        before, outputs = self._last, [*self._outputs, *(rows for one in self._outputs for rows in _partners(one))]
+        outputs = outputs[: min(max(sample.shape[1] // NUMBERS, 1), MOST)]
         if len(before) != len(sample):
-            nearest = torch.cdist(sample, before).argmin(1)
+            nearest = _nearest(sample, before)
             before, outputs = before[nearest], [output[nearest] for output in outputs]
-        outputs = outputs[: max(sample.shape[1] // 16, 1)]
-        vectors = torch.stack([sample - before, before, *outputs], 1)
+        moved = sample - before
+        there = moved != 0
+        there |= there.sum(1, keepdim=True) < PART * sample.shape[1]
+        vectors = torch.stack([moved, *(vector * there for vector in (before, *outputs))], 1)
         return (vectors @ vectors.mT).double()
 
     def begins_again(self, sample: Tensor) -> Tensor:
@@ -78,8 +90,11 @@ class Chain:
 
     def note(self, sample: Tensor, output: Tensor) -> None:
         """Take in a call: a sample of its latents, and its output."""
+        kept = self._outputs
+        if len(self._last) != len(sample):  # a sampler of a higher order goes on with what guidance gave before
+            nearest = _nearest(sample, self._last)
+            kept = [rows[nearest] for one in kept for rows in (one, *_partners(one))]
         self._last = sample
-        kept = [one for one in self._outputs if len(one) == len(output)]
         self._outputs = [self.sample(output), *kept[: OUTPUTS - 1]]
 
 
@@ -110,8 +125,13 @@ def _unexplained(gram: np.ndarray) -> float:
     return max(float(gram[0, 0] - along @ parts), 0.0)
 
 
-def _with_partners(output: Tensor) -> list[Tensor]:
-    """An output, and with its rows moved by halves or thirds of the batch: guidance joins rows of a batch so."""
+def _nearest(rows: Tensor, others: Tensor) -> Tensor:
+    """For each of `rows`, the number of the nearest of `others`."""
+    return torch.cdist(rows, others).argmin(1)
+
+
+def _partners(output: Tensor) -> list[Tensor]:
+    """An output with its rows moved by halves or thirds of the batch: guidance joins rows of a batch so."""
     rows = len(output)
     parts = 2 if rows % 2 == 0 else 3 if rows % 3 == 0 else 1
-    return [output.roll(rows // parts * shift, 0) if shift else output for shift in range(parts)]
+    return [output.roll(rows // parts * shift, 0) for shift in range(1, parts)]

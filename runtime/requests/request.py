@@ -17,14 +17,12 @@ from torch import Tensor
 from runtime.requests.bank import Residuals
 from runtime.requests.conditioning import Conditioning
 from runtime.requests.evidence import Chain, continues
-from runtime.requests.rule import Arrival, Place, Verdict, advance, turns_back
+from runtime.requests.rule import Arrival, Place, Verdict, advance, goes_further
 from runtime.requests.sighting import Shape, Sighting
 from runtime.requests.trace import RequestTrace, Trace
 
 UNNAMED = 8
 """Branches without a context that a request holds; the one called longest ago makes room."""
-SHAPES = 4
-"""Shapes of latents of which a request remembers the last calls."""
 IN_DOUBT = (
     "the latents of a call do not continue those of the call before it, so its blocks reuse no residuals: where that "
     "is the sampler's noise, make the calls of one image inside `with compiled.request(name):` (docs/requests.md)"
@@ -55,11 +53,9 @@ class Branch:
 
 @dataclass
 class _Beginning:
-    """The first call of a generation: its branch and timesteps, the shape of its latents, and whether others came."""
+    """The first call of a generation: its timesteps, and whether other latents came since."""
 
-    branch: Branch
     times: tuple[float, ...]
-    shape: Shape | None
     left: bool = False
 
 
@@ -73,7 +69,7 @@ class Request:
         self.trace: RequestTrace | None = None
         self._traces = traces
         self._branches: list[Branch] = []
-        self._chains: dict[Shape, Chain] = {}
+        self._chain: Chain | None = None
         self._beginning: _Beginning | None = None
         self._spare: list[dict[int, Residuals]] = []  # banks of earlier generations, for their buffers
         self._tick = 0  # of steps; never set back
@@ -96,12 +92,11 @@ class Request:
         banks = [*self._spare, *(branch.banks for branch in self._branches)]
         residuals = sum(bank.nbytes for each in banks for bank in each.values())
         conditioning = sum(branch.conditioning.nbytes for branch in self._branches)
-        return residuals + conditioning + sum(chain.nbytes for chain in self._chains.values())
+        return residuals + conditioning + (0 if self._chain is None else self._chain.nbytes)
 
     def look(self, call: Sighting) -> Sighting:
         """`call` beside those before it; one transfer to the host, which brings its timesteps too."""
-        begun = self._beginning is not None and self._beginning.shape == call.shape
-        return call.beside(None if call.shape is None else self._chains.get(call.shape), begun)
+        return call.beside(self.chain(call.shape), self._beginning is not None)
 
     def enter(self, call: Sighting) -> Branch:
         """The branch of a call, with the residuals that it may reuse."""
@@ -123,24 +118,25 @@ class Request:
         branch.tick = self._tick
         self.lost = False
         self.trace = self.trace or self._traces.begin(self.name)
-        self._beginning = self._beginning or _Beginning(branch, call.times, call.shape)
+        if before is None or verdict is Verdict.NEW:
+            self._beginning = _Beginning(call.times)
         return branch
 
     def note(self, call: Sighting, output: Tensor) -> None:
         """Remember the latents of `call`, which was entered last, and what the model gave for them."""
         if call.latents is None or call.shape is None or output.dim() != call.latents.dim():
             return
-        chain = self._chains.get(call.shape)
+        chain = self.chain(call.shape)
         if chain is not None and call.sample is not None:
             chain.note(call.sample, output)
             return
-        while len(self._chains) >= SHAPES:
-            del self._chains[next(iter(self._chains))]
-        self._chains[call.shape] = Chain(call.latents, output)
+        if self._chain is not None:  # of another shape, in a request that is trusted to go on
+            self._beginning = None
+        self._chain = Chain(call.latents, output)
 
-    def chain(self, shape: Shape) -> Chain | None:
-        """The last calls with latents of `shape`."""
-        return self._chains.get(shape)
+    def chain(self, shape: Shape | None) -> Chain | None:
+        """The last calls, where their latents had the shape `shape`."""
+        return self._chain if self._chain is not None and self._chain.shape == shape else None
 
     def branch_at_once(self, call: Sighting) -> Branch | None:
         """The branch of a call whose timestep and latents the host has not seen; None where they are needed."""
@@ -163,7 +159,7 @@ class Request:
     def go_elsewhere(self, state: object) -> None:
         """Let `state` have what comes, from this place on; residuals stay behind."""
         self._clear()
-        self.elsewhere, self.lost = state, self.place is not None and not self._chains
+        self.elsewhere, self.lost = state, self.place is not None and self._chain is None
 
     def catch_up(self, place: Place | None, seen: set[int]) -> None:
         """Be at `place`, in whose step the branches numbered `seen` have been called."""
@@ -175,14 +171,14 @@ class Request:
     def come_back(self) -> None:
         """Take decisions on the host again, until the request ends, without residuals."""
         self.elsewhere, self.stays, self._beginning = None, True, None
-        self.lost = self.place is not None and not self._chains
+        self.lost = self.place is not None and self._chain is None
         self._clear()
 
     def lose(self) -> None:
         """Give up residuals and what is remembered of latents, but not the place."""
         self._branches.clear()
         self._spare.clear()
-        self._chains.clear()
+        self._chain = None
         self._beginning, self.lost = None, self.place is not None
 
     def forget(self) -> None:
@@ -198,23 +194,25 @@ class Request:
         self._clear()
         self._spare.extend(branch.banks for branch in self._branches)
         self._branches.clear()
-        self._chains.clear()
+        self._chain = None
         self._beginning = self.trace = None
 
     def _arrival(self, call: Sighting, branch: Branch | None) -> Arrival:
         beginning, on, renewed = self._beginning, None, False
+        seen = branch is not None and branch.tick == self._tick
         if call.gram is not None:
             on = continues(call.gram, call.eps, near=False)
+        elif self._chain is not None and call.shape is not None:
+            on = False  # another size is another image
         if not on and self.place is not None and not self.lost:
             renewed = branch is None or branch.conditioning.renewed(call.conditioning)
-            if call.gram is not None and not renewed and not turns_back(self.place, call.times):
+            if call.gram is not None and not renewed and goes_further(self.place, call.times, seen):
                 on = continues(call.gram, call.eps, near=True)
         again = False
         if beginning is not None and call.first:
-            again = beginning.left or (branch is beginning.branch and call.times == beginning.times)
-        if beginning is not None and call.first is False:
+            again = beginning.left or (seen and call.times == beginning.times)
+        if beginning is not None and call.gram is not None and call.moved:
             beginning.left = True
-        seen = branch is not None and branch.tick == self._tick
         return Arrival(call.times, seen, on, again, renewed, trusted=self.trusted or self.lost)
 
     def _branch_of(self, call: Sighting) -> Branch | None:

@@ -78,10 +78,18 @@ def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     return Place(on.calls, on.calls, call.times, direction, broke=True), Verdict.IN_DOUBT
 
 
-def turns_back(place: Place | None, times: tuple[float, ...]) -> bool:
+def goes_further(place: Place, times: tuple[float, ...], seen: bool) -> bool:
+    """Whether timesteps go on, or stay for a branch that was not `seen` in this step.
+
+    Only there is it evidence that latents are near: two images made of the same one are near, too.
+    """
+    return not turns_back(place, times) and (not seen or bool(_move(place.times, times)))
+
+
+def turns_back(place: Place, times: tuple[float, ...]) -> bool:
     """Whether timesteps go the other way than before, or rows move apart."""
-    move = 0 if place is None else _move(place.times, times)
-    return move is None or (place is not None and move * place.direction < 0)
+    move = _move(place.times, times)
+    return move is None or move * place.direction < 0
 
 
 def _move(before: tuple[float, ...], after: tuple[float, ...]) -> int | None:
