@@ -213,7 +213,7 @@ def _start(generation: Generation, moment: float) -> Tensor:
     noise = _random(generation.noise)(*shape)
     if generation.sampler != "image to image":
         return noise
-    return (1 - moment) * _random(generation.noise + 99)(*shape) + moment * noise
+    return (1 - moment) * _random(generation.prompt + 99)(*shape) + moment * noise
 
 
 def _random(seed: int) -> Callable[..., Tensor]:

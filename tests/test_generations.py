@@ -36,7 +36,8 @@ def apart(shared: Compiled) -> Compiled:
     """Another one over the same program, once that has grown."""
     for side in (3, 4):
         for text in (4, 6):
-            make(shared, Generation(side=side, text=text, steps=2))
+            for beside in (False, True):
+                make(shared, Generation(side=side, text=text, steps=2, beside=beside))
     return Compiled(shared.program, "torch", POLICY)
 
 
@@ -106,7 +107,11 @@ BEFORE = Generation(guidance="unnamed", steps=5, ending="cancelled")
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(replace(BEFORE, side=3, stop=2), replace(BEFORE, stop=4, ending="open"), id="another size"),
+        pytest.param(
+            replace(BEFORE, side=3, stop=2),
+            replace(BEFORE, sampler="image to image", guidance="none", prompt=1, ending="open"),
+            id="another size",
+        ),
         pytest.param(
             replace(BEFORE, sampler="image to image", start=0.06),
             replace(BEFORE, sampler="image to image", start=0.06, noise=1, ending="open"),
@@ -127,7 +132,12 @@ BEFORE = Generation(guidance="unnamed", steps=5, ending="cancelled")
 def test_after_a_cancel_comes(apart: Compiled, before: Generation, after: Generation) -> None:
     for stop in range(before.stop, 5):
         make(apart, replace(before, stop=stop))
-        assert all(map(torch.equal, make(apart, after), alone(apart, after))), stop
+        results, steps_of = [], []
+        for run in (make, alone):
+            results.append(run(apart, after))
+            steps_of.append(apart.trace[-1].arrays()["step"].tolist())
+        assert all(map(torch.equal, *results)), stop
+        assert steps_of[0] == steps_of[1], stop
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "multistep"])

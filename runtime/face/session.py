@@ -222,14 +222,18 @@ class Session(GrowingProgram):
             return _named(call.glue, outputs, call.given), outputs
         if self._host is None:
             raise EditError("this program is hosted: it runs inside the model it was compiled from")
-        result = self._host(**call.given)
+        with self._lock:  # a trace swaps the model's weights and forwards for its own
+            result = self._host(**call.given)
         whole: Any = result.to_tuple() if hasattr(result, "to_tuple") else result
         return result, [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]
 
     def _check_weights(self, glue: Glue, begins: bool) -> None:
         """Refuse, or warn once as a generation `begins`, where the model has other weights than were compiled."""
         asked = glue.file is None or (begins and not self._said_changed)
-        name = self.tracer.changed() if self.tracer is not None and asked else None
+        if self.tracer is None or not asked:
+            return
+        with self._lock:  # not while another thread traces, as above
+            name = self.tracer.changed()
         if name is None:
             return
         told = f"the model's weights have changed since it was compiled (first: {name})"
