@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 OUTPUTS = 6
 """Outputs of the last calls that are kept to explain the next latents by: two steps of guidance with three calls."""
 MOST = 14
@@ -73,7 +73,7 @@ class Chain:
         moved = sample - before
         there = moved != 0
         there |= there.sum(1, keepdim=True) < PART * sample.shape[1]
-        vectors = torch.stack([moved, *(vector * there for vector in (before, *outputs))], 1)
+        vectors = torch.stack([moved, before, *outputs], 1).mul_(there[:, None])
         return (vectors @ vectors.mT).double()
 
     def begins_again(self, sample: Tensor) -> Tensor:
