@@ -118,6 +118,11 @@ BEFORE = Generation(guidance="unnamed", steps=5, ending="cancelled")
             id="a gentle change of an image, again with other noise",
         ),
         pytest.param(
+            replace(BEFORE, sampler="image to image", stop=1),
+            replace(BEFORE, sampler="image to image", start=0.65, ending="open"),
+            id="a stronger change of the same image with the same noise",
+        ),
+        pytest.param(
             replace(BEFORE, guidance="contexts"),
             replace(BEFORE, guidance="contexts", turned=True, ending="open"),
             id="its branches in the other order",

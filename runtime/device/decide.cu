@@ -71,7 +71,7 @@ extern "C" __global__ void advance(
     if (rows && !*first) clock[LEFT] = 1;
     int verdict = GOES_ON, calls = clock[CALLS] + !another, broke = 0, certain = 1;
     if (!clock[STARTED] || again) verdict = NEW;
-    else if (!((rows && on) || (!rows && another) || (trusted && !turned))) {
+    else if (!((rows && on && (direction * clock[DIRECTION] >= 0 || clock[BROKE])) || (!rows && another) || (trusted && !turned))) {
         certain = turned || !moved || renewed;
         broke = !certain;
         verdict = certain || (rows && !clock[BROKE]) ? NEW : IN_DOUBT;

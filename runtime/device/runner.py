@@ -78,6 +78,8 @@ class DeviceRunner:
             *(tuple(given.shape) for given in inputs.values()),
             routed,
         )
+        if request.resized(call):
+            raise RecordError("the shape of the latents changed within a request")
         if recorded in self._refused:
             raise RecordError(self._refused[recorded])
         state = self._state(request)

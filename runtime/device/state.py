@@ -19,7 +19,7 @@ from runtime.device.step import Step
 from runtime.requests.evidence import Chain
 from runtime.requests.request import Request
 from runtime.requests.rule import Place
-from runtime.requests.sighting import Shape, Sighting, one_if_equal
+from runtime.requests.sighting import Sighting, one_if_equal
 from runtime.requests.trace import RequestTrace, Trace
 
 FIELDS = 10
@@ -73,8 +73,9 @@ class Clock:
         return Place(step, calls, times, direction, bool(broke)) if started else None
 
     def start_at(self, place: Place) -> None:
-        """Go on from `place`."""
+        """Go on from `place`, in the first tick."""
         self.last.copy_(torch.tensor(place.times, dtype=torch.float64).expand(self.last.shape))
+        self.fields[_TICK] = 1
         fields = [1, place.step, place.calls, place.direction, int(place.broke)]
         self.fields[: len(fields)].copy_(torch.tensor(fields, dtype=torch.int32))
 
@@ -156,7 +157,7 @@ class DeviceState:
         self.error: EditError | None = None
         self.ledger = Ledger(request.name, traces, request.trace)
         self._shelf, self._place = shelf, request.place
-        self._shape: Shape | None = None
+        self._seen = request.seen
         self._last: dict[int, Recorded] = {}
         self._mine = Belongings()
         finalize(self, shelf.give_back, self._mine).atexit = False
@@ -170,22 +171,22 @@ class DeviceState:
         times, clock = seen.timestep.numel(), self._mine.clock
         if clock is not None and clock.last.numel() != times:
             raise RecordError("the number of timesteps changed within a request")
-        if clock is not None and self._shape != seen.shape:
-            raise RecordError("the shape of the latents changed within a request")
         if self._place is not None and len(self._place.times) not in (1, times):
             raise RecordError("the number of timesteps changed within a request")
         found = self._mine.steps.get((branch, recorded))
         if found is None:
             found = self._mine.steps[branch, recorded] = self._shelf.take(recorded, make)
-        last = self._last.get(branch, recorded)
-        if last != recorded:
+        last = self._last.get(branch)
+        if last is None:
+            found.own[_OWN_TICK] = int(branch in self._seen)
+        elif last != recorded:
             found.empty()
             found.own[_OWN_TICK].copy_(self._mine.steps[branch, last].own[_OWN_TICK])
         if clock is None:
             clock = self._mine.clock = self._shelf.clock(times, found.own.device)
             if self._place is not None:
                 clock.start_at(self._place)
-        self._shape, self._last[branch] = seen.shape, recorded
+        self._last[branch] = recorded
         return found, clock
 
     @property

@@ -109,7 +109,7 @@ class Request:
         elif verdict is Verdict.IN_DOUBT:
             warnings.warn(IN_DOUBT, RuntimeWarning, stacklevel=2)
             self._clear()
-        if before is None or verdict is Verdict.NEW or self.place.calls != before.calls:
+        if verdict is Verdict.NEW or before is None or self.place.calls != before.calls:
             self._tick += 1
         if branch is None:
             branch = self._new_branch(call)
@@ -118,7 +118,7 @@ class Request:
         branch.tick = self._tick
         self.lost = False
         self.trace = self.trace or self._traces.begin(self.name)
-        if before is None or verdict is Verdict.NEW:
+        if verdict is Verdict.NEW:
             self._beginning = _Beginning(call.times)
         return branch
 
@@ -138,6 +138,10 @@ class Request:
         """The last calls, where their latents had the shape `shape`."""
         return self._chain if self._chain is not None and self._chain.shape == shape else None
 
+    def resized(self, call: Sighting) -> bool:
+        """Whether the latents of `call` have another shape than those of the last one."""
+        return self._chain is not None and call.shape is not None and self._chain.shape != call.shape
+
     def branch_at_once(self, call: Sighting) -> Branch | None:
         """The branch of a call whose timestep and latents the host has not seen; None where they are needed."""
         if call.context is not None:
@@ -155,6 +159,11 @@ class Request:
         renewed = branch.tick < 0 or branch.conditioning.renewed(call.conditioning)
         branch.tick = max(branch.tick, 0)
         return renewed, branch.conditioning.observe(call.conditioning) and not self.trusted
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """Numbers of the branches that have been called in the current step."""
+        return frozenset(branch.number for branch in self._branches if branch.tick == self._tick)
 
     def go_elsewhere(self, state: object) -> None:
         """Let `state` have what comes, from this place on; residuals stay behind."""
@@ -179,7 +188,7 @@ class Request:
         self._branches.clear()
         self._spare.clear()
         self._chain = None
-        self._beginning, self.lost = None, self.place is not None
+        self._beginning, self.lost = None, self.place is not None or self.elsewhere is not None
 
     def forget(self) -> None:
         """Take back what was traced."""
@@ -202,7 +211,7 @@ class Request:
         seen = branch is not None and branch.tick == self._tick
         if call.gram is not None:
             on = continues(call.gram, call.eps, near=False)
-        elif self._chain is not None and call.shape is not None:
+        elif self.resized(call):
             on = False  # another size is another image
         if not on and self.place is not None and not self.lost:
             renewed = branch is None or branch.conditioning.renewed(call.conditioning)

@@ -69,7 +69,10 @@ def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     steps = 0 if another_branch else 1
     direction = move or (0 if move is None else place.direction)
     on = Place(place.step + steps, place.calls + steps, call.times, direction)
-    if call.continues or (call.continues is None and another_branch) or (call.trusted and not turned):
+    # The first latents of a generation are a sum of its later ones and of outputs, and so, nearly, are those of a twin:
+    # where the timestep turns back, it is the twin. After a break, the last move was from one generation to another.
+    back = (move or 0) * place.direction < 0 and not place.broke
+    if (call.continues and not back) or (call.continues is None and another_branch) or (call.trusted and not turned):
         return on, Verdict.GOES_ON
     if turned or move == 0 or call.renewed:
         return Place(0, 0, call.times), Verdict.NEW

@@ -24,7 +24,7 @@ class Sighting:
 
     The rest is there once the call was seen `beside` earlier ones. `times`: the timesteps, one where all rows have the
     same. `sample`: of the latents. `gram`: see `Chain.gram`; None where nothing of this shape came before. `first`:
-    whether the latents are those that the generation began with, None where that had others' shape.
+    whether the latents are those that the generation began with, None where those are not known.
     """
 
     timestep: Tensor
