@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
-import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -274,50 +272,6 @@ def test_a_policy_that_cannot_decide_there_decides_on_the_host(recorder: Emulato
     model.policy = POLICY
     call(model, 0.5)
     assert (model.dispatch, model.dispatch_note, recorder.replays) == ("device", None, 1)
-
-
-def test_between_device_and_host_a_request_keeps_its_step_and_no_residuals(recorder: Emulator) -> None:
-    table = ScheduledPolicy(np.repeat(np.array([1.0, 0.25, REUSE, REUSE, 0.5])[:, None], 3, axis=1))
-    model = on_device(table)
-    for step, policy in enumerate((table, Custom(), table, table, table)):
-        model.policy = policy
-        call(model, 1 - step / 5)
-    steps = [int(s) for record in model.trace for s in record.arrays()["step"][::3]]
-    widths = [float(w) for record in model.trace for w in record.arrays()["width"][::3]]
-    assert steps == [0, 1, 2, 3, 4]
-    assert widths == [1.0, 1.0, 1.0, 0.0, 0.5]  # the first reuse finds no residual, the second does
-
-
-def test_a_step_may_begin_on_the_host_and_end_on_the_device(recorder: Emulator) -> None:
-    model, given = on_device(), programs.inputs()
-    for moment in (1.0, 0.5):
-        for context in ("cond", "uncond", "third"):
-            model.policy = Custom() if (moment, context) == (1.0, "cond") else ALWAYS_REUSE
-            with model.cache_context(context):
-                model(**{**given, "timestep": torch.tensor([moment])})
-    with model.cache_context("third"):
-        model(**{**given, "timestep": torch.tensor([0.5])})  # a second time, as a sampler of second order does
-    (record,) = model.trace
-    assert recorder.replays == 6
-    assert record.arrays()["step"][:: len(KINDS)].tolist() == [0, 0, 0, 1, 1, 1, 2]
-
-
-def test_a_device_that_lost_residuals_goes_on_at_its_step(recorder: Emulator) -> None:
-    model = on_device()
-    model.memory_limit = 1
-    given = [programs.inputs(1, seed) for seed in (0, 1)]
-    turn = threading.Barrier(2)
-
-    def run(mine: int) -> None:
-        latents = given[mine]
-        for moment in (1.0, 0.7, 0.4):
-            model(**{**latents, "timestep": torch.tensor([moment])})
-            turn.wait(20)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        in_threads([lambda: run(0), lambda: run(1)])
-    assert [set(record.arrays()["step"].tolist()) for record in model.trace] == [{0, 1, 2}] * 2
 
 
 def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,38 +216,6 @@ def test_what_a_model_writes_itself_is_no_change_of_weights() -> None:
     agree(compiled, model, {**inputs, "x": noise(2, 7, 4)})
 
 
-@pytest.mark.parametrize("plainly", [False, True])
-def test_a_call_beside_a_trace_in_another_thread_is_as_if_alone(plainly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace swaps the model's weights: nobody looks at them, or runs the model's own Python, until it is over."""
-    model = randomised(Telling(plainly))
-    compiled = opened(model, 3)
-    expected = [compiled(**told(4)).clone(), compiled(**told(3)).clone()]
-    tracing, called, over = threading.Event(), threading.Event(), []
-    analyse = compiled._tracer._analyse
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        bias, model.head.bias = model.head.bias, nn.Parameter(torch.full_like(model.head.bias, 9.0))
-        tracing.set()
-        called.wait(10)
-        over.append(threading.Event().wait(0.3))
-        model.head.bias = bias
-        return analyse(*args, **kwargs)
-
-    monkeypatch.setattr(compiled._tracer, "_analyse", slowly)
-    other = threading.Thread(target=lambda: compiled(**{**told(4), "mask": told(4)["mask"].int()}))
-    other.start()
-    tracing.wait(10)
-    called.set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compiled.reset()
-        got = [compiled(**told(4)), compiled(**told(3))]
-    other.join()
-    assert over
-    for one, alone in zip(got, expected, strict=True):
-        assert torch.equal(one, alone)
-
-
 class Telling(PlainDiT):
     """Cuts its tokens to as many as a mask tells, in its own Python where `plainly`."""
 
@@ -355,23 +321,3 @@ def test_latents_are_told() -> None:
     assert program.manifest.glues[0].latents == (("hidden_states", 0),)
     model, inputs = tiny_plain()
     assert Tracer(model, (1.0,), None).trace(inputs).manifest.glues[0].latents == (("x", 0),)
-
-
-def test_hooks_of_a_trace_see_their_own_thread_alone() -> None:
-    from passes.record import record
-
-    model, inputs = tiny_plain()
-
-    class Meanwhile(nn.Module):
-        """Another thread runs the same blocks while a trace does."""
-
-        def forward(self, **kwargs: Any) -> Tensor:
-            other = threading.Thread(target=lambda: eager(model, tiny_plain(tokens=4)[1]))
-            other.start()
-            other.join()
-            return model(**kwargs)
-
-    with torch.no_grad():
-        calls, _ = record(Meanwhile(), inputs, dict(model.layers.named_children()))
-    assert calls.keys() == {"0", "1", "2"}
-    assert all(call.leaves[0].shape[1] == 9 for call in calls.values())
