@@ -20,8 +20,8 @@ import torch
 def tensor_bytes() -> int:
     """Bytes of all tensors that this process holds, memory that they share counted once; fake ones have none."""
     gc.collect()
-    plain = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    tensors = [tensor for tensor in plain if tensor.device.type != "meta"]
+    plain = (torch.Tensor, torch.nn.Parameter)
+    tensors = [thing for thing in gc.get_objects() if type(thing) in plain and thing.device.type != "meta"]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -13,6 +13,8 @@ import edit_compile
 from edit_compile import ElasticTransformer
 from edit_compile.compiler import Tracer
 from runtime.bundle.program import Program
+from runtime.device import runner
+from tests.emulator import Emulator
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -38,6 +40,15 @@ def flux() -> Compiled:
     elastic = edit_compile.elasticize(model, inputs)
     unsettle(elastic)
     return compiled_case(elastic, inputs)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """What records steps of device dispatch on a CPU, strict as a CUDA graph."""
+    emulator = Emulator()
+    monkeypatch.setattr(runner, "recorder_for", lambda device: emulator)
+    monkeypatch.setattr(runner, "absent", lambda device: None)
+    return emulator
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.recorder import Condition
 from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
-from runtime.requests.evidence import continues
+from runtime.requests.evidence import MOST, continues
 from runtime.requests.rule import Arrival, Verdict, advance, goes_further
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel, library
@@ -206,6 +206,7 @@ def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
     assert (len(enums[0]), len(enums[1]), len(enums[4])) == (FIELDS, OWN, 4)
     assert enums[0][:5] == ["STARTED", "STEP", "CALLS", "DIRECTION", "BROKE"]  # which Clock reads and writes
     assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [8, 9, 2]
+    assert int(values["MOST"]) == MOST + 2  # the move and the latents before it
     assert enums[2] == [verdict.name for verdict in Verdict]
     assert {name: int(values[name]) for name in ("UNPLANNED", "REUSE", "COMPUTE", "SKIP", "EMPTY")} == {
         "UNPLANNED": UNPLANNED,

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from runtime.base.errors import EditError, InputError, PolicyError
-from runtime.device import runner
 from runtime.device.policy import STEPS
 from runtime.engines import pytorch
 from runtime.face.transformer import CompiledTransformer
@@ -27,14 +26,6 @@ from tests.test_transformer_requests import alternating, call, done
 KINDS = ("double", "single", "double")
 POLICY = RoutingPolicy(threshold=0.35, margin=0.4, max_reuse=2)
 ALWAYS_REUSE = ScheduledPolicy(np.full((100, len(KINDS)), REUSE))
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    emulator = Emulator()
-    monkeypatch.setattr(runner, "recorder_for", lambda device: emulator)
-    monkeypatch.setattr(runner, "absent", lambda device: None)
-    return emulator
 
 
 def on_device(policy=ALWAYS_REUSE, kinds=KINDS, **options) -> CompiledTransformer:

@@ -20,11 +20,10 @@ from runtime.requests.trace import COMPUTED, REUSED
 from runtime.routing.policy import SKIP, RoutingPolicy, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
-from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, Custom, on_device, recorder
+from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, Custom, on_device
 from tests.test_transformer import in_threads
 from tests.test_transformer_requests import alternating, call, done
 
-__all__ = ["recorder"]  # a fixture
 BY_STEP = ScheduledPolicy(np.repeat(np.array([1.0, 0.25, SKIP, 0.5, 0.75, 1.0])[:, None], 3, axis=1))
 
 

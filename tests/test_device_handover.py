@@ -12,7 +12,6 @@ from runtime.routing.policy import REUSE, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, Custom, on_device
-from tests.test_device_dispatch import recorder as recorder
 from tests.test_transformer import in_threads
 from tests.test_transformer_requests import call
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.device import runner
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions
 from tests.emulator import Emulator
@@ -21,10 +20,7 @@ READ_ON_THE_HOST = ("HiDreamImageTransformer2DModel", "MochiTransformer3DModel",
     "name",
     [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES if name not in REFUSED],
 )
-def test_recorded_steps_follow_decisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Emulator()
-    monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
-    monkeypatch.setattr(runner, "absent", lambda device: None)
+def test_recorded_steps_follow_decisions(name: str, recorder: Emulator) -> None:
     case = CASES[name]()
     tracer = Watched(case.model, WIDTHS, case.timestep)
     program = tracer.trace(case.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -22,28 +23,27 @@ def test_a_call_beside_a_trace_in_another_thread_is_as_if_alone(plainly: bool, m
     model = randomised(Telling(plainly))
     compiled = opened(model, 3)
     expected = [compiled(**told(4)).clone(), compiled(**told(3)).clone()]
-    tracing, called, over = threading.Event(), threading.Event(), []
+    tracing, over = threading.Event(), threading.Event()
     analyse = compiled._tracer._analyse
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         bias, model.head.bias = model.head.bias, nn.Parameter(torch.full_like(model.head.bias, 9.0))
         tracing.set()
-        called.wait(10)
-        over.append(threading.Event().wait(0.3))
+        time.sleep(0.3)
         model.head.bias = bias
+        over.set()
         return analyse(*args, **kwargs)
 
     monkeypatch.setattr(compiled._tracer, "_analyse", slowly)
     other = threading.Thread(target=lambda: compiled(**{**told(4), "mask": told(4)["mask"].int()}))
     other.start()
-    tracing.wait(10)
-    called.set()
+    assert tracing.wait(10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled.reset()
         got = [compiled(**told(4)), compiled(**told(3))]
     other.join()
-    assert over
+    assert over.is_set()
     for one, alone in zip(got, expected, strict=True):
         assert torch.equal(one, alone)
 

@@ -62,8 +62,8 @@ extern "C" __global__ void advance(
         down |= time[row] < last[row];
         same &= time[row] == begun[row];
     }
-    int moved = up || down, direction = up && down ? 0 : up - down;
-    int turned = (up && down) || direction * clock[DIRECTION] < 0;
+    int moved = up || down, apart = up && down, direction = apart ? 0 : up - down;
+    int turned = apart || direction * clock[DIRECTION] < 0, twin = turned && !apart && !clock[BROKE];
     int seen = own[OWN_TICK] == clock[TICK], another = !moved && !seen;
     int near = !renewed && !turned && (moved || !seen);
     for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, near);
@@ -71,7 +71,7 @@ extern "C" __global__ void advance(
     if (rows && !*first) clock[LEFT] = 1;
     int verdict = GOES_ON, calls = clock[CALLS] + !another, broke = 0, certain = 1;
     if (!clock[STARTED] || again) verdict = NEW;
-    else if (!((rows && on && (direction * clock[DIRECTION] >= 0 || clock[BROKE])) || (!rows && another) || (trusted && !turned))) {
+    else if (!((rows && on && !twin) || (!rows && another) || (trusted && !turned))) {
         certain = turned || !moved || renewed;
         broke = !certain;
         verdict = certain || (rows && !clock[BROKE]) ? NEW : IN_DOUBT;

@@ -10,8 +10,7 @@ their own, which no such sum gives. With d = x' - x and the Gram matrix of (d, x
 the latents continue where s < r / 2, where r is no more than rounding of x', and where d is less than a tenth of x' and
 the timestep goes on under the same conditioning. A half leaves room for what samplers do beside the sum (guidance
 rescaled token by token, clipping, a region that is painted over). Only what moved is looked at: what the model gives
-for an image beside the latents (FLUX Kontext) the sampler does not use. Latents are compared by up to `SAMPLE` of their
-numbers a row.
+for an image beside the latents the sampler does not use. Latents are compared by up to `SAMPLE` of their numbers a row.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SAMPLE = 1 << 14
 OUTPUTS = 6
 """Outputs of the last calls that are kept to explain the next latents by: two steps of guidance with three calls."""
 MOST = 14
-"""Outputs, and those of other rows, that are looked at at once (as many as ``decide.cu`` has room for)."""
+"""Outputs, and those of other rows, that are looked at at once (``decide.cu`` has room for two vectors more)."""
 NUMBERS = 8
 """Each of them needs so many numbers of the latents; fewer could be explained by anything."""
 NEAR = 0.1

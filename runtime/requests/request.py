@@ -140,7 +140,7 @@ class Request:
 
     def resized(self, call: Sighting) -> bool:
         """Whether the latents of `call` have another shape than those of the last one."""
-        return self._chain is not None and call.shape is not None and self._chain.shape != call.shape
+        return self._chain is not None and call.shape is not None and self.chain(call.shape) is None
 
     def branch_at_once(self, call: Sighting) -> Branch | None:
         """The branch of a call whose timestep and latents the host has not seen; None where they are needed."""
@@ -204,7 +204,7 @@ class Request:
         self._spare.extend(branch.banks for branch in self._branches)
         self._branches.clear()
         self._chain = None
-        self._beginning = self.trace = None
+        self.trace = None
 
     def _arrival(self, call: Sighting, branch: Branch | None) -> Arrival:
         beginning, on, renewed = self._beginning, None, False

@@ -1,7 +1,8 @@
 """The rule by which a call goes on with a generation or begins a new one; `decide.cu` has the same for the device.
 
     nothing came before, or the first call comes again                      new
-    the latents continue those of the last call                             goes on
+    the latents continue those of the last call, and the timestep goes on
+    or stays                                                                goes on
     else, in a named request, unless the timestep turns back                goes on
     else, if the timestep stays or turns back, or the conditioning is new   new
     else: the sampler adds noise, or it is another generation that starts   new the first time; where it happens again
@@ -71,8 +72,8 @@ def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     on = Place(place.step + steps, place.calls + steps, call.times, direction)
     # The first latents of a generation are a sum of its later ones and of outputs, and so, nearly, are those of a twin:
     # where the timestep turns back, it is the twin. After a break, the last move was from one generation to another.
-    back = (move or 0) * place.direction < 0 and not place.broke
-    if (call.continues and not back) or (call.continues is None and another_branch) or (call.trusted and not turned):
+    twin = turned and move is not None and not place.broke
+    if (call.continues and not twin) or (call.continues is None and another_branch) or (call.trusted and not turned):
         return on, Verdict.GOES_ON
     if turned or move == 0 or call.renewed:
         return Place(0, 0, call.times), Verdict.NEW
