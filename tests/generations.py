@@ -15,7 +15,8 @@ from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import RoutingPolicy
 
 SAMPLERS = ("euler", "heun", "multistep", "image to image", "rounded")
-GUIDANCE = ("none", "contexts", "unnamed", "batched", "interval", "switched off")
+GUIDANCE = ("none", "contexts", "unnamed", "batched", "three at once", "interval", "switched off")
+PROMPTS = {"cond": 0, "uncond": 5, "third": 6}
 ENDINGS = ("reset", "open", "cancelled", "failed")
 CHANNELS, PROMPT, POOLED = 8, 24, 20
 
@@ -153,17 +154,22 @@ class _Guided:
         kind = generation.guidance
         both = kind != "none" and (kind != "interval" or third <= self.step < max(2 * third, 1))
         order = ("cond", "uncond") if generation.turned else ("uncond", "cond")
-        if kind in ("batched", "switched off"):
+        if kind == "three at once":
+            order = ("third", *order)
+        if kind in ("batched", "three at once", "switched off"):
             if kind == "switched off" and self.step >= generation.steps // 2:
                 return self._call(x, moment, ("cond",))
-            given = dict(zip(order, self._call(torch.cat([x, x]), moment, order).chunk(2), strict=True))
+            given = dict(
+                zip(order, self._call(torch.cat([x] * len(order)), moment, order).chunk(len(order)), strict=True)
+            )
         else:
             named = kind in ("contexts", "interval")
             order = order[::-1] if both else ("cond",)
             given = {prompt: self._call(x, moment, (prompt,), prompt if named else None) for prompt in order}
             if not both:
                 return given["cond"]
-        return given["uncond"] + 3.0 * (given["cond"] - given["uncond"])
+        guided = given["uncond"] + 3.0 * (given["cond"] - given["uncond"])
+        return guided + 1.5 * (given["cond"] - given["third"]) if "third" in given else guided
 
     def _call(self, x: Tensor, moment: float, prompts: Sequence[str], context: str | None = None) -> Tensor:
         conditioning = self._kept.setdefault(tuple(prompts), _conditioning(self.generation, prompts))
@@ -185,7 +191,7 @@ class _Guided:
 def _conditioning(generation: Generation, prompts: Sequence[str]) -> dict[str, Tensor]:
     text, pooled = [], []
     for prompt in prompts:
-        random_of = _random(generation.prompt + (0 if prompt == "cond" else 5))
+        random_of = _random(generation.prompt + PROMPTS[prompt])
         text.append(random_of(generation.batch, generation.text, PROMPT))
         pooled.append(random_of(generation.batch, POOLED))
     side = torch.arange(generation.side)

@@ -19,6 +19,7 @@ from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
 from runtime.requests.evidence import MOST, continues
 from runtime.requests.rule import Arrival, Verdict, advance, goes_further
+from runtime.requests.sighting import one_if_equal
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel, library
 
@@ -137,7 +138,7 @@ call = st.tuples(
 @given(calls=st.lists(call, max_size=12), trusted=st.booleans())
 def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
     """Steps, verdicts, and which branches find their banks emptied, for any order of calls."""
-    place, begun, left, tick = None, None, False, 0
+    place, tick = None, 0
     ticks = dict.fromkeys(range(3), -1)
     clock = Clock(2, torch.device("cpu"))
     own = [torch.zeros(OWN, dtype=torch.int32) for _ in ticks]
@@ -147,16 +148,12 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
         times = tuple(map(float, moments))
         gram = None if kind is None else np.array([GRAMS[kind]])
         seen = ticks[branch] == tick
-        again = begun is not None and kind is not None and first and (left or (seen and begun == times))
-        left = left or (kind is not None and not first)
         near = not renewed and place is not None and goes_further(place, times, seen)
         on = None if gram is None else continues(gram, 1e-7, near=near)
-        arrival = Arrival(times, seen, on, again, renewed, trusted)
+        arrival = Arrival(times, seen, on, None if gram is None else first, renewed, trusted)
         before, (place, verdict) = place, advance(place, arrival)
         if verdict is not Verdict.GOES_ON:
             banks = dict.fromkeys(banks, EMPTY)
-        if verdict is Verdict.NEW:
-            begun, left = times, False
         if before is None or verdict is Verdict.NEW or place.calls != before.calls:
             tick += 1
         ticks[branch] = tick
@@ -170,7 +167,7 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
         assert int(own[branch][3]) == place.step
         assert int(own[branch][4]) == verdict
         assert set(held[branch].tolist()) == {banks[branch]}
-        assert clock.place == replace(place, times=times[:1] if len(set(times)) == 1 else times)
+        assert clock.place == replace(place, times=one_if_equal(times), begun=one_if_equal(place.begun))
         banks[branch] = 1
         held[branch].fill_(1)
 

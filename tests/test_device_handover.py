@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 
-from runtime.routing.policy import REUSE, ScheduledPolicy
+from runtime.routing.policy import REUSE, Decider, ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, Custom, on_device
@@ -40,6 +42,22 @@ def test_a_step_may_begin_on_the_host_and_end_on_the_device(recorder: Emulator) 
     (record,) = model.trace
     assert recorder.replays == 6
     assert record.arrays()["step"][:: len(KINDS)].tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("policies", [(ALWAYS_REUSE, Custom()), (Custom(), ALWAYS_REUSE)], ids=["to host", "to device"])
+def test_the_first_call_once_more_begins_anew_wherever_it_runs(recorder: Emulator, policies: Sequence[Decider]) -> None:
+    model = on_device()
+    for model.policy in policies:
+        call(model, 1.0)
+    assert [set(record.arrays()["step"].tolist()) for record in model.trace] == [{0}, {0}]
+
+
+def test_the_first_call_once_more_begins_anew_with_other_rows_than_before(recorder: Emulator) -> None:
+    model = on_device()
+    one, two = ({**programs.inputs(rows, seed=rows), "timestep": torch.tensor([1.0])} for rows in (1, 2))
+    for given in (one, two, two, one, one):
+        model(**given)
+    assert len(model.trace) == 5
 
 
 def test_a_device_that_lost_residuals_goes_on_at_its_step(recorder: Emulator) -> None:

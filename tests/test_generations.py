@@ -14,7 +14,7 @@ import edit_compile
 from edit_compile import CompiledTransformer as Compiled
 from edit_compile import ElasticTransformer
 from tests.conftest import unsettle
-from tests.generations import POLICY, Generation, draw, make, one_thread, steps
+from tests.generations import GUIDANCE, POLICY, Generation, draw, make, one_thread, steps
 from tests.models import tiny_flux
 from tests.test_transformer import in_threads
 
@@ -146,17 +146,17 @@ def test_after_a_cancel_comes(apart: Compiled, before: Generation, after: Genera
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "multistep"])
-@pytest.mark.parametrize("guidance", ["none", "contexts", "unnamed", "batched", "interval", "switched off"])
-def test_unnamed_calls_of_one_image_are_one_generation(shared: Compiled, sampler: str, guidance: str) -> None:
-    for beside in (False, True):
-        one = Generation(sampler, guidance, 6, batch=3, side=3, beside=beside, ending="open")
-        model = Compiled(shared.program, "torch", POLICY)
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_unnamed_calls_of_one_image_are_one_generation(apart: Compiled, sampler: str, guidance: str) -> None:
+    for beside, batch in ((False, 2), (True, 3)):
+        one = Generation(sampler, guidance, 6, batch=batch, beside=beside, ending="open")
+        model = Compiled(apart.program, "torch", POLICY)
         unnamed = make(model, one)
         assert all(map(torch.equal, unnamed, make(model, replace(one, name="trusted"))))
         assert len(model.trace) == 2
 
 
-@pytest.mark.parametrize("guidance", ["none", "contexts", "unnamed", "batched"])
+@pytest.mark.parametrize("guidance", GUIDANCE[:5])
 def test_the_same_image_again_after_a_cancel_at_any_step(apart: Compiled, guidance: str) -> None:
     whole = Generation(guidance=guidance, steps=5)
     expected = alone(apart, whole)

@@ -116,7 +116,7 @@ class DeviceRunner:
             request.lost = False
             advanced = latents(outputs)
             if advanced is not None:
-                request.note(replace(call, sample=sample[0]), advanced)
+                request.note(replace(call, sample=sample[0]), advanced, clock.new)
             reading = Reading.begin(step, branch.name, state, costs)
         self._readings.append((reading, glue))
         return outputs

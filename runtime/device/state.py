@@ -62,21 +62,27 @@ class Clock:
             self.fields, step.own, step.held, step.held.numel(),
         )  # fmt: skip
         if chain is not None and sample is not None:
-            chain.begin_where(self.fields[_VERDICT] == 1, sample)
+            chain.begin_where(self.new, sample)
         return sample
 
     @property
     def place(self) -> Place | None:
         """Where it is, None before it has started. Synchronises with the device."""
-        started, step, calls, direction, broke, *_ = self.fields.tolist()
-        times = one_if_equal(self.last.tolist())
-        return Place(step, calls, times, direction, bool(broke)) if started else None
+        started, step, calls, direction, broke, left, *_ = self.fields.tolist()
+        times, begun = (one_if_equal(tensor.tolist()) for tensor in (self.last, self.begun))
+        return Place(step, calls, times, begun, direction, bool(broke), bool(left)) if started else None
+
+    @property
+    def new(self) -> Tensor:
+        """Whether a generation began with the last call: () bool."""
+        return self.fields[_VERDICT] == 1
 
     def start_at(self, place: Place) -> None:
         """Go on from `place`, in the first tick."""
-        self.last.copy_(torch.tensor(place.times, dtype=torch.float64).expand(self.last.shape))
+        for own, times in ((self.last, place.times), (self.begun, place.begun)):
+            own.copy_(torch.tensor(times, dtype=torch.float64).expand(own.shape))
         self.fields[_TICK] = 1
-        fields = [1, place.step, place.calls, place.direction, int(place.broke)]
+        fields = [1, place.step, place.calls, place.direction, int(place.broke), int(place.left)]
         self.fields[: len(fields)].copy_(torch.tensor(fields, dtype=torch.int32))
 
 
@@ -171,7 +177,7 @@ class DeviceState:
         times, clock = seen.timestep.numel(), self._mine.clock
         if clock is not None and clock.last.numel() != times:
             raise RecordError("the number of timesteps changed within a request")
-        if self._place is not None and len(self._place.times) not in (1, times):
+        if self._place is not None and not {len(self._place.times), len(self._place.begun)} <= {1, times}:
             raise RecordError("the number of timesteps changed within a request")
         found = self._mine.steps.get((branch, recorded))
         if found is None:

@@ -24,6 +24,10 @@ OUTPUTS = 6
 """Outputs of the last calls that are kept to explain the next latents by: two steps of guidance with three calls."""
 MOST = 14
 """Outputs, and those of other rows, that are looked at at once (``decide.cu`` has room for two vectors more)."""
+GLANCE = 1 << 10
+"""Numbers of a row that say whether another has the same latents."""
+PEERS = 2
+"""Other rows whose outputs guidance may join with those of a row."""
 NUMBERS = 8
 """Each of them needs so many numbers of the latents; fewer could be explained by anything."""
 NEAR = 0.1
@@ -39,12 +43,14 @@ class Chain:
 
     `latents` are those of the first call, rows first, and `output` what the model gave for them: what both have of each
     dimension is what the sampler advances, and so what is looked at. `shape` is that of the latents, without rows.
+    `first` are the latents that the generation began with: those, if they are `new` () bool, else nan.
     """
 
-    def __init__(self, latents: Tensor, output: Tensor) -> None:
+    def __init__(self, latents: Tensor, output: Tensor, new: Tensor) -> None:
         self.shape = tuple(latents.shape[1:])
         self._advanced = [slice(min(pair)) for pair in zip(latents.shape[1:], output.shape[1:], strict=True)]
-        self.first = self._last = self.sample(latents)
+        self._last = self.sample(latents)
+        self.first = self._last.masked_fill(~new, torch.nan)
         self._outputs = [self.sample(output)]
 
     @property
@@ -64,7 +70,8 @@ class Chain:
         Where the call has another number of rows, each goes with the nearest of those before. Does not synchronise
         with the device.
         """
-        before, outputs = self._last, [*self._outputs, *(rows for one in self._outputs for rows in _partners(one))]
+        before, peers = self._last, _peers(self._last)
+        outputs = [*self._outputs, *(one[rows] for one in self._outputs for rows in peers)]
         outputs = outputs[: min(max(sample.shape[1] // NUMBERS, 1), MOST)]
         if len(before) != len(sample):
             nearest = _nearest(sample, before)
@@ -83,8 +90,8 @@ class Chain:
 
     def begin_where(self, new: Tensor, sample: Tensor) -> None:
         """Take `sample` for that of the first call where `new` () bool. Does not synchronise with the device."""
-        if sample.shape == self.first.shape:
-            self.first = torch.where(new, sample, self.first)
+        rows = torch.arange(max(len(sample), len(self.first)), device=sample.device)
+        self.first = torch.where(new, sample[rows % len(sample)], self.first[rows % len(self.first)])
         self._outputs = [output.masked_fill(new, 0.0) for output in self._outputs]
 
     def note(self, sample: Tensor, output: Tensor) -> None:
@@ -92,7 +99,8 @@ class Chain:
         kept = self._outputs
         if len(self._last) != len(sample):  # a sampler of a higher order goes on with what guidance gave before
             nearest = _nearest(sample, self._last)
-            kept = [rows[nearest] for one in kept for rows in (one, *_partners(one))]
+            peers = [nearest, *(rows[nearest] for rows in _peers(self._last))]
+            kept = [one[rows] for one in kept for rows in peers]
         self._last = sample
         self._outputs = [self.sample(output), *kept[: OUTPUTS - 1]]
 
@@ -129,8 +137,17 @@ def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others).argmin(1)
 
 
-def _partners(output: Tensor) -> list[Tensor]:
-    """An output with its rows moved by halves or thirds of the batch: guidance joins rows of a batch so."""
-    rows = len(output)
-    parts = 2 if rows % 2 == 0 else 3 if rows % 3 == 0 else 1
-    return [output.roll(rows // parts * shift, 0) for shift in range(1, parts)]
+def _peers(latents: Tensor) -> list[Tensor]:
+    """For each row the next one with the same latents, and the one after that: guidance joins rows of a batch so.
+
+    A row that has none is its own. Does not synchronise with the device.
+    """
+    count = len(latents)
+    if count == 1:
+        return []
+    rows = torch.arange(count, device=latents.device)
+    latents = latents[:, :: -(-latents.shape[1] // GLANCE)]
+    same = (latents[:, None] == latents).all(-1)
+    ahead = ((rows - rows[:, None]) % count).masked_fill(~same, count)  # a row is 0 ahead of itself
+    found = ahead.sort(1).values[:, 1 : PEERS + 1]
+    return [(rows + ahead) % count for ahead in found.masked_fill(found == count, 0).unbind(1)]

@@ -10,8 +10,8 @@ import itertools
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from runtime.requests.bank import Residuals
@@ -51,14 +51,6 @@ class Branch:
             bank.clear()
 
 
-@dataclass
-class _Beginning:
-    """The first call of a generation: its timesteps, and whether other latents came since."""
-
-    times: tuple[float, ...]
-    left: bool = False
-
-
 class Request:
     """The state of one request between its calls; `trusted` where it has a name."""
 
@@ -70,7 +62,7 @@ class Request:
         self._traces = traces
         self._branches: list[Branch] = []
         self._chain: Chain | None = None
-        self._beginning: _Beginning | None = None
+        self._new = True  # what the last call was
         self._spare: list[dict[int, Residuals]] = []  # banks of earlier generations, for their buffers
         self._tick = 0  # of steps; never set back
         self._numbers = itertools.count()  # of branches
@@ -96,7 +88,7 @@ class Request:
 
     def look(self, call: Sighting) -> Sighting:
         """`call` beside those before it; one transfer to the host, which brings its timesteps too."""
-        return call.beside(self.chain(call.shape), self._beginning is not None)
+        return call.beside(self.chain(call.shape))
 
     def enter(self, call: Sighting) -> Branch:
         """The branch of a call, with the residuals that it may reuse."""
@@ -118,21 +110,21 @@ class Request:
         branch.tick = self._tick
         self.lost = False
         self.trace = self.trace or self._traces.begin(self.name)
-        if verdict is Verdict.NEW:
-            self._beginning = _Beginning(call.times)
+        self._new = verdict is Verdict.NEW
         return branch
 
-    def note(self, call: Sighting, output: Tensor) -> None:
-        """Remember the latents of `call`, which was entered last, and what the model gave for them."""
+    def note(self, call: Sighting, output: Tensor, new: Tensor | None = None) -> None:
+        """Remember the latents of `call`, the last one, and what the model gave for them.
+
+        `new` () bool: whether a generation began with it; None where it was entered.
+        """
         if call.latents is None or call.shape is None or output.dim() != call.latents.dim():
             return
         chain = self.chain(call.shape)
         if chain is not None and call.sample is not None:
             chain.note(call.sample, output)
             return
-        if self._chain is not None:  # of another shape, in a request that is trusted to go on
-            self._beginning = None
-        self._chain = Chain(call.latents, output)
+        self._chain = Chain(call.latents, output, torch.tensor(self._new, device=output.device) if new is None else new)
 
     def chain(self, shape: Shape | None) -> Chain | None:
         """The last calls, where their latents had the shape `shape`."""
@@ -179,7 +171,7 @@ class Request:
 
     def come_back(self) -> None:
         """Take decisions on the host again, until the request ends, without residuals."""
-        self.elsewhere, self.stays, self._beginning = None, True, None
+        self.elsewhere, self.stays = None, True
         self.lost = self.place is not None and self._chain is None
         self._clear()
 
@@ -188,7 +180,7 @@ class Request:
         self._branches.clear()
         self._spare.clear()
         self._chain = None
-        self._beginning, self.lost = None, self.place is not None or self.elsewhere is not None
+        self.lost = self.place is not None or self.elsewhere is not None
 
     def forget(self) -> None:
         """Take back what was traced."""
@@ -207,7 +199,7 @@ class Request:
         self.trace = None
 
     def _arrival(self, call: Sighting, branch: Branch | None) -> Arrival:
-        beginning, on, renewed = self._beginning, None, False
+        on, renewed = None, False
         seen = branch is not None and branch.tick == self._tick
         if call.gram is not None:
             on = continues(call.gram, call.eps, near=False)
@@ -217,12 +209,7 @@ class Request:
             renewed = branch is None or branch.conditioning.renewed(call.conditioning)
             if call.gram is not None and not renewed and goes_further(self.place, call.times, seen):
                 on = continues(call.gram, call.eps, near=True)
-        again = False
-        if beginning is not None and call.first:
-            again = beginning.left or (seen and call.times == beginning.times)
-        if beginning is not None and call.gram is not None and call.moved:
-            beginning.left = True
-        return Arrival(call.times, seen, on, again, renewed, trusted=self.trusted or self.lost)
+        return Arrival(call.times, seen, on, call.first, renewed, trusted=self.trusted or self.lost)
 
     def _branch_of(self, call: Sighting) -> Branch | None:
         """The branch that the call belongs to, None for one not seen before."""

@@ -15,7 +15,7 @@ docs/requests.md says it for authors of sampling loops.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
@@ -33,14 +33,17 @@ class Place:
 
     `step` counts its steps from 0. `calls` does too, but goes on where latents broke off for the first time (`broke`).
     `times` are the timesteps of its rows (one where all are equal), `direction` is 1 where they last rose and -1 where
-    they fell, 0 where that is not known.
+    they fell, 0 where that is not known. `begun` are the timesteps of its first call; it has `left` once other latents
+    came than those of that call.
     """
 
     step: int
     calls: int
     times: tuple[float, ...]
+    begun: tuple[float, ...]
     direction: int = 0
     broke: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,38 +51,39 @@ class Arrival:
     """What is known of a call.
 
     `seen`: its branch has been called in this step already. `continues`: its latents continue those of the last call;
-    None where there is nothing to compare them with. `again`: it is the request's first call once more. `renewed`: its
-    conditioning is that of another generation. `trusted`: its request has a name.
+    None where there is nothing to compare them with. `first`: they are those of the generation's first call, None as
+    before. `renewed`: its conditioning is that of another generation. `trusted`: its request has a name.
     """
 
     times: tuple[float, ...]
     seen: bool
     continues: bool | None
-    again: bool = False
+    first: bool | None = None
     renewed: bool = False
     trusted: bool = False
 
 
 def advance(place: Place | None, call: Arrival) -> tuple[Place, Verdict]:
     """Where the request is with `call`, and what the call is to it."""
-    if place is None or call.again:
-        return Place(0, 0, call.times), Verdict.NEW
+    if place is None or (call.first and (place.left or (call.seen and call.times == place.begun))):
+        return Place(0, 0, call.times, call.times), Verdict.NEW
     move = _move(place.times, call.times)
     turned = turns_back(place, call.times)
     another_branch = move == 0 and not call.seen
     steps = 0 if another_branch else 1
     direction = move or (0 if move is None else place.direction)
-    on = Place(place.step + steps, place.calls + steps, call.times, direction)
+    left = place.left or call.first is False
+    on = Place(place.step + steps, place.calls + steps, call.times, place.begun, direction, left=left)
     # The first latents of a generation are a sum of its later ones and of outputs, and so, nearly, are those of a twin:
     # where the timestep turns back, it is the twin. After a break, the last move was from one generation to another.
     twin = turned and move is not None and not place.broke
     if (call.continues and not twin) or (call.continues is None and another_branch) or (call.trusted and not turned):
         return on, Verdict.GOES_ON
     if turned or move == 0 or call.renewed:
-        return Place(0, 0, call.times), Verdict.NEW
+        return Place(0, 0, call.times, call.times), Verdict.NEW
     if call.continues is not None and not place.broke:
-        return Place(0, on.calls, call.times, direction, broke=True), Verdict.NEW
-    return Place(on.calls, on.calls, call.times, direction, broke=True), Verdict.IN_DOUBT
+        return Place(0, on.calls, call.times, call.times, direction, broke=True), Verdict.NEW
+    return replace(on, step=on.calls, broke=True), Verdict.IN_DOUBT
 
 
 def goes_further(place: Place, times: tuple[float, ...], seen: bool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ class Sighting:
 
     The rest is there once the call was seen `beside` earlier ones. `times`: the timesteps, one where all rows have the
     same. `sample`: of the latents. `gram`: see `Chain.gram`; None where nothing of this shape came before. `first`:
-    whether the latents are those that the generation began with, None where those are not known.
+    whether the latents are those that the generation began with; None as before.
     """
 
     timestep: Tensor
@@ -52,8 +52,8 @@ class Sighting:
         """Whether its latents are others than those of the last call."""
         return self.gram is None or bool(self.gram[:, 0, 0].any())
 
-    def beside(self, chain: Chain | None, begun: bool) -> Sighting:
-        """This call beside earlier ones with latents of its shape, of which the first was the first of all if `begun`.
+    def beside(self, chain: Chain | None) -> Sighting:
+        """This call beside earlier ones with latents of its shape.
 
         One transfer to the host, which brings the timesteps too.
         """
@@ -70,10 +70,10 @@ class Sighting:
             times=one_if_equal(told[:count]),
             sample=sample,
             gram=np.array(told[count + 1 :]).reshape(gram.shape),
-            first=bool(told[count]) if begun else None,
+            first=bool(told[count]),
         )
 
 
-def one_if_equal(times: list[float]) -> tuple[float, ...]:
+def one_if_equal(times: Sequence[float]) -> tuple[float, ...]:
     """The timesteps of a call's rows, one where all have the same."""
     return tuple(times[:1] if len(set(times)) == 1 else times)
