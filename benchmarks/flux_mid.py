@@ -33,7 +33,7 @@ from edit_compile.elastic import ElasticTransformer
 from edit_compile.machine import describe_machine, summary
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import ScheduledPolicy
+from runtime.routing.schedule import ScheduledPolicy
 
 RESULTS = Path(__file__).parent / "results"
 GATE, WIDTH = 0.5, 0.6

@@ -24,7 +24,7 @@ from runtime.bundle.program import Program
 from runtime.engines.tensorrt.jobs import MAX_BATCH
 from runtime.engines.tensorrt.library import MODULES, open_library, targets
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import ScheduledPolicy
+from runtime.routing.schedule import ScheduledPolicy
 
 ENGINES = {
     "cuda": ("torch", "inductor", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"),

@@ -21,7 +21,8 @@ from edit_compile.timing import Spread, interleaved, timed
 from passes.check import TOLERANCE, distance, largest
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP
+from runtime.routing.schedule import ScheduledPolicy
 
 Result = dict[str, Any]
 NEEDS_CUDA = {"unavailable": "needs CUDA"}

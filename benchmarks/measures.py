@@ -14,7 +14,8 @@ from edit_compile.timing import Spread, interleaved
 from runtime.base.guard import answering
 from runtime.calls.bound import glue_graph
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import SKIP, ScheduledPolicy
+from runtime.routing.policy import SKIP
+from runtime.routing.schedule import ScheduledPolicy
 
 ROUNDS_PER_REPEAT = 25
 """Steps that skip everything take little and are told apart by less: they are timed that much more often."""

@@ -39,7 +39,7 @@ def run_at_every_width(bundle: Path, engine: str) -> dict[str, Any]:
     """Resident bytes above those of the bare process: after one pass at full width, and after one at each width."""
     from edit_compile.verify import random_inputs
     from runtime.face.load import load
-    from runtime.routing.policy import ScheduledPolicy
+    from runtime.routing.schedule import ScheduledPolicy
 
     before = psutil.Process().memory_info().rss
     compiled = load(bundle, engine=engine)

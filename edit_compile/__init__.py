@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from runtime.face.load import load as load
     from runtime.face.transformer import CompiledTransformer as CompiledTransformer
     from runtime.routing.policy import RoutingPolicy as RoutingPolicy
-    from runtime.routing.policy import ScheduledPolicy as ScheduledPolicy
+    from runtime.routing.reuse import ReusePolicy as ReusePolicy
+    from runtime.routing.schedule import ScheduledPolicy as ScheduledPolicy
 
 _HOMES = {
     "edit_compile.benchmarking": ("benchmark",),
@@ -43,7 +44,9 @@ _HOMES = {
     "edit_compile.storage": ("load_elastic",),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),
-    "runtime.routing.policy": ("RoutingPolicy", "ScheduledPolicy"),
+    "runtime.routing.policy": ("RoutingPolicy",),
+    "runtime.routing.reuse": ("ReusePolicy",),
+    "runtime.routing.schedule": ("ScheduledPolicy",),
     "runtime.bundle.spec": ("RouterConfig",),
     "runtime.face.transformer": ("CompiledTransformer",),
 }

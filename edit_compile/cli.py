@@ -297,7 +297,7 @@ def _dense(model: Any) -> Any:
 
 def _apply_schedule(compiled: Any, budget: str | None, steps: int) -> None:
     from edit_compile.loading import UserError, parse_numbers
-    from runtime.routing.policy import ScheduledPolicy
+    from runtime.routing.schedule import ScheduledPolicy
 
     if budget is None:
         return

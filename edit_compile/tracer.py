@@ -33,7 +33,8 @@ from runtime.base.errors import EditError
 from runtime.bundle.program import Program
 from runtime.face.arguments import argument_names, find_glue, flatten
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import Decider, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import Decider, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

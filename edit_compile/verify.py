@@ -18,7 +18,8 @@ from runtime.bundle.spec import Glue, GlueInput, Manifest
 from runtime.face.arguments import unflatten
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import RequestTrace
-from runtime.routing.policy import RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 
 EXAMPLE_ROWS = 2
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}

@@ -19,7 +19,8 @@ from passes.graph import Report
 from passes.pipeline import Analysis
 from runtime.bundle.spec import Manifest, RouterConfig
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP
+from runtime.routing.schedule import ScheduledPolicy
 from tests.schedule_oracle import ScheduleOracle
 from tests.tracing import Watched
 from tests.zoo import CASES, Case

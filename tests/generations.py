@@ -26,10 +26,10 @@ _local = threading.local()
 class Flaky(RoutingPolicy):
     """Algorithm 1, which fails inside a model's call where its thread asks for it."""
 
-    def decide(self, step, block, gate, width, held):
+    def decide(self, step, block, gate, width, held, change):
         if getattr(_local, "fails", False):
             raise RuntimeError("an engine failed")
-        return super().decide(step, block, gate, width, held)
+        return super().decide(step, block, gate, width, held, change)
 
 
 POLICY = Flaky(threshold=0.12, margin=0.3, max_reuse=2, warmup_steps=2)

@@ -23,7 +23,8 @@ from passes.graph import BlockSite, Call, Run
 from passes.packing import Packing
 from passes.pipeline import analyse
 from runtime.bundle.spec import RouterConfig
-from runtime.routing.policy import RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests.models import noise, randomised
 
 DIM, FRAMES, TOKENS = 8, 3, 5

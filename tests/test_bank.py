@@ -73,10 +73,10 @@ def test_a_bank_is_a_residual_and_a_count_per_row(operations) -> None:
 def test_buffers_are_written_again_after_clearing() -> None:
     bank = Residuals(states(0), DIMS)
     bank.keep(states(0), states(1))
-    size, addresses = bank.nbytes, [d.data_ptr() for d in bank._deltas]
+    size, addresses = bank.nbytes, [d.data_ptr() for d in bank.deltas]
     bank.clear()
     bank.keep(states(2), states(3))
-    assert [d.data_ptr() for d in bank._deltas] == addresses
+    assert [d.data_ptr() for d in bank.deltas] == addresses
     assert bank.nbytes == size == sum(s.nbytes for s in states(0))
 
 

@@ -18,7 +18,8 @@ from edit_compile.inspection import dense_flops, describe
 from edit_compile.verify import random_inputs, verify
 from runtime.bundle import files as bundle
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 
 TABLE = [[1.0, SKIP, 0.5], [REUSE, 0.25, 0.5]]

@@ -16,7 +16,8 @@ from runtime.device.policy import STEPS
 from runtime.engines import pytorch
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
-from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.oracle import Oracle
@@ -244,9 +245,9 @@ def test_inputs_that_are_not_finite_are_named(recorder: Emulator) -> None:
 
 
 class Custom:
-    reuses, routed = False, False
+    keeps, watches, routed = 0, None, False
 
-    def decide(self, step, block, gate, width, held):
+    def decide(self, step, block, gate, width, held, change):
         return [1.0] * len(held)
 
 

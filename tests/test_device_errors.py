@@ -17,7 +17,8 @@ from runtime.device import runner, step
 from runtime.device.reader import Reading
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED
-from runtime.routing.policy import SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import SKIP, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, POLICY, Custom, on_device
@@ -201,7 +202,7 @@ def test_autocast_is_not_recorded_for_calls_without_it(recorder: Emulator) -> No
 
 
 class Mine(RoutingPolicy):
-    def decide(self, step, block, gate, width, held):
+    def decide(self, step, block, gate, width, held, change):
         return [SKIP] * len(held)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.routing.policy import REUSE, Decider, ScheduledPolicy
+from runtime.routing.policy import REUSE, Decider
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.emulator import Emulator
 from tests.test_device_dispatch import ALWAYS_REUSE, KINDS, Custom, on_device

@@ -16,7 +16,8 @@ from runtime.face.transformer import CompiledTransformer
 from runtime.requests.request import Branch
 from runtime.requests.sighting import Sighting
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
-from runtime.routing.policy import REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.oracle import Oracle
 
@@ -107,7 +108,7 @@ def run(fake: Fake, decisions: list[list[float]], x: torch.Tensor, copies: bool 
     glue = GLUE if not copies else replace(GLUE, file=None)
     results = []
     for step in range(len(decisions)):
-        dispatch = Dispatch(fake, policy, Scene(branch, step, record, torch.zeros(1)), glue)
+        dispatch = Dispatch(fake, policy, Scene(branch, step, record, torch.zeros(1), (1.0 - step / 10,)), glue)
         results.append(dispatch(0, [x + 10 * step, shared])[0])
     return results
 
@@ -145,7 +146,7 @@ def test_residuals_belong_to_rows() -> None:
 
 def test_skipped_states_are_copied_only_where_asked() -> None:
     x = torch.zeros(1, 2)
-    scene = Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1))
+    scene = Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1), (0.0,))
     kept = Dispatch(Fake(), ScheduledPolicy(np.zeros((1, 1))), scene, GLUE)
     assert kept(0, [x, torch.zeros(3)])[0] is x
     (copied,) = run(Fake(), [[SKIP]], x, copies=True)
@@ -161,16 +162,16 @@ def test_a_width_not_compiled_runs_at_the_next_wider() -> None:
 class Reckless:
     """Reuses whatever the bank holds."""
 
-    reuses = True
+    keeps, watches = 1, None
     routed = False
 
-    def decide(self, step, block, gate, width, held):
+    def decide(self, step, block, gate, width, held, change):
         return [REUSE] * len(held)
 
 
 def test_reusing_what_is_not_there_is_an_error() -> None:
     x = torch.zeros(2, 2)
-    dispatch = Dispatch(Fake(), Reckless(), Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1)), GLUE)
+    dispatch = Dispatch(Fake(), Reckless(), Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)
     with pytest.raises(PolicyError, match="none"):
         dispatch(0, [x, torch.zeros(3)])
 
@@ -180,7 +181,9 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
     x = torch.zeros(2, 2)
     keeping, dropping = ScheduledPolicy(np.array([[REUSE]])), ScheduledPolicy(np.array([[1.0]]))
     for policy in (keeping, dropping):
-        Dispatch(fake, policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1)), GLUE)(0, [x, torch.zeros(3)])
+        Dispatch(fake, policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)(
+            0, [x, torch.zeros(3)]
+        )
     assert branch.bank(0, [x], (0,)).held == [-1, -1]
 
 
@@ -196,7 +199,7 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
 )
 def test_without_routers_residuals_are_kept_only_where_they_can_be_reused(policy, kept: bool) -> None:
     branch, x = branch_of_one(), torch.zeros(2, 2)
-    Dispatch(Fake(), policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1)), GLUE)(0, [x, torch.zeros(3)])
+    Dispatch(Fake(), policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)(0, [x, torch.zeros(3)])
     assert (branch.bank(0, [x], (0,)).nbytes > 0) == kept
 
 

@@ -24,7 +24,8 @@ from runtime.bundle import archive as pt2
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.bank import Residuals
-from runtime.routing.policy import REUSE, SKIP, ScheduledPolicy
+from runtime.routing.policy import REUSE, SKIP
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.conftest import compiled_case
 from tests.models import tiny_flux

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.base.errors import PolicyError
-from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 
 probability = st.floats(0, 1)
 row = st.tuples(probability, st.sampled_from([0.25, 0.5, 1.0]), st.integers(EMPTY, 6))
@@ -110,7 +111,7 @@ def test_impossible_budgets_are_refused(gate, width) -> None:
 def test_a_schedule_is_read_per_row_where_it_has_rows() -> None:
     table = np.array([[[SKIP, REUSE, 0.5]]])
     policy = ScheduledPolicy(table)
-    assert policy.reuses
+    assert policy.keeps == 1
     assert policy.decide(0, 0, [1.0] * 3, [1.0] * 3, [0, 0, 0]) == [SKIP, REUSE, 0.5]
     assert policy.decide(0, 0, [1.0] * 3, [1.0] * 3, [EMPTY] * 3) == [SKIP, 1.0, 0.5]
     with pytest.raises(PolicyError, match="3 rows"):
@@ -119,7 +120,7 @@ def test_a_schedule_is_read_per_row_where_it_has_rows() -> None:
 
 def test_a_schedule_ends_where_its_table_ends() -> None:
     policy = ScheduledPolicy(np.zeros((2, 3)))
-    assert not policy.reuses
+    assert policy.keeps == 0
     for step, block in ((2, 0), (0, 3)):
         with pytest.raises(PolicyError, match="2 steps of 3 blocks"):
             policy.decide(step, block, [1.0], [1.0], [0])

@@ -18,7 +18,7 @@ from runtime.base.errors import BundleError
 from runtime.base.rows import one_row, row_by_row
 from runtime.bundle.checks import check
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import ScheduledPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests.catalogue import follow_decisions
 from tests.models import noise, randomised
 from tests.programs import make

@@ -16,7 +16,8 @@ from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import REUSE, RoutingPolicy, ScheduledPolicy
+from runtime.routing.policy import REUSE, RoutingPolicy
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 
 

@@ -14,7 +14,8 @@ from runtime.base.errors import EditError
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED
-from runtime.routing.policy import REUSE, ScheduledPolicy
+from runtime.routing.policy import REUSE
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.test_transformer import in_threads, with_glues
 

@@ -15,7 +15,8 @@ from runtime.base.errors import EditError
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.bank import Residuals
 from runtime.requests.trace import COMPUTED, REUSED
-from runtime.routing.policy import REUSE, ScheduledPolicy
+from runtime.routing.policy import REUSE
+from runtime.routing.schedule import ScheduledPolicy
 from tests import programs
 from tests.test_transformer import in_threads
 
@@ -166,7 +167,7 @@ def test_repeating_one_timestep_without_end_does_not_grow() -> None:
     for _ in range(12):
         call(model, 0.5)
     gc.collect()
-    assert sum(isinstance(thing, Residuals) and bool(thing._deltas) for thing in gc.get_objects()) <= BLOCKS * 4 + 8
+    assert sum(isinstance(thing, Residuals) and bool(thing.deltas) for thing in gc.get_objects()) <= BLOCKS * 4 + 8
     assert {int(s) for record in model.trace for s in record.arrays()["step"]} == {0}
 
 

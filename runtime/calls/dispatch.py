@@ -12,20 +12,25 @@ from runtime.base.errors import InnerShapeError, PolicyError
 from runtime.bundle.spec import Glue, Plan
 from runtime.calls.bound import BoundBlock, BoundBlocks
 from runtime.requests.bank import Residuals
+from runtime.requests.change import Watch
 from runtime.requests.request import Branch
 from runtime.requests.trace import RequestTrace
 from runtime.routing.folded import gate_of
-from runtime.routing.policy import EMPTY, REUSE, SKIP, Decider, keeps_residuals
+from runtime.routing.policy import EMPTY, EXTRAPOLATE, SKIP, Decider, residuals_kept
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a call's guards are answered from: its branch, step, trace and timestep (one, or one per row)."""
+    """What a call's guards are answered from: its branch, step, trace and timestep (one, or one per row).
+
+    `times` are those timesteps on the host, one where all rows have the same.
+    """
 
     branch: Branch
     step: int
     trace: RequestTrace
     timestep: Tensor
+    times: tuple[float, ...]
 
 
 class Dispatch:
@@ -51,7 +56,8 @@ class Dispatch:
         self._engine, self._blocks, self._grow = blocks.engine, blocks, grow
         self._routers = blocks.routers if policy.routed else None
         self._policy = policy
-        self._keeps = keeps_residuals(policy, self._routers is not None)
+        self._keeps = residuals_kept(policy, self._routers is not None)
+        self._watch = Watch(policy.watches if self._keeps else None)
         self._scene = scene
         self._context = scene.trace.context(scene.branch.name)
         self._embedding: Tensor | None = None
@@ -83,15 +89,19 @@ class Dispatch:
         gate, width = self._route(block, ready, inputs, states, rows)
         scene = self._scene
         bank = scene.branch.bank(block, states, ready.state_dims)
-        decisions = self._policy.decide(scene.step, block, gate, width, bank.held)
+        change = self._watch.change(bank, states, ready.state_dims)
+        decisions = self._policy.decide(scene.step, block, gate, width, bank.held, change)
         done = [d if d <= SKIP else ready.plan.variants[ready.variant_for(d)].width for d in decisions]
-        if any(d == REUSE and k == EMPTY for d, k in zip(done, bank.held, strict=True)):
+        if any(d < SKIP and k == EMPTY for d, k in zip(done, bank.held, strict=True)):
             raise PolicyError("the policy reuses a residual where there is none")
         scene.trace.add(self._context, scene.step, block, gate, done)
         self.answered.append((ready.plan, done))
         if done.count(done[0]) == rows:
-            return self._rows_alike(ready, bank, done[0], inputs, states)
-        return self._rows_apart(ready, bank, done, inputs, states)
+            after = self._rows_alike(ready, bank, done[0], inputs, states)
+        else:
+            after = self._rows_apart(ready, bank, done, inputs, states)
+        self._watch.passed(bank)
+        return after
 
     def _route(
         self, block: int, ready: BoundBlock, inputs: Sequence[Tensor], states: Sequence[Tensor], rows: int
@@ -116,13 +126,10 @@ class Dispatch:
         """The same for all rows."""
         if decision == SKIP:
             return [state.clone() for state in states] if self._copies else states
-        if decision == REUSE:
-            return bank.reuse(states)
+        if decision < SKIP:
+            return bank.reuse(states, times=self._times(bank) if decision == EXTRAPOLATE else None)
         after = ready.bound[ready.variant_for(decision)](inputs)
-        if self._keeps:
-            bank.keep(states, after)
-        else:
-            bank.clear()
+        self._keep(ready, bank, states, after)
         return after
 
     def _rows_apart(
@@ -133,16 +140,34 @@ class Dispatch:
         for decision in sorted(set(done) - {SKIP}):
             chosen = [row for row, own in enumerate(done) if own == decision]
             index = transfer.row_index(tuple(chosen), states[0].device)
-            if decision == REUSE:
+            if decision < SKIP:
                 before = [s.index_select(dim, index) for s, dim in zip(states, ready.state_dims, strict=True)]
-                parts = bank.reuse(before, chosen, index)
+                parts = bank.reuse(before, chosen, index, self._times(bank) if decision == EXTRAPOLATE else None)
             else:
                 taken = ready.take(inputs, index, len(done))
                 parts = ready.bound[ready.variant_for(decision)](taken)
-                if self._keeps:
-                    bank.keep([taken[i] for i in ready.states], parts, chosen, index)
-                else:
-                    bank.clear(chosen)
+                self._keep(ready, bank, [taken[i] for i in ready.states], parts, chosen, index)
             for whole, part, dim in zip(after, parts, ready.state_dims, strict=True):
                 whole.index_copy_(dim, index, part)
         return after
+
+    def _keep(
+        self,
+        ready: BoundBlock,
+        bank: Residuals,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        rows: Sequence[int] | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        """Have `bank` hold what computing has added to `rows` (all where None), if the policy may ask for it."""
+        if not self._keeps:
+            bank.clear(rows)
+            return
+        bank.keep(before, after, rows, index, self._times(bank) if self._keeps > 1 else None)
+        self._watch.computed(bank, ready.state_dims, range(len(bank.held)) if rows is None else rows)
+
+    def _times(self, bank: Residuals) -> Sequence[float]:
+        """The timestep of every row."""
+        times = self._scene.times
+        return times if len(times) == len(bank.held) else times * len(bank.held)

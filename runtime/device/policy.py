@@ -10,7 +10,8 @@ from torch import Tensor
 
 from runtime.base.errors import PolicyError
 from runtime.calls.bound import BoundBlock
-from runtime.routing.policy import REUSE, SKIP, Decider, RoutingPolicy, ScheduledPolicy, keeps_residuals
+from runtime.routing.policy import REUSE, SKIP, Decider, RoutingPolicy, residuals_kept
+from runtime.routing.schedule import ScheduledPolicy
 
 UNPLANNED, REUSE_CASE, COMPUTE_CASE, SKIP_CASE = -1, 0, 1, 1000
 """Cases of a guard's switch: reuse; the plan's variants from COMPUTE_CASE on; SKIP_CASE is past the last of them, and
@@ -26,6 +27,8 @@ def why_not(policy: Decider) -> str | None:
         return f"{type(policy).__name__} decides in Python; RoutingPolicy and ScheduledPolicy decide on the device"
     if isinstance(policy, ScheduledPolicy) and len(policy.table) > STEPS:
         return f"the schedule has {len(policy.table)} steps, the device has room for {STEPS}"
+    if policy.keeps > 1:
+        return "the policy extrapolates residuals, and the device keeps the last one only"
     return None
 
 
@@ -51,7 +54,7 @@ class PolicyNumbers:
         """
         if policy == self._set:
             return
-        keeps = int(keeps_residuals(policy, gated))
+        keeps = int(residuals_kept(policy, gated))
         if isinstance(policy, ScheduledPolicy):
             cases = self._cases(policy)
             self._fill(self.table[: len(cases)], torch.from_numpy(cases))

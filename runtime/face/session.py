@@ -191,7 +191,7 @@ class Session(GrowingProgram):
         branch = request.enter(seen)
         self._check_weights(glue, begins=request.step == 0)
         assert request.trace is not None
-        scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device))
+        scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device), seen.times)
         grow = None if self.tracer is None else partial(self.retrace, call.given)
         already = len(request.trace)
 

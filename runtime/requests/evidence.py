@@ -43,14 +43,17 @@ class Chain:
 
     `latents` are those of the first call, rows first, and `output` what the model gave for them: what both have of each
     dimension is what the sampler advances, and so what is looked at. `shape` is that of the latents, without rows.
-    `first` are the latents that the generation began with: those, if they are `new` () bool, else nan.
+    `first` are the latents that the generation began with: those, if they are `new` (or () bool), else nan.
     """
 
-    def __init__(self, latents: Tensor, output: Tensor, new: Tensor) -> None:
+    def __init__(self, latents: Tensor, output: Tensor, new: Tensor | bool) -> None:
         self.shape = tuple(latents.shape[1:])
         self._advanced = [slice(min(pair)) for pair in zip(latents.shape[1:], output.shape[1:], strict=True)]
         self._last = self.sample(latents)
-        self.first = self._last.masked_fill(~new, torch.nan)
+        if isinstance(new, Tensor):
+            self.first = self._last.masked_fill(~new, torch.nan)
+        else:
+            self.first = self._last if new else torch.full_like(self._last, torch.nan)
         self._outputs = [self.sample(output)]
 
     @property
@@ -71,7 +74,7 @@ class Chain:
         with the device.
         """
         before, peers = self._last, _peers(self._last)
-        outputs = [*self._outputs, *(one[rows] for one in self._outputs for rows in peers)]
+        outputs = [*self._outputs, *(one.index_select(0, rows) for one in self._outputs for rows in peers)]
         outputs = outputs[: min(max(sample.shape[1] // NUMBERS, 1), MOST)]
         if len(before) != len(sample):
             nearest = _nearest(sample, before)
@@ -145,9 +148,9 @@ def _peers(latents: Tensor) -> list[Tensor]:
     count = len(latents)
     if count == 1:
         return []
-    rows = torch.arange(count, device=latents.device)
     latents = latents[:, :: -(-latents.shape[1] // GLANCE)]
     same = (latents[:, None] == latents).all(-1)
-    ahead = ((rows - rows[:, None]) % count).masked_fill(~same, count)  # a row is 0 ahead of itself
+    rows = (same[0] | True).cumsum(0) - 1
+    ahead = ((rows - rows[:, None]) % count).masked_fill(same.logical_not(), count)  # a row is 0 ahead of itself
     found = ahead.sort(1).values[:, 1 : PEERS + 1]
     return [(rows + ahead) % count for ahead in found.masked_fill(found == count, 0).unbind(1)]

@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from runtime.requests.bank import Residuals
@@ -83,6 +82,8 @@ class Request:
         """Bytes of residuals, and of what is remembered of latents and conditioning."""
         banks = [*self._spare, *(branch.banks for branch in self._branches)]
         residuals = sum(bank.nbytes for each in banks for bank in each.values())
+        watched = [one for each in banks for bank in each.values() for row in bank.signals for one in row or ()]
+        residuals += sum({one.data_ptr(): one.nbytes for one in watched}.values())  # blocks may share them
         conditioning = sum(branch.conditioning.nbytes for branch in self._branches)
         return residuals + conditioning + (0 if self._chain is None else self._chain.nbytes)
 
@@ -124,7 +125,7 @@ class Request:
         if chain is not None and call.sample is not None:
             chain.note(call.sample, output)
             return
-        self._chain = Chain(call.latents, output, torch.tensor(self._new, device=output.device) if new is None else new)
+        self._chain = Chain(call.latents, output, self._new if new is None else new)
 
     def chain(self, shape: Shape | None) -> Chain | None:
         """The last calls, where their latents had the shape `shape`."""

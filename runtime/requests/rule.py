@@ -102,6 +102,8 @@ def turns_back(place: Place, times: tuple[float, ...]) -> bool:
 
 def _move(before: tuple[float, ...], after: tuple[float, ...]) -> int | None:
     """1 where timesteps rise, -1 where they fall, 0 where they stay; None where rows move apart."""
+    rows = max(len(before), len(after))
+    before, after = (times * rows if len(times) == 1 else times for times in (before, after))  # one is for all rows
     if len(before) != len(after):
         return None
     moves = {(b > a) - (b < a) for a, b in zip(before, after, strict=True)} - {0}

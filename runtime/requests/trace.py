@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle.spec import Cost, Plan
-from runtime.routing.policy import REUSE, SKIP
+from runtime.routing.policy import SKIP
 
 SKIPPED, REUSED, COMPUTED = 0, 1, 2
 """Values of `done`: what was done with a row of a block."""
@@ -54,7 +54,7 @@ class RequestTrace:
         columns["row"].extend(range(rows))
         columns["p"].extend(gate)
         columns["width"].extend(d if d > 0.0 else 0.0 for d in decisions)
-        columns["done"].extend(SKIPPED if d == SKIP else REUSED if d == REUSE else COMPUTED for d in decisions)
+        columns["done"].extend(SKIPPED if d == SKIP else REUSED if d < SKIP else COMPUTED for d in decisions)
 
     def shorten(self, length: int) -> None:
         """Forget all entries but the first `length`."""
@@ -168,7 +168,7 @@ def work(answered: Iterable[tuple[Plan, Sequence[float]]], costs: Costs, togethe
         totals["dense_flops"] += len(done) * dense.flops if dense is not None else 0
         for decision in set(done):
             rows = list(done).count(decision)
-            if decision in (SKIP, REUSE):
+            if decision <= SKIP:
                 totals["skipped" if decision == SKIP else "reused"] += rows
                 continue
             calls = 1 if together and not plan.single_row else rows

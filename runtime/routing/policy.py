@@ -1,58 +1,69 @@
 """What is done with each row of a block: skip, reuse or compute, and at which width.
 
-A decision is a float: `SKIP` (0.0, no width at all), `REUSE` (-1.0) or the width (0, 1] to compute
-at. Policies decide on small host lists, one entry per row of the batch, in plain Python: for a
+A decision is a float: `SKIP` (0.0, no width at all), `REUSE` (-1.0) or `EXTRAPOLATE` (-2.0) the last residual, or the
+width (0, 1] to compute at. Policies decide on small host lists, one entry per row of the batch, in plain Python: for a
 handful of rows this is quicker than any array library.
 """
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal, Protocol
 
 from runtime.base.errors import PolicyError
 from runtime.bundle import spec
 
 SKIP = 0.0
 REUSE = -1.0
+EXTRAPOLATE = -2.0
+"""Reuse, moved on linearly in the timestep from the last two residuals; as REUSE where there is one."""
 EMPTY = -1
 """Number of reuses of a row whose residual bank is empty."""
+
+
+Watched = Literal["input", "first block"]
 
 
 class Decider(Protocol):
     """What a compiled transformer asks of its policy."""
 
     @property
-    def reuses(self) -> bool:
-        """Whether `decide` may answer REUSE; if not, no residuals are kept."""
+    def keeps(self) -> int:
+        """How many residuals of a row `decide` may need: none, 1 for REUSE, 2 for EXTRAPOLATE."""
+
+    @property
+    def watches(self) -> Watched | None:
+        """What `decide` is told the change of."""
 
     @property
     def routed(self) -> bool:
         """Whether the routers are run."""
 
     def decide(
-        self, step: int, block: int, gate: Sequence[float], width: Sequence[float], held: Sequence[int]
+        self,
+        step: int,
+        block: int,
+        gate: Sequence[float],
+        width: Sequence[float],
+        held: Sequence[int],
+        change: Sequence[float],
     ) -> list[float]:
         """One decision per row.
 
         `step` counts the denoising steps of the request from 0, `block` the blocks of the model.
         Per row: `gate` is p (equation 10), `width` the width the router chose (equation 12),
         `held` how often the row's residual was reused since it was computed, EMPTY if there is
-        none.
+        none, `change` by how much what the policy `watches` has changed since then, as a part of
+        it; infinite where that is not known.
         """
 
 
-def keeps_residuals(policy: Decider, gated: bool) -> bool:
-    """Whether `policy` may come to reuse; without routers (not `gated`) every p is 1."""
-    if gated or not isinstance(policy, RoutingPolicy):
-        return policy.reuses
-    return policy.reuses and policy.threshold + policy.margin >= 1.0
+def residuals_kept(policy: Decider, gated: bool) -> int:
+    """How many residuals `policy` may come to need; without routers (not `gated`) every p is 1."""
+    if not gated and isinstance(policy, RoutingPolicy) and policy.threshold + policy.margin < 1.0:
+        return 0
+    return policy.keeps
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,13 @@ class RoutingPolicy:
         return spec.Policy(self.threshold, self.margin, self.max_reuse, self.warmup_steps)
 
     @property
-    def reuses(self) -> bool:
-        """Whether a residual can ever be reused."""
-        return self.max_reuse > 0
+    def keeps(self) -> int:
+        """A residual, where it can ever be reused."""
+        return int(self.max_reuse > 0)
+
+    @property
+    def watches(self) -> None:
+        """Nothing."""
 
     @property
     def routed(self) -> bool:
@@ -108,7 +123,13 @@ class RoutingPolicy:
         return True
 
     def decide(
-        self, step: int, block: int, gate: Sequence[float], width: Sequence[float], held: Sequence[int]
+        self,
+        step: int,
+        block: int,
+        gate: Sequence[float],
+        width: Sequence[float],
+        held: Sequence[int],
+        change: Sequence[float] = (),
     ) -> list[float]:
         """Algorithm 1, row by row (see Decider.decide)."""
         threshold, top = self.threshold, self.threshold + self.margin
@@ -125,103 +146,3 @@ _PRESETS = {
     "qwen-image-turbo": (0.15, 10),
     "hunyuan3d": (0.15, 5),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class ScheduledPolicy:
-    """Decisions given in advance: for ablations, static schedules, and timing of random weights.
-
-    `table` holds a decision for each (step, block), or (step, block, row): SKIP, REUSE or a width
-    in (0, 1]. A row that is to reuse while its bank is empty computes at full width instead. With
-    `routed` the routers run all the same, so that a timed call does all the work of a routed one.
-    Raises PolicyError for a table of another form.
-    """
-
-    table: npt.NDArray[np.float64]
-    routed: bool = True
-
-    def __post_init__(self) -> None:
-        table = np.array(self.table, dtype=np.float64)
-        if table.ndim not in (2, 3) or not table.size:
-            raise PolicyError(f"a schedule has the shape (steps, blocks[, rows]), not {table.shape}")
-        if not (((table >= 0.0) & (table <= 1.0)) | (table == REUSE)).all():
-            raise PolicyError("a schedule holds SKIP (0), REUSE (-1) or a width up to 1")
-        table.setflags(write=False)
-        object.__setattr__(self, "table", table)
-        object.__setattr__(self, "_rows", table.tolist())
-        object.__setattr__(self, "_reuses", bool((table == REUSE).any()))
-
-    @classmethod
-    def at_budget(
-        cls,
-        steps: int,
-        blocks: int,
-        gate: float = 0.5,
-        width: float = 0.6,
-        seed: int = 0,
-        *,
-        widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-    ) -> ScheduledPolicy:
-        """A random schedule that computes a share `gate` of all blocks at a mean width of `width`.
-
-        The blocks computed are spread evenly over the steps and drawn at random within each; their
-        widths are drawn from all of `widths`. Both shares are met as closely as whole blocks and
-        the given widths allow.
-        """
-        if not 0.0 <= gate <= 1.0 or not min(widths) <= width <= max(widths):
-            raise PolicyError(f"no schedule computes {gate} of the blocks at mean width {width} of {tuple(widths)}")
-        draw = random.Random(seed)
-        total = round(gate * steps * blocks)
-        drawn = iter(_draw_widths(draw, total, width, sorted(widths)))
-        table = np.zeros((steps, blocks))
-        for step in range(steps):
-            count = total * (step + 1) // steps - total * step // steps
-            for block in draw.sample(range(blocks), count):
-                table[step, block] = next(drawn)
-        return cls(table)
-
-    @property
-    def reuses(self) -> bool:
-        """Whether the schedule reuses anywhere."""
-        return bool(self._reuses)  # type: ignore[attr-defined]
-
-    def decide(
-        self, step: int, block: int, gate: Sequence[float], width: Sequence[float], held: Sequence[int]
-    ) -> list[float]:
-        """The table's entry, for every row (see Decider.decide); PolicyError outside the table."""
-        try:
-            entry = self._rows[step][block]  # type: ignore[attr-defined]
-        except IndexError:
-            steps, blocks = self.table.shape[:2]
-            raise PolicyError(
-                f"the schedule covers {steps} steps of {blocks} blocks; asked for step {step}, block {block}"
-            ) from None
-        planned = [entry] * len(held) if isinstance(entry, float) else entry
-        if len(planned) != len(held):
-            raise PolicyError(f"the schedule is for {len(planned)} rows, the batch has {len(held)}")
-        return [1.0 if d == REUSE and k == EMPTY else d for d, k in zip(planned, held, strict=True)]
-
-
-def _draw_widths(draw: random.Random, count: int, mean: float, widths: Sequence[float]) -> list[float]:
-    """`count` of `widths` at random, moved one at a time until their mean is as near as can be."""
-    drawn = draw.choices(widths, _tilted(widths, mean), k=count)
-    while drawn:
-        excess = sum(drawn) - count * mean
-        left, old, new = min((abs(excess + new - old), old, new) for old in set(drawn) for new in widths)
-        if left >= abs(excess) - 1e-9:
-            break
-        drawn[draw.choice([i for i, w in enumerate(drawn) if w == old])] = new
-    return drawn
-
-
-def _tilted(widths: Sequence[float], mean: float) -> list[float]:
-    """Probabilities exp(b w) of `widths` whose mean is `mean`: the evenest spread that has it."""
-    low, high = -200.0, 200.0
-    for _ in range(60):
-        tilt = (low + high) / 2
-        weights = [math.exp(tilt * (w - 1)) if tilt > 0 else math.exp(tilt * (w - widths[0])) for w in widths]
-        if sum(w * p for w, p in zip(widths, weights, strict=True)) / sum(weights) < mean:
-            low = tilt
-        else:
-            high = tilt
-    return weights
