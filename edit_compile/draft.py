@@ -108,8 +108,8 @@ class Draft:
     def _stored(self, place: str, tensor: Tensor, said: str) -> str:
         """Key of a tensor that stands at `place` in a call; only one with other values than those before is kept."""
         value = _on_cpu(tensor, said)
-        data = value.reshape(-1).view(torch.uint8).numpy()
-        identity = (place, value.dtype, value.shape, hashlib.blake2b(memoryview(data)).digest())
+        data = value.reshape(-1).view(torch.uint8).numpy().data
+        identity = (place, value.dtype, value.shape, hashlib.blake2b(data).digest())
         if identity not in self._known:
             key = f"{place}/{len(self._known)}"
             self.tensors[key] = _own(_checked(value, said), tensor)

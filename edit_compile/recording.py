@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from edit_compile.calls import CallsError
 from edit_compile.draft import Draft
-from edit_compile.elastic import ElasticTransformer
 from edit_compile.interception import attribute_wrapped, method_overridden
+from edit_compile.recorded_model import argument_names_of, name_of, parts_of
 from edit_compile.shards import Shards
 from runtime.base.errors import EditError
-from runtime.face.arguments import argument_names, named
-from runtime.face.transformer import CompiledTransformer
+from runtime.face.arguments import named
 
 
 @contextmanager
@@ -46,8 +45,8 @@ def record(pipe_or_model: Any, folder: str | Path, *, limit: int = 4 << 30) -> I
             a generation, which is dropped: it does not fit `limit`, or a call holds NaN, infinity, or something that
             is neither a tensor nor plain data.
     """
-    model, pipe = _parts(pipe_or_model)
-    recorder = Recorder(model, Shards(Path(folder), _name_of(model), limit))
+    model, pipe = parts_of(pipe_or_model)
+    recorder = Recorder(model, Shards(Path(folder), name_of(model), limit))
     with ExitStack() as stack:
         _attach(stack, recorder, model, pipe)
         try:
@@ -115,7 +114,7 @@ class Recorder:
             self.drop()
         self._draft.begin()
         try:
-            self._draft.take(named(_argument_names(module), args, kwargs), self._context)
+            self._draft.take(named(argument_names_of(module), args, kwargs), self._context)
         except EditError as error:
             self._draft.refuse(error)
 
@@ -173,32 +172,3 @@ def _attach(stack: ExitStack, recorder: Recorder, model: nn.Module, pipe: Any) -
         raise CallsError(
             f"the calls of a {type(pipe).__name__} cannot be told apart ({error}): pass its transformer instead"
         ) from error
-
-
-def _parts(given: Any) -> tuple[nn.Module, Any]:
-    """The module to record, and the pipeline that it is the transformer of, None for a bare module."""
-    if isinstance(given, nn.Module):
-        return given, None
-    kind = type(given).__name__
-    if getattr(given, "transformer_2", None) is not None:
-        raise CallsError(f"{kind} has two transformers: pass the one to record, as record(pipe.transformer_2, ...)")
-    model = getattr(given, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise CallsError(
-            f"{kind} has no transformer that could be recorded: pass the module, as record(pipe.unet, ...)"
-        )
-    return model, given
-
-
-def _name_of(model: nn.Module) -> str:
-    if isinstance(model, ElasticTransformer):
-        return f"ElasticTransformer of {type(model.model).__name__}"
-    if isinstance(model, CompiledTransformer):
-        return f"CompiledTransformer of {model.program.manifest.model}"
-    return type(model).__name__
-
-
-def _argument_names(model: nn.Module) -> tuple[str, ...]:
-    if isinstance(model, CompiledTransformer):
-        return model.program.manifest.arguments
-    return argument_names(model.model.forward if isinstance(model, ElasticTransformer) else model.forward)
