@@ -151,7 +151,8 @@ def _read(path: Path, with_tensors: bool = False) -> tuple[Contents, dict[str, T
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA, "")
-            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+            # cloned, since CPU kernels round by how memory is aligned, and a file's is aligned to 8 bytes
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()} if with_tensors else {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
     if not text:
