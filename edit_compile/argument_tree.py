@@ -39,6 +39,8 @@ def flat_arguments(arguments: Mapping[str, object]) -> FlatArguments:
 
 def whole_arguments(leaves: Mapping[str, object], kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """Arguments as they were, of leaves by dotted name; ValueError where leaves and kinds contradict each other."""
+    if both := leaves.keys() & kinds.keys():
+        raise ValueError(f"{min(both)} is a leaf and holds others")
     holders: dict[str, Any] = {name: {} for name in sorted(kinds)}  # whatever holds others comes before them
     try:
         tree = unflatten({**holders, **leaves})

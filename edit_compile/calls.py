@@ -138,11 +138,13 @@ def read_generation(path: Path) -> Generation:
     try:
         calls = tuple(_recorded(call, tensors) for call in contents.calls)
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, f"says something else than calls ({error})") from error
     return Generation(calls, tensors[contents.result] if contents.result is not None else None)
 
 
 def _recorded(call: Call, tensors: dict[str, Tensor]) -> RecordedCall:
+    if both := call.constants.keys() & call.tensors.keys():
+        raise ValueError(f"says twice what {min(both)} is")
     leaves = {**call.constants, **{name: tensors[key] for name, key in call.tensors.items()}}
     return RecordedCall(whole_arguments(leaves, call.kinds), call.context, tuple(tensors[key] for key in call.outputs))
 

@@ -80,7 +80,7 @@ def load_pipeline(where: str, dtype: torch.dtype | None) -> Any:
         raise UserError(f"{where} is neither the folder of a saved pipeline nor a name on the hub (owner/name)")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{where} is not a saved diffusers pipeline: it has no model_index.json")
-    pipe = DiffusionPipeline.from_pretrained(where, torch_dtype=dtype or torch.float32, use_safetensors=True)
+    pipe = DiffusionPipeline.from_pretrained(where, dtype=dtype or torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
