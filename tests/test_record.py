@@ -66,7 +66,7 @@ def plain() -> tuple[nn.Module, Mapping[str, Any]]:
 
 
 def elastic() -> tuple[nn.Module, Mapping[str, Any]]:
-    model, inputs = tiny_flux()
+    model, inputs = tiny_flux(double=1, single=1)
     return edit_compile.elasticize(model).eval(), inputs
 
 

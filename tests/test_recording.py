@@ -118,7 +118,7 @@ def test_what_is_kept_within_the_limit_spreads_over_the_run(parts: tuple[int, ..
 
 
 def test_a_generation_larger_than_the_limit(tmp_path: Path) -> None:
-    with pytest.raises(CallsError, match="one generation takes .* more than limit=500"):
+    with pytest.raises(CallsError, match=r"one generation takes .* more than limit=500"):
         write(tmp_path, range(2), limit=500)
     with pytest.raises(CallsError, match="more than 0"):
         write(tmp_path, range(2), limit=0)
