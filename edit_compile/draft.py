@@ -92,7 +92,7 @@ class Draft:
         """Note what the sampler has ended with, in the place of what it was."""
         self.tensors.pop(RESULT, None)
         try:
-            self.tensors[RESULT] = _own(_checked(_on_cpu(latents, "the result"), "the result"), latents)
+            self.tensors[RESULT] = _checked(_copied(latents, "the result"), "the result")
         except EditError as error:
             self.refuse(error)
 
@@ -107,12 +107,12 @@ class Draft:
 
     def _stored(self, place: str, tensor: Tensor, said: str) -> str:
         """Key of a tensor that stands at `place` in a call; only one with other values than those before is kept."""
-        value = _on_cpu(tensor, said)
+        value = _copied(tensor, said)
         data = value.reshape(-1).view(torch.uint8).numpy().data
         identity = (place, value.dtype, value.shape, hashlib.blake2b(data).digest())
         if identity not in self._known:
             key = f"{place}/{len(self._known)}"
-            self.tensors[key] = _own(_checked(value, said), tensor)
+            self.tensors[key] = _checked(value, said)
             self._known[identity] = key
         return self._known[identity]
 
@@ -126,16 +126,11 @@ def _tensors_of(output: Any) -> list[Tensor]:
     return found
 
 
-def _on_cpu(tensor: Tensor, said: str) -> Tensor:
-    """Dense values of `tensor`, on the CPU; they may be those of the tensor itself."""
+def _copied(tensor: Tensor, said: str) -> Tensor:
+    """The values of `tensor` in memory of their own, on the CPU and contiguous: callers write into theirs."""
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
         raise CallsError(f"{said} is on the meta device, sparse or quantised: only dense tensors are recorded")
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-
-
-def _own(value: Tensor, source: Tensor) -> Tensor:
-    """`value` in memory of its own: callers write into theirs."""
-    return value.clone() if source.device.type == "cpu" else value
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 def _checked(value: Tensor, said: str) -> Tensor:
