@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edit_compile.benchmarking import benchmark as benchmark
+    from edit_compile.calls import CallsError as CallsError
+    from edit_compile.calls import Generation as Generation
+    from edit_compile.calls import RecordedCall as RecordedCall
+    from edit_compile.calls import Recording as Recording
     from edit_compile.compiler import CompileError as CompileError
     from edit_compile.compiler import compile as compile
     from edit_compile.dry_run import DryRun as DryRun
     from edit_compile.elastic import ElasticTransformer as ElasticTransformer
     from edit_compile.elastic import elasticize as elasticize
     from edit_compile.layout import ElasticError as ElasticError
+    from edit_compile.recording import Recorder as Recorder
+    from edit_compile.recording import record as record
     from edit_compile.storage import load_elastic as load_elastic
     from runtime.base.errors import BundleError as BundleError
     from runtime.base.errors import EditError as EditError
@@ -37,10 +43,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "edit_compile.benchmarking": ("benchmark",),
+    "edit_compile.calls": ("CallsError", "Generation", "RecordedCall", "Recording"),
     "edit_compile.compiler": ("CompileError", "compile"),
     "edit_compile.dry_run": ("DryRun",),
     "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
     "edit_compile.layout": ("ElasticError",),
+    "edit_compile.recording": ("Recorder", "record"),
     "edit_compile.storage": ("load_elastic",),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),

@@ -1,4 +1,4 @@
-"""`edit-compile train | compile | build | inspect | verify | bench | plot`: the words of the API on the command line.
+"""`edit-compile train | record | compile | build | inspect | verify | bench | plot`: the API on the command line.
 
 Heavy imports wait inside the commands, so that `--help` answers at once.
 """
@@ -98,6 +98,28 @@ def train(
     made = load_object(task)
     config = parse_overrides(TrainConfig, settings or [], output=output)
     console.print(run(made(), config))
+
+
+@app.command()
+@plain_errors
+def record(
+    pipeline: Annotated[str, typer.Argument(help="folder of a saved diffusers pipeline, or its name on the hub")],
+    prompts: Annotated[Path, typer.Option(help="text file with a prompt on each line")],
+    output: Annotated[Path, typer.Option(help="folder to record into; goes on where it stopped")],
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the first prompt; counted on for the others")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, help="in pixels")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="in pixels")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="bytes on disk; beyond it every second one is dropped")] = 4 << 30,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32")] = None,
+) -> None:
+    """Record the calls that a pipeline's transformer gets, a generation for each prompt."""
+    from edit_compile.record_prompts import Settings, read_prompts, record_prompts
+
+    settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype)
+    made = record_prompts(settings, output, limit, errors)
+    typer.echo(f"recorded {made} generations into {output}, {len(settings.prompts) - made} were there")
 
 
 @app.command(name="compile")
