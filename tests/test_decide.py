@@ -17,8 +17,8 @@ from runtime.device.policy import COMPUTE_CASE, REUSE_CASE, SKIP_CASE, UNPLANNED
 from runtime.device.recorder import Condition
 from runtime.device.state import FIELDS, Clock
 from runtime.device.step import OWN
-from runtime.requests.evidence import MOST, continues
-from runtime.requests.rule import Arrival, Verdict, advance, goes_further
+from runtime.requests.evidence import LAST, MOST, continues
+from runtime.requests.rule import Arrival, Grounds, Verdict, advance, grounds
 from runtime.requests.sighting import one_if_equal
 from runtime.routing.policy import EMPTY, REUSE, SKIP, RoutingPolicy
 from tests.emulator import call_kernel, library
@@ -124,18 +124,20 @@ GRAMS = {  # of (d, x, v): the latents are the same, what an output makes of the
     "continue": [[1.0, 0.5, 1.4], [0.5, 4.0, 1.0], [1.4, 1.0, 2.0]],
     "near": [[0.01, 0.0, 0.0], [0.0, 4.0, 1.0], [0.0, 1.0, 2.0]],
     "others": [[8.0, -4.0, 0.1], [-4.0, 4.0, 0.2], [0.1, 0.2, 2.0]],
+    "nearly": [[1.0, 0.5, 1.28], [0.5, 4.0, 1.0], [1.28, 1.0, 2.0]],
 }
 call = st.tuples(
     st.integers(0, 2),  # branch
     st.lists(st.integers(0, 3), min_size=2, max_size=2),  # times
     st.sampled_from([None, *GRAMS]),
     st.booleans(),  # the latents are those of the first call
-    st.booleans(),  # the conditioning is another generation's
+    st.integers(0, 7),  # what is told of the conditioning
+    st.booleans(),  # rows changed places
 )
 
 
 @settings(max_examples=500, deadline=None)
-@given(calls=st.lists(call, max_size=12), trusted=st.booleans())
+@given(calls=st.lists(call, max_size=14), trusted=st.booleans())
 def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
     """Steps, verdicts, and which branches find their banks emptied, for any order of calls."""
     place, tick = None, 0
@@ -144,24 +146,29 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
     own = [torch.zeros(OWN, dtype=torch.int32) for _ in ticks]
     held = [torch.full((3,), EMPTY, dtype=torch.int32) for _ in ticks]
     banks = dict.fromkeys(ticks, EMPTY)
-    for branch, moments, kind, first, renewed in calls:
+    for branch, moments, kind, first, told, astray in calls:
         times = tuple(map(float, moments))
         gram = None if kind is None else np.array([GRAMS[kind]])
         seen = ticks[branch] == tick
-        near = not renewed and place is not None and goes_further(place, times, seen)
-        on = None if gram is None else continues(gram, 1e-7, near=near)
-        arrival = Arrival(times, seen, on, None if gram is None else first, renewed, trusted)
+        renewed, fresh, anew = bool(told & 1), bool(told & 2), bool(told & 4)
+        on = None
+        if gram is not None:
+            on = place is not None and continues(gram, 1e-7, grounds(place, times, seen, renewed, fresh))
+        if anew and not trusted:
+            on = False
+        arrival = Arrival(times, seen, on, None if gram is None else first, renewed, astray and on is not None, trusted)
         before, (place, verdict) = place, advance(place, arrival)
         if verdict is not Verdict.GOES_ON:
             banks = dict.fromkeys(banks, EMPTY)
-        if before is None or verdict is Verdict.NEW or place.calls != before.calls:
+        if before is None or verdict is not Verdict.GOES_ON or place.calls != before.calls:
             tick += 1
         ticks[branch] = tick
         matrix = None if gram is None else torch.from_numpy(gram).contiguous()
         flag = torch.tensor([int(first)], dtype=torch.int32)
         call_kernel("advance", (
             torch.tensor(times, dtype=torch.float64), clock.last, clock.begun, 2, matrix, 0 if gram is None else 1, 3,
-            flag, torch.tensor([1e-7], dtype=torch.float64), int(renewed), int(trusted), clock.fields,
+            flag, torch.tensor([int(astray)], dtype=torch.int32), torch.tensor([1e-7], dtype=torch.float64),
+            told + 8 * trusted, clock.fields,
             own[branch], held[branch], 3,
         ))  # fmt: skip
         assert int(own[branch][3]) == place.step
@@ -178,9 +185,9 @@ def test_a_clock_goes_by_the_rule_of_the_host(calls, trusted: bool) -> None:
     seed=st.integers(0, 10**6),
     scale=st.sampled_from([0.0, 1e-8, 1e-3, 0.05, 1.0, 30.0]),
     share=st.sampled_from([0.0, 0.4, 0.6, 1.0]),
-    near=st.booleans(),
+    on=st.builds(Grounds, st.booleans(), st.booleans(), st.booleans()),
 )
-def test_latents_continue_on_the_device_where_they_do_on_the_host(vectors, seed, scale, share, near) -> None:
+def test_latents_continue_on_the_device_where_they_do_on_the_host(vectors, seed, scale, share, on) -> None:
     draw = np.random.default_rng(seed)
     basis = draw.normal(size=(vectors - 1, 40))
     moved = scale * (share * draw.normal(size=40) + (1 - share) * draw.normal(size=vectors - 1) @ basis)
@@ -190,8 +197,10 @@ def test_latents_continue_on_the_device_where_they_do_on_the_host(vectors, seed,
     matrix = torch.from_numpy(gram).contiguous()
     function = library().continues
     function.restype = c_int
-    found = function(c_void_p(matrix.data_ptr()), c_int(vectors), c_double(eps), c_int(near))
-    assert bool(found) == continues(gram[None], eps, near)
+    found = function(
+        c_void_p(matrix.data_ptr()), c_int(vectors), c_double(eps), c_int(on.near), c_int(on.strict), c_int(on.repeated)
+    )
+    assert bool(found) == continues(gram[None], eps, on)
 
 
 def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
@@ -200,10 +209,12 @@ def test_numbers_of_the_kernel_and_of_the_runtime_are_the_same() -> None:
         [name.strip().split(" = ")[0] for name in listed.split(",")] for listed in re.findall(r"enum \{(.*)\}", source)
     ]
     values = dict(re.findall(r"(\w+) = (-?\d+)[,} ]", source))
-    assert (len(enums[0]), len(enums[1]), len(enums[4])) == (FIELDS, OWN, 4)
-    assert enums[0][:5] == ["STARTED", "STEP", "CALLS", "DIRECTION", "BROKE"]  # which Clock reads and writes
-    assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [8, 9, 2]
+    assert (len(enums[0]), len(enums[1]), len(enums[6])) == (FIELDS, OWN, 4)
+    known = ["STARTED", "STEP", "CALLS", "DIRECTION", "BROKE", "LEFT", "SPLIT", "DOUBTS"]
+    assert enums[0][:8] == known  # which Clock reads and writes
+    assert [enums[0].index(name) for name in ("TICK", "VERDICT")] + [enums[1].index("OWN_TICK")] == [10, 11, 2]
     assert int(values["MOST"]) == MOST + 2  # the move and the latents before it
+    assert (int(values["LAST"]), enums[5]) == (LAST, ["RENEWED", "FRESH", "ANEW", "TRUSTED"])
     assert enums[2] == [verdict.name for verdict in Verdict]
     assert {name: int(values[name]) for name in ("UNPLANNED", "REUSE", "COMPUTE", "SKIP", "EMPTY")} == {
         "UNPLANNED": UNPLANNED,

@@ -78,7 +78,7 @@ def test_traces_and_counters_are_those_of_the_host(recorder: Emulator, routers: 
     for step in range(4):
         outputs = []
         for model in models:
-            with model.request("one"):
+            with model.request("one"), model.cache_context("any prompt"):
                 outputs.append(call(model, 1 - step / 4, seed=step))
         host, device = outputs
         torch.testing.assert_close(device, host, rtol=0, atol=0)
@@ -183,7 +183,7 @@ def test_requests_at_once_have_recordings_of_their_own(recorder: Emulator) -> No
     model = on_device()
     for step, timestep in enumerate((1.0, 0.7, 0.4)):
         for name, shift in (("a", 0.0), ("b", 0.3)):
-            with model.request(name):
+            with model.request(name), model.cache_context("any prompt"):
                 call(model, timestep + shift, seed=step)
     assert [done(model, 0), done(model, 1)] == [[COMPUTED, REUSED, REUSED]] * 2
 
@@ -192,7 +192,7 @@ def test_threads_are_as_if_alone(recorder: Emulator) -> None:
     model = on_device()
 
     def trajectory(target: CompiledTransformer, seed: int) -> list[torch.Tensor]:
-        with target.request(f"{seed}"):
+        with target.request(f"{seed}"), target.cache_context("any prompt"):
             return [call(target, 1 - n / 3, 100 * seed + n) for n in range(3)]
 
     for seed in range(2):

@@ -109,7 +109,8 @@ def test_a_schedule_may_extrapolate_row_by_row() -> None:
     alone = CompiledTransformer(model.program, "torch")
     for step in range(4):
         given = step_inputs(2, "cond", step)
-        sample = model(**given).sample
+        with model.request("both"):
+            sample = model(**given).sample
         for row in range(2):
             alone.policy = ScheduledPolicy(table[..., row], routed=False)
             with alone.request(str(row)):

@@ -184,11 +184,11 @@ def test_alternating_requests_are_as_if_alone(engine: str) -> None:
     model = compiled(engine)
     for step, timestep in enumerate((1.0, 0.7, 0.4)):
         for name, shift in (("a", 0.0), ("b", 0.3)):  # seen together, the timesteps rise at every call
-            with model.request(name):
+            with model.request(name), model.cache_context("any prompt"):
                 got = call(model, timestep + shift, seed=step)
             alone = compiled("torch")
             for before in range(step + 1):
-                with alone.request("alone"):
+                with alone.request("alone"), alone.cache_context("any prompt"):
                     expected = call(alone, (1.0, 0.7, 0.4)[before] + shift, seed=before)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert [record.request for record in model.trace] == ["a", "b"]
@@ -232,7 +232,7 @@ def test_threads_are_as_if_alone(engine: str) -> None:
     times = [1 - n / 12 for n in range(12)]
 
     def trajectory(target: CompiledTransformer, seed: int) -> list[Tensor]:
-        with target.request(f"{seed}"):
+        with target.request(f"{seed}"), target.cache_context("any prompt"):
             return [call(target, timestep, 100 * seed + n) for n, timestep in enumerate(times)]
 
     together = in_threads([lambda seed=seed: trajectory(model, seed) for seed in range(4)])

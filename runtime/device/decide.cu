@@ -4,10 +4,13 @@
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
 // Fields of `clock`, which all branches of a request share, and of `own`, which is one branch's.
-enum { STARTED, STEP, CALLS, DIRECTION, BROKE, LEFT, EPOCH, BANKS, TICK, VERDICT };
+enum { STARTED, STEP, CALLS, DIRECTION, BROKE, LEFT, SPLIT, DOUBTS, EPOCH, BANKS, TICK, VERDICT };
 enum { OWN_EPOCH, OWN_BANKS, OWN_TICK, OWN_STEP, OWN_VERDICT };
 enum { GOES_ON, NEW, IN_DOUBT };
 enum { MOST = 16 };  // vectors of a Gram matrix
+enum { LAST = 2 };   // the last output among them
+// What is `told` of a call: its conditioning is another generation's, all in new tensors, made anew; it has a name.
+enum { RENEWED = 1, FRESH = 2, ANEW = 4, TRUSTED = 8 };
 // Fields of `limits`.
 enum { MAX_REUSE, WARMUP, KEEPS, SCHEDULED };
 // Values of a decision: REUSE and, from COMPUTE on, the variants are bodies of the switch; SKIP is past the last of them,
@@ -15,13 +18,13 @@ enum { MAX_REUSE, WARMUP, KEEPS, SCHEDULED };
 enum { UNPLANNED = -1, REUSE = 0, COMPUTE = 1, SKIP = 1000 };
 enum { EMPTY = -1 };
 
-// Squared length of the first vector of a Gram matrix (k, k) without its projection onto the next `n` - 1.
-extern "C" __device__ double unexplained(const double* gram, int k, int n)
+// Squared length of the first vector of a Gram matrix (k, k) without its projection onto all others but `skipped`.
+extern "C" __device__ double unexplained(const double* gram, int k, int skipped)
 {
     double system[MOST][MOST + 1];
     int there[MOST], count = 0;
-    for (int i = 1; i < n; ++i)
-        if (gram[i * k + i] > 0) there[count++] = i;
+    for (int i = 1; i < k; ++i)
+        if (gram[i * k + i] > 0 && i != skipped) there[count++] = i;
     for (int i = 0; i < count; ++i) {
         double length = sqrt(gram[there[i] * k + there[i]]);
         for (int j = 0; j < count; ++j)
@@ -41,20 +44,29 @@ extern "C" __device__ double unexplained(const double* gram, int k, int n)
 }
 
 // Whether latents of the precision `eps` continue: runtime/requests/evidence.py.
-extern "C" __device__ int continues(const double* gram, int k, double eps, int near)
+extern "C" __device__ int continues(const double* gram, int k, double eps, int near, int strict, int repeated)
 {
-    double moved = gram[0], own = gram[0] + 2 * gram[1] + gram[k + 1];
-    if (moved == 0 || (near && moved <= 0.01 * own)) return 1;
-    double unscaled = unexplained(gram, k, 2);
-    return unscaled <= 4 * eps * eps * own || unexplained(gram, k, k) < 0.25 * unscaled;
+    double moved = gram[0], own = gram[0] + 2 * gram[1] + gram[k + 1], rounding = 4 * eps * eps * own;
+    if (moved <= 4 * rounding) return 1;
+    double unscaled = moved - (gram[k + 1] > 0 ? gram[1] * gram[1] / gram[k + 1] : 0);
+    double left = unexplained(gram, k, -1), before = unscaled;
+    if (unscaled <= 1e-4 * moved) return 0;
+    if (near && moved <= 0.01 * own) return 1;
+    if (repeated) {
+        double earlier = unexplained(gram, k, LAST);
+        before = earlier < before ? earlier : before;
+    }
+    if (strict) return before > 4 * rounding && left <= 0.01 * before + rounding;
+    return left < 0.25 * before;
 }
 
 // Brings the clock to the call at `time` (one per row, or one for all) of a branch: the rule is that of
 // runtime/requests/rule.py. `grams` (rows, k, k) are those of its latents, none where nothing came before; `first` says
-// whether they are those of the first call. `held` (cells) is emptied where the request began anew or is in doubt.
+// whether they are those of the first call, `astray` whether rows changed places. `held` (cells) is emptied where the
+// request began anew or is in doubt.
 extern "C" __global__ void advance(
     const double* time, double* last, double* begun, int times, const double* grams, int rows, int k, const int* first,
-    const double* eps, int renewed, int trusted, int* clock, int* own, int* held, int cells)
+    const int* astray, const double* eps, int told, int* clock, int* own, int* held, int cells)
 {
     int up = 0, down = 0, same = 1, on = 1;
     for (int row = 0; row < times; ++row) {
@@ -65,30 +77,40 @@ extern "C" __global__ void advance(
     int moved = up || down, apart = up && down, direction = apart ? 0 : up - down;
     int turned = apart || direction * clock[DIRECTION] < 0, twin = turned && !apart && !clock[BROKE];
     int seen = own[OWN_TICK] == clock[TICK], another = !moved && !seen;
-    int near = !renewed && !turned && (moved || !seen);
-    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, near);
+    int strict = told & FRESH || clock[SPLIT] || clock[DOUBTS] > 0, trusted = told & TRUSTED && !turned;
+    int near = !(told & RENEWED) && !turned && (moved || !seen) && !strict;
+    for (int row = 0; row < rows; ++row) on &= continues(grams + row * k * k, k, *eps, near, strict, seen && !moved);
+    int broken = told & ANEW && !(told & TRUSTED), compared = rows || broken;
     int again = rows && *first && (clock[LEFT] || (same && seen));
     if (rows && !*first) clock[LEFT] = 1;
-    int verdict = GOES_ON, calls = clock[CALLS] + !another, broke = 0, certain = 1;
+    int verdict = GOES_ON, broke = 0, certain = 1, steps = !another, calls = clock[CALLS] + steps;
     if (!clock[STARTED] || again) verdict = NEW;
-    else if (!((rows && on && !twin) || (!rows && another) || (trusted && !turned))) {
-        certain = turned || !moved || renewed;
+    else if (trusted && (clock[SPLIT] || (!moved && seen && compared && !on))) {
+        verdict = IN_DOUBT;
+        clock[SPLIT] = 1;
+        if (!moved) steps = 0;
+    } else if ((compared && on && !broken && !twin) || (!compared && (another || trusted))) verdict = GOES_ON;
+    else if (trusted) verdict = seen && *astray ? IN_DOUBT : GOES_ON;
+    else {
+        certain = turned || !moved || told & RENEWED;
         broke = !certain;
-        verdict = certain || (rows && !clock[BROKE]) ? NEW : IN_DOUBT;
+        verdict = certain || (compared && !clock[BROKE]) ? NEW : IN_DOUBT;
     }
     if (verdict == NEW) {
         clock[STEP] = 0;
         clock[CALLS] = certain ? 0 : calls;
-        clock[LEFT] = 0;
+        clock[LEFT] = clock[SPLIT] = 0;
+        if (certain) clock[DOUBTS] = clock[STARTED] && !moved ? 2 : 0;
         clock[EPOCH] += clock[STARTED];
         for (int row = 0; row < times; ++row) begun[row] = time[row];
     } else {
-        clock[STEP] = verdict == IN_DOUBT ? calls : clock[STEP] + !another;
-        clock[CALLS] = calls;
+        clock[STEP] = broke ? calls : clock[STEP] + steps;
+        clock[CALLS] += steps;
+        if (moved && !apart && clock[DOUBTS] > 0) clock[DOUBTS] -= 1;
     }
     if (verdict == NEW && certain) clock[DIRECTION] = 0;
     else if (moved) clock[DIRECTION] = direction;
-    if (verdict == NEW || !another) clock[TICK] += 1;
+    if (verdict != GOES_ON || steps) clock[TICK] += 1;
     if (verdict != GOES_ON) clock[BANKS] += 1;
     clock[STARTED] = 1;
     clock[BROKE] = broke;

@@ -100,20 +100,18 @@ class DeviceRunner:
             if branch is None:  # the conditioning is in other tensors: only there does the host look at the call
                 request.catch_up(state.place, state.seen())
                 branch = request.branch(request.look(call))
-            renewed, changed = request.compare(branch, call)
+            told, changed = request.compare(branch, call)
             step, clock = state.step(branch.number, recorded, call, make)
             if changed:
                 step.empty()
             chain = request.chain(call.shape)
-            trusted = request.trusted or request.lost
             sample: list[Tensor | None] = []
             outputs = step.run(
                 tuple(inputs.values()),
                 call.timestep,
                 policy,
-                lambda: sample.append(clock.advance(self._recorder, step, call, chain, renewed, trusted)),
+                lambda: sample.append(clock.advance(self._recorder, step, call, chain, told, request.trusted)),
             )
-            request.lost = False
             advanced = latents(outputs)
             if advanced is not None:
                 request.note(replace(call, sample=sample[0]), advanced, clock.new)

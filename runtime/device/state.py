@@ -17,14 +17,14 @@ from runtime.base.errors import EditError, RecordError
 from runtime.device.recorder import Recorder
 from runtime.device.step import Step
 from runtime.requests.evidence import Chain
-from runtime.requests.request import Request
+from runtime.requests.request import Request, Told
 from runtime.requests.rule import Place
 from runtime.requests.sighting import Sighting, one_if_equal
 from runtime.requests.trace import RequestTrace, Trace
 
-FIELDS = 10
+FIELDS = 12
 """Numbers of a clock (see ``decide.cu``)."""
-_TICK, _VERDICT, _OWN_TICK = 8, 9, 2
+_TICK, _VERDICT, _OWN_TICK = 10, 11, 2
 
 Recorded = tuple[object, ...]
 """What a step was recorded for: its glue, shapes, settings of torch, and whether routers run."""
@@ -47,18 +47,20 @@ class Clock:
         step: Step,
         seen: Sighting,
         chain: Chain | None,
-        renewed: bool,
+        told: Told,
         trusted: bool,
     ) -> Tensor | None:
         """Come to the call `seen` of a branch, which `step` runs; a sample of its latents, None without a `chain`."""
-        sample = gram = first = None
+        sample = gram = first = astray = None
         if chain is not None and seen.latents is not None:
             sample = chain.sample(seen.latents)
             gram, first = chain.gram(sample).contiguous(), chain.begins_again(sample).int().reshape(1)
+            astray = chain.astray(sample).int().reshape(1)
+        flags = told.renewed + 2 * told.fresh + 4 * told.anew + 8 * trusted
         rows, _, vectors = (0, 0, 0) if gram is None else gram.shape
         recorder.launch(
             "advance", step.time, self.last, self.begun, self.last.numel(), gram, rows, vectors, first,
-            torch.full((1,), seen.eps, dtype=torch.float64, device=self.last.device), int(renewed), int(trusted),
+            astray, torch.full((1,), seen.eps, dtype=torch.float64, device=self.last.device), flags,
             self.fields, step.own, step.held, step.held.numel(),
         )  # fmt: skip
         if chain is not None and sample is not None:
@@ -68,9 +70,10 @@ class Clock:
     @property
     def place(self) -> Place | None:
         """Where it is, None before it has started. Synchronises with the device."""
-        started, step, calls, direction, broke, left, *_ = self.fields.tolist()
+        started, step, calls, direction, broke, left, split, doubts, *_ = self.fields.tolist()
         times, begun = (one_if_equal(tensor.tolist()) for tensor in (self.last, self.begun))
-        return Place(step, calls, times, begun, direction, bool(broke), bool(left)) if started else None
+        known = bool(broke), bool(left), bool(split), doubts
+        return Place(step, calls, times, begun, direction, *known) if started else None
 
     @property
     def new(self) -> Tensor:
@@ -82,7 +85,8 @@ class Clock:
         for own, times in ((self.last, place.times), (self.begun, place.begun)):
             own.copy_(torch.tensor(times, dtype=torch.float64).expand(own.shape))
         self.fields[_TICK] = 1
-        fields = [1, place.step, place.calls, place.direction, int(place.broke), int(place.left)]
+        known = [place.broke, place.left, place.split, place.doubts]
+        fields = [1, place.step, place.calls, place.direction, *map(int, known)]
         self.fields[: len(fields)].copy_(torch.tensor(fields, dtype=torch.int32))
 
 

@@ -13,15 +13,18 @@ class Conditioning:
 
     Pipelines pass the very same tensors in every step of a generation, which is told without looking at their values;
     only where a tensor is another object are values compared (which synchronises with the device). A tensor that was
-    written into since is another. What changed in two steps in a row (the residuals of a ControlNet) is no
-    conditioning.
+    written into since is another. Of a branch that the caller has `named`, what changes in every step (the residuals of
+    a ControlNet) is no conditioning; of others it might as well be another branch's.
     """
 
-    def __init__(self, given: Mapping[str, Tensor]) -> None:
+    def __init__(self, given: Mapping[str, Tensor], named: bool = False) -> None:
         self._given = {name: _Remembered(tensor) for name, tensor in given.items()}
+        self._named = named
         self._changed: set[str] = set()
         self._moving: set[str] = set()
-        self._kept_objects = False
+        self._kept: set[str] = set()  # what was the very same tensor in the last two calls
+        self.restless = False
+        """Whether it changed in the last two calls."""
 
     @property
     def nbytes(self) -> int:
@@ -38,30 +41,36 @@ class Conditioning:
         names = self._names(given)
         return names is not None and all(self._given[name].equals(given[name]) for name in names)
 
+    def has_any_object(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether any of it is the very same tensor."""
+        return any(self._is_object(name, given) for name in given)
+
+    def made_anew(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor that was kept is another object now, though all have the same values."""
+        return any(not self._is_object(name, given) for name in self._kept) and self.same_values(given)
+
     def renewed(self, given: Mapping[str, Tensor]) -> bool:
-        """Whether `given` is of another generation: other values, or no tensor is the same object where they were."""
-        if self._kept_objects:
-            names = self._names(given)
-            if names and not any(self._given[name].is_object(given[name]) for name in names):
-                return True
-        return not self.same_values(given)
+        """Whether `given` is of another generation: other values, or made anew."""
+        return self.made_anew(given) or not self.same_values(given)
 
     def observe(self, given: Mapping[str, Tensor]) -> bool:
         """Take in the next call of the branch; whether its conditioning is another."""
-        names = self._names(given)
-        if names is None:
-            self._changed, self._moving, names = set(), set(), ()
-            different = set(given)
+        if given.keys() != self._given.keys():
+            self._changed, self._moving, different = set(), set(), set(given)
         else:
-            different = {name for name in names if not self._given[name].equals(given[name])}
-        self._moving |= different & self._changed
-        changed = different - self._moving
+            different = {name for name in given if not self._given[name].equals(given[name])}
+        self._kept = {name for name in given if self._is_object(name, given)}
+        self.restless = bool(different & self._changed)
+        stays = self._moving - different  # what no longer changes is conditioning again
+        self._moving = (self._moving | (different & self._changed)) - stays if self._named else set()
         self._changed = different
-        self._kept_objects = bool(names) and any(self._given[name].is_object(given[name]) for name in names)
         for name, tensor in given.items():
             if name not in self._given or not self._given[name].is_object(tensor):
                 self._given[name] = _Remembered(tensor)
-        return bool(changed)
+        return bool((different - self._moving) | stays)
+
+    def _is_object(self, name: str, given: Mapping[str, Tensor]) -> bool:
+        return name in self._given and name in given and self._given[name].is_object(given[name])
 
     def _names(self, given: Mapping[str, Tensor]) -> tuple[str, ...] | None:
         """What is compared; None where other arguments are given."""
@@ -94,12 +103,6 @@ class _Remembered:
     def equals(self, tensor: Tensor) -> bool:
         if self.is_object(tensor):
             return True
-        own = self._tensor
-        unwritten = self._version is None or own._version == self._version
-        return (
-            unwritten
-            and tensor.shape == own.shape
-            and tensor.dtype == own.dtype
-            and tensor.device == own.device
-            and torch.equal(tensor, own)
-        )
+        own = self._tensor.to(tensor.device)
+        unwritten = self._version is None or self._tensor._version == self._version
+        return unwritten and tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own)

@@ -7,17 +7,26 @@ their own, which no such sum gives. With d = x' - x and the Gram matrix of (d, x
     r = |d - projection of d onto x|            what is left once a scale is taken out
     s = |d - projection of d onto x, v_1 ...|   what is left once the outputs are, too
 
-the latents continue where s < r / 2, where r is no more than rounding of x', and where d is less than a tenth of x' and
-the timestep goes on under the same conditioning. A half leaves room for what samplers do beside the sum (guidance
-rescaled token by token, clipping, a region that is painted over). Only what moved is looked at: what the model gives
-for an image beside the latents the sampler does not use. Latents are compared by up to `SAMPLE` of their numbers a row.
+the latents continue where s < r / 2, where d is no more than rounding of x', and where d is less than a tenth of x' and
+the timestep goes on under the same conditioning. Where r is less than a hundredth of d, they do not: no sampler only
+scales, but noise at a later start is scaled noise. A half leaves room for what samplers do beside the sum (guidance
+rescaled token by token, clipping, a region that is painted over). Where other images may be about (`rule.Grounds`),
+none is left: s < r / 10; and at a timestep that is repeated, s is less than half of what is left without v_1, the last
+output, since images made side by side of one noise are sums of earlier outputs, too. Only what moved is looked at:
+what the model gives for an image beside the latents the sampler does not use. Latents are compared by up to `SAMPLE` of
+their numbers a row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from runtime.requests.rule import Grounds
 
 SAMPLE = 1 << 14
 OUTPUTS = 6
@@ -32,6 +41,10 @@ NUMBERS = 8
 """Each of them needs so many numbers of the latents; fewer could be explained by anything."""
 NEAR = 0.1
 EXPLAINED = 0.5
+STRICT = 0.1
+SCALED = 1e-4
+LAST = 2
+"""The last output among the vectors of a Gram matrix."""
 PART = 1 / 8
 """Where less than such a part of a row moved, all of it is looked at."""
 RIDGE = 1e-6
@@ -41,20 +54,19 @@ RIDGE = 1e-6
 class Chain:
     """The last calls, with latents of one shape: samples (rows, numbers) float32 of latents and of outputs.
 
-    `latents` are those of the first call, rows first, and `output` what the model gave for them: what both have of each
-    dimension is what the sampler advances, and so what is looked at. `shape` is that of the latents, without rows.
+    `latents` are those of the first call, rows first, and `output` what the model gave for them: where it has fewer of
+    a dimension (channels of an image stand beside the latents), it is 0. `shape` is that of the latents, without rows.
     `first` are the latents that the generation began with: those, if they are `new` (or () bool), else nan.
     """
 
     def __init__(self, latents: Tensor, output: Tensor, new: Tensor | bool) -> None:
         self.shape = tuple(latents.shape[1:])
-        self._advanced = [slice(min(pair)) for pair in zip(latents.shape[1:], output.shape[1:], strict=True)]
         self._last = self.sample(latents)
         if isinstance(new, Tensor):
             self.first = self._last.masked_fill(~new, torch.nan)
         else:
             self.first = self._last if new else torch.full_like(self._last, torch.nan)
-        self._outputs = [self.sample(output)]
+        self._outputs = [self.sample(self._beside_latents(output))]
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +75,7 @@ class Chain:
 
     def sample(self, tensor: Tensor) -> Tensor:
         """What is looked at of latents or an output, as a copy."""
-        rows = tensor.detach()[:, *self._advanced].flatten(1)
+        rows = tensor.detach().flatten(1)
         stride = -(-rows.shape[1] // SAMPLE) | 1  # odd, so that it meets all channels
         return rows[:, ::stride].to(torch.float32, copy=True)
 
@@ -74,7 +86,7 @@ class Chain:
         with the device.
         """
         before, peers = self._last, _peers(self._last)
-        outputs = [*self._outputs, *(one.index_select(0, rows) for one in self._outputs for rows in peers)]
+        outputs = [*self._outputs, *(peer.of(one) for one in self._outputs for peer in peers)]
         outputs = outputs[: min(max(sample.shape[1] // NUMBERS, 1), MOST)]
         if len(before) != len(sample):
             nearest = _nearest(sample, before)
@@ -102,26 +114,49 @@ class Chain:
         kept = self._outputs
         if len(self._last) != len(sample):  # a sampler of a higher order goes on with what guidance gave before
             nearest = _nearest(sample, self._last)
-            peers = [nearest, *(rows[nearest] for rows in _peers(self._last))]
-            kept = [one[rows] for one in kept for rows in peers]
+            peers = _peers(self._last)
+            kept = [rows[nearest] for one in kept for rows in (one, *(peer.of(one) for peer in peers))]
         self._last = sample
-        self._outputs = [self.sample(output), *kept[: OUTPUTS - 1]]
+        self._outputs = [self.sample(self._beside_latents(output)), *kept[: OUTPUTS - 1]]
+
+    def astray(self, sample: Tensor) -> Tensor:
+        """Whether a row is nearer to where another one was than to where it was itself: () bool."""
+        if len(sample) == 1 or len(sample) != len(self._last):
+            return sample.new_zeros((), dtype=torch.bool)
+        apart = torch.cdist(sample, self._last)
+        return (apart.amin(1) < apart.diagonal() / 3).any()
+
+    def _beside_latents(self, output: Tensor) -> Tensor:
+        """`output` in the latents' shape: cut, or 0 where it has nothing."""
+        missing = [have - given for have, given in zip(self.shape, output.shape[1:], strict=True)]
+        return (
+            pad(output.detach(), [side for more in reversed(missing) for side in (0, more)]) if any(missing) else output
+        )
 
 
-def continues(gram: np.ndarray, eps: float, near: bool) -> bool:
-    """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k); `near`: being near is enough."""
+def continues(gram: np.ndarray, eps: float, on: Grounds) -> bool:
+    """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k)."""
     with np.errstate(all="ignore"):  # latents that are not finite do not continue
-        return all(_row_continues(row, eps, near) for row in gram)
+        return all(_row_continues(row, eps, on) for row in gram)
 
 
-def _row_continues(gram: np.ndarray, eps: float, near: bool) -> bool:
+def _row_continues(gram: np.ndarray, eps: float, on: Grounds) -> bool:
     moved, own = gram[0, 0], gram[0, 0] + 2 * gram[0, 1] + gram[1, 1]
-    if moved == 0.0:
+    rounding = (2 * eps) ** 2 * own
+    if moved <= 4 * rounding:
         return True
-    if near and moved <= NEAR**2 * own:
+    unscaled, left = moved - (gram[0, 1] ** 2 / gram[1, 1] if gram[1, 1] > 0 else 0.0), _unexplained(gram)
+    if unscaled <= SCALED * moved:
+        return False
+    if on.near and moved <= NEAR**2 * own:
         return True
-    unscaled = _unexplained(gram[:2, :2])
-    return bool(unscaled <= (2 * eps) ** 2 * own or _unexplained(gram) < EXPLAINED**2 * unscaled)
+    before = unscaled
+    if on.repeated:
+        earlier = [index for index in range(len(gram)) if index != LAST]
+        before = min(before, _unexplained(gram[np.ix_(earlier, earlier)]))
+    if on.strict:
+        return bool(before > 4 * rounding and left <= STRICT**2 * before + rounding)
+    return bool(left < EXPLAINED**2 * before)
 
 
 def _unexplained(gram: np.ndarray) -> float:
@@ -140,10 +175,22 @@ def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others).argmin(1)
 
 
-def _peers(latents: Tensor) -> list[Tensor]:
+@dataclass(frozen=True)
+class _Peers:
+    """For each of some rows another one, `rows` (rows,) int64, where `found` (rows, 1) bool."""
+
+    rows: Tensor
+    found: Tensor
+
+    def of(self, output: Tensor) -> Tensor:
+        """Their rows of an output, 0 where there is none."""
+        return output.index_select(0, self.rows) * self.found
+
+
+def _peers(latents: Tensor) -> list[_Peers]:
     """For each row the next one with the same latents, and the one after that: guidance joins rows of a batch so.
 
-    A row that has none is its own. Does not synchronise with the device.
+    Does not synchronise with the device.
     """
     count = len(latents)
     if count == 1:
@@ -153,4 +200,4 @@ def _peers(latents: Tensor) -> list[Tensor]:
     rows = (same[0] | True).cumsum(0) - 1
     ahead = ((rows - rows[:, None]) % count).masked_fill(same.logical_not(), count)  # a row is 0 ahead of itself
     found = ahead.sort(1).values[:, 1 : PEERS + 1]
-    return [(rows + ahead) % count for ahead in found.masked_fill(found == count, 0).unbind(1)]
+    return [_Peers((rows + ahead) % count, (ahead < count)[:, None]) for ahead in found.unbind(1)]

@@ -10,13 +10,14 @@ import itertools
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from runtime.requests.bank import Residuals
 from runtime.requests.conditioning import Conditioning
 from runtime.requests.evidence import Chain, continues
-from runtime.requests.rule import Arrival, Place, Verdict, advance, goes_further
+from runtime.requests.rule import Arrival, Place, Verdict, advance, grounds
 from runtime.requests.sighting import Shape, Sighting
 from runtime.requests.trace import RequestTrace, Trace
 
@@ -24,8 +25,26 @@ UNNAMED = 8
 """Branches without a context that a request holds; the one called longest ago makes room."""
 IN_DOUBT = (
     "the latents of a call do not continue those of the call before it, so its blocks reuse no residuals: where that "
-    "is the sampler's noise, make the calls of one image inside `with compiled.request(name):` (docs/requests.md)"
+    "is the sampler's noise, make the calls of one image inside `with compiled.request(name):`; where several images, "
+    "tiles or frames are made side by side, give each a name of its own (docs/requests.md)"
 )
+RESTLESS = (
+    "the conditioning of a branch of guidance changes in every step, so its blocks reuse no residuals: where that is "
+    "meant (a ControlNet), name the branch by `with compiled.cache_context(name):` (docs/requests.md)"
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a call's conditioning tells of its generation.
+
+    It is `renewed` where it is of another one, `fresh` where no tensor was given before, and made `anew` where a tensor
+    was the very same in the last calls of the branch, and now is another of the same values.
+    """
+
+    renewed: bool
+    fresh: bool
+    anew: bool
 
 
 class Branch:
@@ -33,8 +52,8 @@ class Branch:
 
     def __init__(self, name: str, number: int, call: Sighting, banks: dict[int, Residuals]) -> None:
         self.name, self.number, self.context, self.constants = name, number, call.context, call.constants
-        self.tick = -1
-        self.conditioning = Conditioning(call.conditioning)
+        self.tick, self.called = -1, False
+        self.conditioning = Conditioning(call.conditioning, named=call.context is not None)
         self.banks = banks
 
     def bank(self, block: int, states: Sequence[Tensor], dims: Sequence[int]) -> Residuals:
@@ -65,8 +84,7 @@ class Request:
         self._spare: list[dict[int, Residuals]] = []  # banks of earlier generations, for their buffers
         self._tick = 0  # of steps; never set back
         self._numbers = itertools.count()  # of branches
-        self.lost = False
-        """Whether it has a place, but nothing to tell its next call by."""
+        self._restless = False  # whether that was said
         self.elsewhere: object | None = None
         """What has its state while decisions are not taken on the host (`runtime.device.state`)."""
         self.stays = False
@@ -95,21 +113,21 @@ class Request:
         """The branch of a call, with the residuals that it may reuse."""
         branch = self._branch_of(call)
         before = self.place
-        self.place, verdict = advance(before, self._arrival(call, branch))
+        self.place, verdict = advance(before, self._arrival(before, call, branch))
+        if verdict is Verdict.IN_DOUBT or (self.place.broke and self.place.doubts):
+            warnings.warn(IN_DOUBT, RuntimeWarning, stacklevel=2)
         if verdict is Verdict.NEW:
             self._begin()
             branch = None
         elif verdict is Verdict.IN_DOUBT:
-            warnings.warn(IN_DOUBT, RuntimeWarning, stacklevel=2)
             self._clear()
-        if verdict is Verdict.NEW or before is None or self.place.calls != before.calls:
+        if verdict is not Verdict.GOES_ON or before is None or self.place.calls != before.calls:
             self._tick += 1
         if branch is None:
             branch = self._new_branch(call)
-        elif branch.conditioning.observe(call.conditioning) and not self.trusted:
+        elif self._observe(branch, call):
             branch.clear()
-        branch.tick = self._tick
-        self.lost = False
+        branch.tick, branch.called = self._tick, True
         self.trace = self.trace or self._traces.begin(self.name)
         self._new = verdict is Verdict.NEW
         return branch
@@ -147,11 +165,12 @@ class Request:
         """The branch of a call that was looked at, whatever the call is to the request."""
         return self._branch_of(call) or self._new_branch(call)
 
-    def compare(self, branch: Branch, call: Sighting) -> tuple[bool, bool]:
-        """Whether the conditioning of a call is that of another generation, and whether it changed within this one."""
-        renewed = branch.tick < 0 or branch.conditioning.renewed(call.conditioning)
-        branch.tick = max(branch.tick, 0)
-        return renewed, branch.conditioning.observe(call.conditioning) and not self.trusted
+    def compare(self, branch: Branch, call: Sighting) -> tuple[Told, bool]:
+        """What a call's conditioning tells, and whether it changed within the generation."""
+        if not branch.called:
+            branch.called = True
+            return self._told(None, call), False
+        return self._told(branch, call), self._observe(branch, call)
 
     @property
     def seen(self) -> frozenset[int]:
@@ -161,7 +180,7 @@ class Request:
     def go_elsewhere(self, state: object) -> None:
         """Let `state` have what comes, from this place on; residuals stay behind."""
         self._clear()
-        self.elsewhere, self.lost = state, self.place is not None and self._chain is None
+        self.elsewhere = state
 
     def catch_up(self, place: Place | None, seen: set[int]) -> None:
         """Be at `place`, in whose step the branches numbered `seen` have been called."""
@@ -173,15 +192,16 @@ class Request:
     def come_back(self) -> None:
         """Take decisions on the host again, until the request ends, without residuals."""
         self.elsewhere, self.stays = None, True
-        self.lost = self.place is not None and self._chain is None
         self._clear()
 
     def lose(self) -> None:
-        """Give up residuals and what is remembered of latents, but not the place."""
-        self._branches.clear()
+        """Give up residuals but not the place; a request with a name needs nothing else to go on by."""
         self._spare.clear()
-        self._chain = None
-        self.lost = self.place is not None or self.elsewhere is not None
+        for branch in self._branches:
+            branch.banks.clear()
+        if self.trusted:
+            self._branches.clear()
+            self._chain = None
 
     def forget(self) -> None:
         """Take back what was traced."""
@@ -197,20 +217,34 @@ class Request:
         self._spare.extend(branch.banks for branch in self._branches)
         self._branches.clear()
         self._chain = None
-        self.trace = None
+        self.trace, self._restless = None, False
 
-    def _arrival(self, call: Sighting, branch: Branch | None) -> Arrival:
-        on, renewed = None, False
-        seen = branch is not None and branch.tick == self._tick
-        if call.gram is not None:
-            on = continues(call.gram, call.eps, near=False)
+    def _arrival(self, before: Place | None, call: Sighting, branch: Branch | None) -> Arrival:
+        told, seen, on = self._told(branch, call), branch is not None and branch.tick == self._tick, None
+        if call.gram is not None and before is not None:
+            on = continues(call.gram, call.eps, grounds(before, call.times, seen, told.renewed, told.fresh))
         elif self.resized(call):
             on = False  # another size is another image
-        if not on and self.place is not None and not self.lost:
-            renewed = branch is None or branch.conditioning.renewed(call.conditioning)
-            if call.gram is not None and not renewed and goes_further(self.place, call.times, seen):
-                on = continues(call.gram, call.eps, near=True)
-        return Arrival(call.times, seen, on, call.first, renewed, trusted=self.trusted or self.lost)
+        if told.anew and not self.trusted:
+            on = False
+        return Arrival(call.times, seen, on, call.first, told.renewed, call.astray, self.trusted)
+
+    def _told(self, branch: Branch | None, call: Sighting) -> Told:
+        """What the conditioning of a call tells; `branch` is None where it is a new one's."""
+        given = call.conditioning
+        fresh = bool(given) and not any(each.conditioning.has_any_object(given) for each in self._branches)
+        if branch is None:
+            return Told(renewed=True, fresh=fresh, anew=False)
+        own = branch.conditioning
+        return Told(own.renewed(call.conditioning), fresh, own.made_anew(call.conditioning))
+
+    def _observe(self, branch: Branch, call: Sighting) -> bool:
+        """Have `branch` take in the conditioning of a call; whether it changed, unless all of it goes by name."""
+        changed = branch.conditioning.observe(call.conditioning) and not (self.trusted and call.context is not None)
+        if changed and branch.conditioning.restless and not self._restless:
+            self._restless = True
+            warnings.warn(RESTLESS, RuntimeWarning, stacklevel=2)
+        return changed
 
     def _branch_of(self, call: Sighting) -> Branch | None:
         """The branch that the call belongs to, None for one not seen before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 _context: ContextVar[str | None] = ContextVar("edit_compile_context", default=None)
@@ -17,7 +17,8 @@ def cache_context(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _context.reset(token)
+        with suppress(ValueError):  # each step of a generator may run in a context of its own, which ends with it
+            _context.reset(token)
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def named_request(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _request.reset(token)
+        with suppress(ValueError):  # as above
+            _request.reset(token)
 
 
 def current_context() -> str | None:

@@ -24,7 +24,8 @@ class Sighting:
 
     The rest is there once the call was seen `beside` earlier ones. `times`: the timesteps, one where all rows have the
     same. `sample`: of the latents. `gram`: see `Chain.gram`; None where nothing of this shape came before. `first`:
-    whether the latents are those that the generation began with; None as before.
+    whether the latents are those that the generation began with; None as before. `astray`: whether a row of them is
+    nearer to another row than to its own.
     """
 
     timestep: Tensor
@@ -36,6 +37,7 @@ class Sighting:
     sample: Tensor | None = None
     gram: np.ndarray | None = None
     first: bool | None = None
+    astray: bool = False
 
     @property
     def shape(self) -> Shape | None:
@@ -62,15 +64,17 @@ class Sighting:
             return replace(self, times=one_if_equal(to_host(times)))
         sample = chain.sample(self.latents)
         gram = chain.gram(sample)
-        facts = [times.to(gram.device), chain.begins_again(sample).double().reshape(1), gram.reshape(-1)]
+        told_of = torch.stack([chain.begins_again(sample), chain.astray(sample)])
+        facts = [times.to(gram.device), told_of.double(), gram.reshape(-1)]
         told = to_host(torch.cat(facts))
         count = times.numel()
         return replace(
             self,
             times=one_if_equal(told[:count]),
             sample=sample,
-            gram=np.array(told[count + 1 :]).reshape(gram.shape),
+            gram=np.array(told[count + 2 :]).reshape(gram.shape),
             first=bool(told[count]),
+            astray=bool(told[count + 1]),
         )
 
 
