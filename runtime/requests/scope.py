@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from runtime.routing.policy import Decider
+
 _context: ContextVar[str | None] = ContextVar("edit_compile_context", default=None)
 _request: ContextVar[str | None] = ContextVar("edit_compile_request", default=None)
+_deciders: ContextVar[Mapping[object, Decider]] = ContextVar("edit_compile_deciders", default={})  # noqa: B039
 
 
 @contextmanager
@@ -28,6 +31,22 @@ def named_request(name: str) -> Iterator[None]:
         yield
     finally:
         _request.reset(token)
+
+
+@contextmanager
+def decided_by(owner: object, policy: Decider | None) -> Iterator[None]:
+    """Let `policy` decide for calls of `owner` inside the ``with`` block; None: what decides for it anywhere."""
+    others = {each: own for each, own in _deciders.get().items() if each is not owner}
+    token = _deciders.set(others if policy is None else {**others, owner: policy})
+    try:
+        yield
+    finally:
+        _deciders.reset(token)
+
+
+def current_decider(owner: object) -> Decider | None:
+    """What decides for calls that `owner` gets here, None where nothing was said."""
+    return _deciders.get().get(owner)
 
 
 def current_context() -> str | None:
