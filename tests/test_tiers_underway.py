@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
 from runtime.routing.policy import REUSE, SKIP
 from tests import programs
+from tests.emulator import Emulator
 from tests.oracle import Oracle
 from tests.test_reuse import step_inputs
 
@@ -28,6 +29,7 @@ TIERS = {
     "full": RoutingPolicy(0.0, 0.0, 0),  # keeps no residuals
     "routed": RoutingPolicy(0.35, 0.3, 2),
     "planned": ScheduledPolicy(np.tile(MIXED, (3, 1))),
+    "planned, without routers": ScheduledPolicy(np.tile(MIXED[::-1], (3, 1)), routed=False),
     "every third": ReusePolicy(2, otherwise=RoutingPolicy(0.3, 0.0, 0)),
     "while inputs stay": ReusePolicy(4, 0.5, "input"),
     "while the first block stays": ReusePolicy(4, 0.5, "first block"),
@@ -68,8 +70,8 @@ def decided_in(trace: RequestTrace, step: int) -> dict[tuple[int, int], tuple[in
     return {(block, row): (done, width) for block, row, done, width in entries}
 
 
-def tiered(program: Program) -> CompiledTransformer:
-    model = CompiledTransformer(program, "torch")
+def tiered(program: Program, dispatch: str = "host") -> CompiledTransformer:
+    model = CompiledTransformer(program, "torch", dispatch=dispatch)
     for name, policy in TIERS.items():
         model.add_tier(name, policy)
     return model
@@ -81,6 +83,7 @@ def program() -> Program:
 
 
 choices = st.lists(st.sampled_from([*TIERS]), min_size=STEPS, max_size=STEPS)
+on_device = st.lists(st.sampled_from([*TIERS][:4]), min_size=STEPS, max_size=STEPS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,15 +91,29 @@ choices = st.lists(st.sampled_from([*TIERS]), min_size=STEPS, max_size=STEPS)
 def test_requests_under_way_stay_right_whatever_tiers_they_go_through(
     program: Program, one: Sequence[str], other: Sequence[str]
 ) -> None:
-    model, replays = tiered(program), {"one": Replay(program), "other": Replay(program)}
+    check_replayed(tiered(program), one, other)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(one=on_device | choices, other=on_device)
+def test_so_they_do_where_decisions_are_taken_on_the_device(
+    recorder: Emulator, program: Program, one: Sequence[str], other: Sequence[str]
+) -> None:
+    check_replayed(tiered(program, "device"), one, other)
+    assert recorder.replays
+
+
+def check_replayed(model: CompiledTransformer, one: Sequence[str], other: Sequence[str]) -> None:
+    """Two requests at once, through these tiers step by step, give what their decisions say."""
+    replays = {name: Replay(model.program) for name in ("one", "other")}
     for step in range(STEPS):
         for seed, (request, names) in enumerate((("one", one), ("other", other))):
             inputs = step_inputs(ROWS, "cond", step, seed)
             model.tier = names[step] if request == "one" else "full"
             with model.request(request, tier=None if request == "one" else names[step]):
                 sample = model(**inputs).sample
-            trace = next(trace for trace in model.trace if trace.request == request)
-            expected = replays[request].after(decided_in(trace, step), inputs)
+            decided = [decided_in(trace, step) for trace in model.trace if trace.request == request]
+            expected = replays[request].after(next(filter(None, decided)), inputs)
             torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -104,7 +121,7 @@ def test_tiers_in_turn_do_everything(program: Program) -> None:
     """Else the test above would compare little."""
     model = tiered(program)
     for step in range(STEPS):
-        with model.request("one", tier=list(TIERS)[1 + step % 5]):
+        with model.request("one", tier=list(TIERS)[1 + step % 6]):
             model(**step_inputs(ROWS, "cond", step))
     assert set(model.trace[-1].arrays()["done"]) == {COMPUTED, REUSED, SKIPPED}
 
