@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from runtime.base.errors import PolicyError as PolicyError
     from runtime.base.errors import ShapeError as ShapeError
     from runtime.bundle.spec import RouterConfig as RouterConfig
+    from runtime.bundle.tiers import Tier as Tier
     from runtime.face.load import load as load
     from runtime.face.transformer import CompiledTransformer as CompiledTransformer
     from runtime.routing.policy import RoutingPolicy as RoutingPolicy
@@ -56,6 +57,7 @@ _HOMES = {
     "runtime.routing.reuse": ("ReusePolicy",),
     "runtime.routing.schedule": ("ScheduledPolicy",),
     "runtime.bundle.spec": ("RouterConfig",),
+    "runtime.bundle.tiers": ("Tier",),
     "runtime.face.transformer": ("CompiledTransformer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -201,7 +201,7 @@ def build(
 @app.command()
 @plain_errors
 def inspect(bundle: Bundle) -> None:
-    """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions and policy."""
+    """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions, policy and tiers."""
     from edit_compile.inspection import describe
     from runtime.bundle.files import load
 
@@ -252,15 +252,19 @@ def bench(
     steps: Annotated[int, typer.Option(min=1)] = 28,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Budget = None,
+    tier: Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")] = None,
     dispatch: Annotated[str, typer.Option(help="where decisions are taken: host or device")] = "host",
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
 ) -> None:
     """Time a bundle against its model, interleaved."""
     from edit_compile.benchmarking import benchmark
+    from edit_compile.loading import UserError
     from runtime.face.load import load
 
-    compiled = load(bundle, engine=engine, dispatch=dispatch)
+    if schedule is not None and tier is not None:
+        raise UserError("--schedule and --tier both say what decides: give one of them")
+    compiled = load(bundle, engine=engine, dispatch=dispatch, tier=tier)
     _apply_schedule(compiled, schedule, steps)
     found = benchmark(_dense(_model_like(compiled, model)), compiled, _inputs_for(compiled, inputs), steps, repeats)
     console.print(found)

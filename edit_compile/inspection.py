@@ -9,12 +9,19 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from edit_compile.tier_table import tier_table
 from runtime.bundle.spec import Block, Glue, Manifest, Plan
+from runtime.routing.stored import tiers_of
 
 
 def describe(manifest: Manifest, folder: Path) -> RenderableType:
-    """Tables for the terminal: the bundle, its plans, and its shape buckets."""
-    return Group(_overview(manifest, folder), _plans(manifest, folder), _glues(manifest))
+    """Tables for the terminal: the bundle, its tiers where it has any, its plans, and its shape buckets.
+
+    BundleError for a tier that makes no sense.
+    """
+    tiers = tiers_of(manifest, folder)
+    shown = [tier_table(tiers)] if tiers else []
+    return Group(_overview(manifest, folder), *shown, _plans(manifest, folder), _glues(manifest))
 
 
 def kind_of(manifest: Manifest) -> str:

@@ -182,22 +182,22 @@ class Tracer:
     def at_widths(self, compiled: CompiledTransformer, inputs: Inputs) -> Generator[tuple[float, Any, Any], None, None]:
         """(width, what `compiled` gives, what the masked eager model gives) at every width, on all `inputs`.
 
-        Close it: the policy is put back then.
+        Close it: it then leaves no trace of its calls.
         """
-        policy = compiled.policy
         buckets = [inputs] if isinstance(inputs, Mapping) else inputs
         try:
             for kwargs, width in itertools.product(buckets, self.widths):
-                compiled.policy = ScheduledPolicy(np.full((1, len(self._sites)), width))
+                policy = ScheduledPolicy(np.full((1, len(self._sites)), width))
                 compiled._reset_stateful_cache()
                 with self._dense(), ExitStack() as masks:
                     for name, sites in self._sites:
                         masks.enter_context(masked(self.model.get_submodule(name), sites, width))
                     expected = self.model(**_copied(kwargs))
-                yield width, compiled(**_copied(kwargs)), expected
+                with compiled.decided_by(policy):
+                    output = compiled(**_copied(kwargs))
+                yield width, output, expected
         finally:
             compiled._reset_stateful_cache()
-            compiled.policy = policy
             compiled.trace.clear()
             compiled.reset_counters()
 

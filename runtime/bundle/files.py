@@ -28,6 +28,7 @@ from runtime.bundle.checks import check
 from runtime.bundle.folder import separate, written_whole
 from runtime.bundle.program import Program
 from runtime.bundle.spec import SCHEMA, Manifest
+from runtime.bundle.tiers import explain_tiers
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -116,7 +117,8 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
-        raise BundleError(f"{place} is damaged ({error}): copy or compile the bundle again") from error
+        told = explain_tiers(raw) or error
+        raise BundleError(f"{place} is damaged ({told}): copy or compile the bundle again") from error
     unknown = _unknown(raw, msgspec.to_builtins(manifest))
     if unknown:
         raise BundleError(f"{place} has the unknown field {unknown}: it was made by another edit_compile")

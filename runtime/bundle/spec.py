@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from runtime.bundle.tiers import StoredPolicy, Tier
+
 SCHEMA = 2
 
 
@@ -197,6 +199,7 @@ class Manifest:
     """All a bundle says of itself. `arguments` are the names of the model's forward, in order.
 
     `attributes` are the model's own plain ones beside its configuration, which some pipelines read.
+    `policy` decides where no tier is chosen; `tiers` are further ones by name, in the order in which they were added.
     """
 
     schema: int
@@ -214,3 +217,4 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    tiers: dict[str, Tier[StoredPolicy]] = field(default_factory=dict)

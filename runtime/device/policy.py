@@ -25,6 +25,8 @@ def why_not(policy: Decider) -> str | None:
     """Why `policy` cannot decide on the device; None where it can."""
     if type(policy) not in (RoutingPolicy, ScheduledPolicy):  # a subclass may decide otherwise
         return f"{type(policy).__name__} decides in Python; RoutingPolicy and ScheduledPolicy decide on the device"
+    if isinstance(policy, ScheduledPolicy) and policy.beyond == "compute":
+        return "the schedule computes steps beyond its table, which the device refuses (beyond='refuse')"
     if isinstance(policy, ScheduledPolicy) and len(policy.table) > STEPS:
         return f"the schedule has {len(policy.table)} steps, the device has room for {STEPS}"
     if policy.keeps > 1:

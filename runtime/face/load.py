@@ -13,20 +13,25 @@ from runtime.routing.policy import Decider
 
 
 def load(
-    path: str | Path, engine: str | None = None, policy: Decider | None = None, dispatch: str = "host"
+    path: str | Path,
+    engine: str | None = None,
+    policy: Decider | None = None,
+    dispatch: str = "host",
+    tier: str | None = None,
 ) -> CompiledTransformer:
     """The compiled transformer of the bundle at `path`.
 
     `engine` runs its plans (see CompiledTransformer). Without one it is what the bundle's engines were
     built with, and "onnxruntime" for a bundle that holds none: engines of another GPU are refused rather than
-    replaced by a CPU's in silence. `policy` replaces the bundle's own. With `dispatch` "device" decisions are taken on
-    the GPU where that can be done (see CompiledTransformer). Raises BundleError where the bundle is damaged
-    or foreign, EngineError where the engine cannot run it here.
+    replaced by a CPU's in silence. `policy` replaces the bundle's own, or `tier` names the one of its tiers that
+    decides at first. With `dispatch` "device" decisions are taken on the GPU where that can be done (see
+    CompiledTransformer). Raises BundleError where the bundle is damaged
+    or foreign, EngineError where the engine cannot run it here, EditError where it has no such tier.
     """
     program = bundle.load(path)
     chosen = engine or built_engine(Path(path))
     try:
-        return CompiledTransformer(program, chosen, policy, dispatch=dispatch)
+        return CompiledTransformer(program, chosen, policy, dispatch=dispatch, tier=tier)
     except EngineError as error:
         if engine is not None:
             raise

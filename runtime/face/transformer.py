@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,15 +21,16 @@ from runtime.face import arguments
 from runtime.face.adapters import WithoutAdapters, refuse_adapters
 from runtime.face.growing import Tracer
 from runtime.face.session import Host, Session
+from runtime.face.tiers import WithTiers
 from runtime.requests.registry import Requests
 from runtime.requests.scope import cache_context, named_request
 from runtime.requests.trace import Counters, Trace
-from runtime.routing.policy import Decider, RoutingPolicy
+from runtime.routing.policy import Decider
 
 _numbers = itertools.count(1)
 
 
-class CompiledTransformer(WithoutAdapters, nn.Module):
+class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
     """A program run by an engine, called like the model it was compiled from.
 
     Args:
@@ -42,6 +42,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         dispatch: "host", or "device" to take decisions on the GPU, where no step synchronises (`runtime.device`). Where
             that cannot be done they are taken on the host; `dispatch_note` then says why, and so does the log.
         eager: the model itself, in which a program that holds nothing yet has its weights.
+        tier: name of one of the program's tiers, which then decides; in place of `policy`. Settable between calls.
 
     The forward runs without gradients, and in the compiled dtype whatever autocast says. Errors are
     `runtime.base.errors.EditError`. An exception drops the state of the request it came in; a call refused for its
@@ -58,9 +59,11 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         host: Host | None = None,
         eager: nn.Module | None = None,
         dispatch: str = "host",
+        tier: str | None = None,
     ) -> None:
         super().__init__()
-        self._policy, self._tracer, self._host = policy, tracer, host
+        self._tracer, self._host = tracer, host
+        self._begin_tiers(program, policy, tier)
         self._eager = (eager,)  # in a tuple: not a submodule
         self._asked_dtype: torch.dtype | None = None
         self._session = Session(program, engine, dispatch, tracer, host, self._hold)
@@ -75,15 +78,6 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
     def program(self) -> Program:
         """What runs; it holds no blocks before the first call of a lazily compiled one."""
         return self._session.program
-
-    @property
-    def policy(self) -> Decider:
-        """What decides for each block; set it between calls, nothing is rebuilt. None: the program's own."""
-        return self._policy or RoutingPolicy.stored(self.program.manifest.policy)
-
-    @policy.setter
-    def policy(self, policy: Decider | None) -> None:
-        self._policy = policy
 
     @property
     def trace(self) -> Trace:
@@ -142,14 +136,15 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         return self._session.why_not_on_device()
 
     @contextmanager
-    def request(self, name: str | None = None) -> Iterator[None]:
+    def request(self, name: str | None = None, tier: str | None = None) -> Iterator[None]:
         """Context manager: calls inside belong to one generation at a time, called `name`, whatever thread they are in.
 
         It is told from all others, and trusted to go on where its latents do not (a sampler that adds noise). Without a
         name it is a new one, which ends with the ``with`` block; one with a name ends by `reset` inside, or an error.
+        With `tier` (see `tiers`) that one decides for the calls of this transformer inside, whatever is chosen for all.
         """
         chosen = f"unnamed request {next(_numbers)}" if name is None else str(name)
-        with named_request(chosen):
+        with self._at(tier), named_request(chosen):
             try:
                 yield
             finally:
@@ -172,13 +167,14 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         self.reset()
 
     def save(self, path: str | Path) -> None:
-        """Write the bundle `path`, with the current routing policy (see `runtime.bundle.files.save`)."""
+        """Write the bundle `path`, with the routing policy set and the tiers (see `runtime.bundle.files.save`).
+
+        EditError, naming the tier, for one whose policy is of a class of your own.
+        """
         program = self.program
         if not program.manifest.glues:
             raise EditError("nothing to save yet: call the compiled transformer once, or compile with inputs=")
-        if isinstance(self._policy, RoutingPolicy):
-            program = replace(program, manifest=replace(program.manifest, policy=self._policy.to_spec()))
-        bundle.save(program, path)
+        bundle.save(self._stored(program), path)
 
     @torch.no_grad()
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -197,7 +193,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
         if asked is not None:
             given = self._compiled_dtypes(given, asked)
         with torch.autocast(where, enabled=False) if autocast else nullcontext():
-            output = self._session(given, self.policy)
+            output = self._session(given, self._decider())
         if asked is None:
             return output
         return pytree.tree_map_only(Tensor, lambda t: t.to(asked) if t.is_floating_point() else t, output)
@@ -283,6 +279,7 @@ class CompiledTransformer(WithoutAdapters, nn.Module):
             dispatch=self._session.wanted,
         )
         twin._asked_dtype = self._asked_dtype
+        twin._tiers, twin._tier = self._tiers, self._tier
         return twin
 
     def __copy__(self) -> CompiledTransformer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.base.transfer import row_index
-from runtime.routing.policy import EMPTY
+from runtime.routing.policy import EMPTY, Watched
 
 
 class Residuals:
@@ -27,6 +27,8 @@ class Residuals:
         rows = states[0].shape[self._dims[0]]
         self.held = [EMPTY] * rows
         self.signals: list[tuple[Tensor, ...] | None] = [None] * rows
+        self.watched: Watched | None = None
+        """What `signals` are of."""
         self.deltas: list[Tensor] = []
         self._earlier: list[Tensor] = []
         self._times: list[tuple[float, float] | None] = [None] * rows  # of both Deltas; equal where there is one

@@ -33,6 +33,8 @@ class Watch:
     def change(self, bank: Residuals, states: Sequence[Tensor], dims: Sequence[int]) -> list[float]:
         """Of every row of a block with `states`; infinite where it is not known. Synchronises with the device."""
         rows = len(bank.held)
+        if self._what not in (None, bank.watched):  # by another policy, or by none: what it noted is something else
+            bank.watched, bank.signals = self._what, [None] * rows
         if self._what is None or (self._what == "first block" and self._first is None):
             return [math.inf] * rows
         if self._what == "input":

@@ -1,35 +1,40 @@
-"""What a caller says of its calls: the request and the cache context that they belong to."""
+"""What a caller says of its calls: the request and the cache context that they belong to, and what decides in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
+from typing import TypeVar
+
+from runtime.routing.policy import Decider
+
+T = TypeVar("T")
 
 _context: ContextVar[str | None] = ContextVar("edit_compile_context", default=None)
 _request: ContextVar[str | None] = ContextVar("edit_compile_request", default=None)
+_deciders: ContextVar[Mapping[object, Decider]] = ContextVar("edit_compile_deciders", default={})  # noqa: B039
 
 
-@contextmanager
-def cache_context(name: str) -> Iterator[None]:
+def cache_context(name: str) -> AbstractContextManager[None]:
     """Let calls inside the ``with`` block use the residuals of context `name`."""
-    token = _context.set(name)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # each step of a generator may run in a context of its own, which ends with it
-            _context.reset(token)
+    return _said(_context, name)
 
 
-@contextmanager
-def named_request(name: str) -> Iterator[None]:
+def named_request(name: str) -> AbstractContextManager[None]:
     """Let calls inside the ``with`` block belong to the request `name`."""
-    token = _request.set(name)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # as above
-            _request.reset(token)
+    return _said(_request, name)
+
+
+def decided_by(owner: object, policy: Decider | None) -> AbstractContextManager[None]:
+    """Let `policy` decide for calls of `owner` inside the ``with`` block; None: what decides for it anywhere."""
+    others = {each: own for each, own in _deciders.get().items() if each is not owner}
+    return _said(_deciders, others if policy is None else {**others, owner: policy})
+
+
+def current_decider(owner: object) -> Decider | None:
+    """What decides for calls that `owner` gets here, None where nothing was said."""
+    return _deciders.get().get(owner)
 
 
 def current_context() -> str | None:
@@ -40,3 +45,13 @@ def current_context() -> str | None:
 def current_request() -> str | None:
     """The name of the request that calls made here belong to, None where it has none."""
     return _request.get()
+
+
+@contextmanager
+def _said(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # each step of a generator may run in a context of its own, which ends with it
+            variable.reset(token)

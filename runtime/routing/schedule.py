@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.base.errors import PolicyError
+from runtime.bundle.tiers import Beyond
 from runtime.routing.policy import EMPTY, EXTRAPOLATE, REUSE, SKIP
 
 
@@ -21,14 +23,23 @@ class ScheduledPolicy:
     `table` holds a decision for each (step, block), or (step, block, row): SKIP (0), REUSE (-1),
     EXTRAPOLATE (-2) or a width in (0, 1]. A row that is to reuse while its bank is empty computes at full
     width instead. With `routed` the routers run all the same, so that a timed call does all the work of a
-    routed one. Raises PolicyError for a table of another form.
+    routed one. Steps `beyond` the table are refused with a PolicyError, or computed at full width ("compute"), which
+    each policy warns of once. Two schedules are equal where all of this is.
+
+    Raises PolicyError for a table of another form, or another word for `beyond`.
     """
 
     table: npt.NDArray[np.float64]
     routed: bool = True
+    beyond: Beyond = "refuse"
 
     def __post_init__(self) -> None:
-        table = np.array(self.table, dtype=np.float64)
+        try:
+            table = np.array(self.table, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise PolicyError(f"a schedule has the shape (steps, blocks[, rows]): {error}") from error
+        if self.beyond not in ("refuse", "compute"):
+            raise PolicyError(f"beyond is 'refuse' or 'compute', not {self.beyond!r}")
         if table.ndim not in (2, 3) or not table.size:
             raise PolicyError(f"a schedule has the shape (steps, blocks[, rows]), not {table.shape}")
         reused = (table == REUSE) | (table == EXTRAPOLATE)
@@ -38,6 +49,17 @@ class ScheduledPolicy:
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "_rows", table.tolist())
         object.__setattr__(self, "_keeps", int(-table.min(initial=0.0)))
+        object.__setattr__(self, "_warned", False)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or type(other) is not type(self):
+            return self is other
+        assert isinstance(other, ScheduledPolicy)
+        same = (self.routed, self.beyond) == (other.routed, other.beyond)
+        return same and np.array_equal(self.table, other.table)
+
+    def __hash__(self) -> int:
+        return hash((self.table.shape, self.routed, self.beyond))
 
     @classmethod
     def at_budget(
@@ -86,7 +108,10 @@ class ScheduledPolicy:
         held: Sequence[int],
         change: Sequence[float] = (),
     ) -> list[float]:
-        """The table's entry, for every row (see Decider.decide); PolicyError outside the table."""
+        """The table's entry, for every row (see Decider.decide); PolicyError outside the table, but for `beyond`."""
+        if self.beyond == "compute" and step >= len(self.table) and block < self.table.shape[1]:
+            self._warn_once()
+            return [1.0] * len(held)
         try:
             entry = self._rows[step][block]  # type: ignore[attr-defined]
         except IndexError:
@@ -98,6 +123,17 @@ class ScheduledPolicy:
         if len(planned) != len(held):
             raise PolicyError(f"the schedule is for {len(planned)} rows, the batch has {len(held)}")
         return [1.0 if d < SKIP and k == EMPTY else d for d, k in zip(planned, held, strict=True)]
+
+    def _warn_once(self) -> None:
+        if self._warned:  # type: ignore[attr-defined]
+            return
+        object.__setattr__(self, "_warned", True)
+        warnings.warn(
+            f"the schedule was made for {len(self.table)} steps, and a generation has more: in those beyond them every "
+            "block is computed in full; choose a tier that was made for as many steps",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _draw_widths(draw: random.Random, count: int, mean: float, widths: Sequence[float]) -> list[float]:

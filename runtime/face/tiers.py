@@ -1,0 +1,121 @@
+"""What decides for a compiled transformer: a policy that was set, a tier that was chosen, or the bundle's policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from runtime.base.errors import EditError, PolicyError
+from runtime.bundle.program import Program
+from runtime.bundle.tiers import Tier
+from runtime.requests import scope
+from runtime.routing.policy import Decider, RoutingPolicy
+from runtime.routing.reuse import ReusePolicy
+from runtime.routing.schedule import ScheduledPolicy
+from runtime.routing.stored import stored_tiers, tiers_of
+
+
+class WithTiers:
+    """The policy and the tiers of a compiled transformer; all may be changed between calls, nothing is rebuilt."""
+
+    _policy: Decider | None
+    _tier: str | None
+    _tiers: dict[str, Tier[Decider]]
+
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        raise NotImplementedError
+
+    @property
+    def policy(self) -> Decider:
+        """What decides for each block: that of the tier, or, without one, the policy set or the program's own (None).
+
+        To set it ends the tier.
+        """
+        tier, own = self._tier, self._policy
+        if tier is not None:
+            return self._tiers[tier].policy
+        return own or RoutingPolicy.stored(self.program.manifest.policy)
+
+    @policy.setter
+    def policy(self, policy: Decider | None) -> None:
+        self._policy, self._tier = policy, None
+
+    @property
+    def tier(self) -> str | None:
+        """Name of the tier that decides, None where none was chosen. It may be set in the middle of a generation.
+
+        None goes back to the policy from before. EditError for a name that is not among `tiers`.
+        """
+        return self._tier
+
+    @tier.setter
+    def tier(self, name: str | None) -> None:
+        if name is not None:
+            self._known(name)
+        self._tier = name
+
+    @property
+    def tiers(self) -> Mapping[str, Tier[Decider]]:
+        """The tiers there are, by name, in the order in which they were added; read-only, as they are now."""
+        return MappingProxyType(self._tiers)
+
+    def add_tier(self, name: str, policy: Decider | Tier[Decider], **known: Any) -> None:
+        """Have `policy` under the name `name`, in place of a tier of that name; `save` keeps it.
+
+        `known` are the other fields of `Tier`: quality_db, quality_interval, times_faster, flops_share, steps, machine.
+        A `Tier` may be given whole. Raises PolicyError for a field that makes no sense, or a schedule of other blocks.
+        """
+        if not isinstance(name, str) or not name:
+            raise PolicyError(f"a tier's name is a text, not {name!r}")
+        try:
+            tier = replace(policy, **known) if isinstance(policy, Tier) else Tier(policy, **known)
+            _check(tier.policy, len(self.program.manifest.blocks))
+        except PolicyError as error:
+            raise PolicyError(f"tier {name!r}: {error}") from error
+        self._tiers = {**self._tiers, name: tier}  # another thread may be reading the old one
+
+    def decided_by(self, policy: Decider) -> Any:
+        """Context manager: `policy` decides for the calls of this transformer made inside, whatever is chosen."""
+        return scope.decided_by(self, policy)
+
+    def _at(self, tier: str | None) -> Any:
+        """Context manager: calls inside are those of a request at `tier`; None: at what is chosen for all."""
+        return scope.decided_by(self, None if tier is None else self._known(tier).policy)
+
+    def _decider(self) -> Decider:
+        """What decides for a call made here and now."""
+        return scope.current_decider(self) or self.policy
+
+    def _known(self, name: str) -> Tier[Decider]:
+        if name not in self._tiers:
+            there = ", ".join(map(repr, self._tiers)) or "none: compiled.add_tier(name, policy) adds one"
+            raise EditError(f"no tier is called {name!r}; there are {there}")
+        return self._tiers[name]
+
+    def _begin_tiers(self, program: Program, policy: Decider | None, tier: str | None) -> None:
+        """Have the tiers of `program`; BundleError for one that cannot be read, EditError where `tier` is not there."""
+        if policy is not None and tier is not None:
+            raise EditError(f"a policy and the tier {tier!r}: give one of them, as either says what decides")
+        self._policy, self._tiers = policy, tiers_of(program.manifest, program.folder)
+        self.tier = tier
+
+    def _stored(self, program: Program) -> Program:
+        """`program` with the policy set, where its manifest can hold it, and the tiers."""
+        manifest = replace(program.manifest, tiers=stored_tiers(self._tiers))
+        if isinstance(self._policy, RoutingPolicy):
+            manifest = replace(manifest, policy=self._policy.to_spec())
+        return replace(program, manifest=manifest)
+
+
+def _check(policy: object, blocks: int) -> None:
+    """PolicyError for what is no policy, or a schedule of other than `blocks` blocks (0: not known yet)."""
+    if not callable(getattr(policy, "decide", None)):
+        raise PolicyError(f"{policy!r} is no policy")
+    if isinstance(policy, ReusePolicy) and policy.otherwise is not None:
+        _check(policy.otherwise, blocks)
+    if isinstance(policy, ScheduledPolicy) and blocks and policy.table.shape[1] != blocks:
+        raise PolicyError(f"the schedule is for {policy.table.shape[1]} blocks, the model has {blocks}")

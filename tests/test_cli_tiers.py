@@ -1,0 +1,78 @@
+"""Tiers on the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, load
+from edit_compile.tier_table import tier_table
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE, SKIP
+from tests import programs
+from tests.test_cli import DENSE, run
+
+KINDS = ("double", "single", "double")
+TIERS = {
+    "routed": RoutingPolicy(0.5, 0.1, 3, 4),
+    "planned": ScheduledPolicy([[0.25, REUSE, SKIP], [0.75, 1.0, SKIP]], beyond="compute"),
+    "watched": ReusePolicy(1, 0.25, "input", order=1, otherwise=RoutingPolicy(0.2, 0.0, 0)),
+}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    model = CompiledTransformer(programs.make(KINDS), "torch")
+    for name, policy in TIERS.items():
+        model.add_tier(name, policy)
+    model.add_tier("quarter", ScheduledPolicy(np.full((2, 3), 0.25)), quality_db=31.25, quality_interval=(29.5, 33.0),
+                   times_faster=2.5, flops_share=0.37, steps=2, machine="H20")  # fmt: skip
+    model.save(tmp_path / "model.edit")
+    (tmp_path / "dense.py").write_text(DENSE)
+    return tmp_path / "model.edit"
+
+
+def test_the_table_says_what_a_tier_does_and_what_is_known_of_it(bundle: Path) -> None:
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(tier_table(load(bundle, engine="torch").tiers))
+    text = console.export_text()
+    for told in (
+        "routed: skips below 0.5, reuses up to 0.6, at most 3 times in a row, not in the first 4 steps",
+        "schedule of 2 steps: 50% computed at mean width 0.67, 17% reused, 33% skipped; computes steps beyond",
+        "reuses once in a row after 1 step, extrapolated, while its input changes by at most 0.25 of itself; else "
+        "routed: skips below 0.2",
+    ):
+        assert told in text
+    (line,) = (line for line in text.splitlines() if "quarter" in line)
+    cells = [cell.strip() for cell in line.split("│")][3:-1]
+    assert cells == ["31.2 (29.5 to 33.0)", "2.50", "37%", "2", "H20"]
+
+
+def test_inspect_shows_tiers_where_there_are_any(bundle: Path, tmp_path: Path) -> None:
+    text = run("inspect", bundle)
+    assert "as predicted" in text
+    assert "quarter" in text
+    CompiledTransformer(programs.make(KINDS), "torch").save(tmp_path / "plain.edit")
+    assert "as predicted" not in run("inspect", tmp_path / "plain.edit")
+
+
+def test_inspect_refuses_a_tier_that_makes_no_sense(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["tiers"]["routed"]["policy"]["margin"] = 3
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert "tier 'routed': margin" in run("inspect", bundle, code=2).replace("\n", " ")
+
+
+def test_bench_runs_at_a_tier(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["bench", bundle, "--model", f"{bundle.parent / 'dense.py'}:Dense", "--engine", "torch"]
+    arguments += ["--steps", 2, "--repeats", 1]
+    run(*arguments, "--tier", "quarter", "--json", tmp_path / "figures.json")
+    blocks = json.loads((tmp_path / "figures.json").read_text())["blocks"]
+    assert all(list(block["widths"]) == ["0.25"] for block in blocks)
+    assert "there are 'routed', 'planned'" in run(*arguments, "--tier", "draft", code=2)
+    assert "give one of them" in run(*arguments, "--tier", "quarter", "--schedule", ".5,.5", code=2)
