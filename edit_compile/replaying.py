@@ -100,9 +100,9 @@ class _Run:
 
     def make(self, stage: Stage, moved: Tensor) -> None:
         """Make the calls of `stage`, or its result, with latents that differ by `moved` (groups, numbers)."""
-        if not stage.calls:
-            assert self.generation.result is not None
+        if not stage.calls and self.generation.result is not None:
             self.result = self._other(self.generation.result, moved[list(stage.groups[0])])
+            return
         for index, groups in zip(stage.calls, stage.groups, strict=True):
             recorded = self.place.latents_of(self.generation.calls[index])
             self.latents.append(self._other(recorded, moved[list(groups)]))

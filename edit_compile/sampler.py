@@ -90,7 +90,8 @@ class Sampler:
     def stages_of(self, generation: Generation) -> tuple[Stage, ...]:
         """The stages of `generation`; CallsError where it has not the calls, rows and steps that the sampler has."""
         stages = stages_of(generation, self.place)
-        known = {member for stage in stages for group in range(len(stage.distinct)) for member in stage.members(group)}
+        called = [stage for stage in stages if stage.calls]
+        known = {member for stage in called for group in range(len(stage.distinct)) for member in stage.members(group)}
         needed = {(term.call, term.row) for step in self.steps for terms in step.groups for term in terms}
         if [len(stage.distinct) for stage in stages[1:]] != [len(step.groups) for step in self.steps] or needed - known:
             raise CallsError("the sampler was fitted to a generation of other steps: Sampler.fit(generation)")
