@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -140,3 +140,34 @@ def test_skipped_and_narrowed_blocks(dense: nn.Module, compiled: CompiledTransfo
     assert furthest([ours.result], [expected.result]) < 5e-6
     assert furthest([ours.result], [generation.result]) > 0.1
     assert model.counters.skipped > 0
+
+
+def test_a_replay_is_a_request_of_its_own(dense: nn.Module, compiled: CompiledTransformer, tmp_path: Path) -> None:
+    generation = recorded(dense, Generation("euler", "contexts", 4), tmp_path)
+    recorded(compiled, Generation("euler", "contexts", 4), tmp_path)
+    fitted, model = Sampler.fit(generation), CompiledTransformer(compiled.program, "torch", ReusePolicy(1))
+    with model.request("mine"):
+        first = generation.calls[0]
+        with model.cache_context("cond"):
+            model(**first.arguments)
+        once, twice = (replay(model, generation, fitted) for _ in range(2))
+    assert torch.equal(once.result, twice.result)
+    assert [set(record.arrays()["step"].tolist()) for record in model.trace] == [{0}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+    assert model.trace[1].contexts == ["cond", "uncond"]
+
+
+def test_calls_are_made_in_their_contexts_and_caches_are_reset(dense: nn.Module, tmp_path: Path) -> None:
+    generation, told = recorded(dense, Generation("euler", "interval", 3), tmp_path), []
+
+    class Told(Scaled):
+        @contextmanager
+        def cache_context(self, name: str) -> Iterator[None]:
+            told.append(name)
+            yield
+
+        def _reset_stateful_cache(self) -> None:
+            told.append("reset")
+
+    replay(Told(dense), generation, Sampler.fit(generation))
+    assert [call.context for call in generation.calls] == ["cond", "cond", "uncond", "cond"]
+    assert told == ["cond", "cond", "uncond", "cond", "reset"]
