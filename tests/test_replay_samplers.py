@@ -203,6 +203,42 @@ def test_something_beside_the_latents_stays_as_it_was(shape: str) -> None:
     assert sampler == Sampler.fit(generation)  # found without being told
 
 
+class Tired(Toy):
+    """Gives something else in every second call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        self.calls += 1
+        return (super().forward(x, t, prompt)[0] * (1.0 if self.calls % 2 else 0.5),)
+
+
+def test_of_outputs_that_were_equal_the_last_one_counts() -> None:
+    def twice(model: Toy) -> Tensor:
+        x = noise(1, 64, 8)
+        for now, then in pairwise(TIMES):
+            for _ in range(2):  # as where bfloat16 rounds two timesteps to one
+                v = model(x, torch.tensor([now]), prompt(5))[0]
+            x = x + (then - now) * v
+        return x
+
+    generation = recorded(Toy(), twice)
+    ours = replay(Tired(), generation, Sampler.fit(generation))
+    assert moved(ours.result, recorded(Tired(), twice).result) < 1e-6
+
+
+def test_samples_that_begin_with_the_same_noise() -> None:
+    def turned(model: Toy) -> Tensor:
+        x, text = noise(1, 64, 8) * torch.tensor([1.0, 1.0, -1.0])[:, None, None], prompt(5, 3)
+        for now in TIMES[:4]:
+            x = 0.3 * model(x, torch.full((3,), now), text)[0] - x  # nearer to another sample than to itself
+        return x
+
+    wrong, apart, sampler = compared(turned, Toy(0.3))
+    assert min(sampler.explained) > 1 - 1e-9
+    assert wrong < 1e-5 * apart
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_linear_sampler(data: st.DataObject) -> None:
