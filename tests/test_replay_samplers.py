@@ -239,7 +239,7 @@ def test_samples_that_begin_with_the_same_noise() -> None:
     assert wrong < 1e-5 * apart
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_linear_sampler(data: st.DataObject) -> None:
     """Of latents and outputs of up to three steps before, with guidance on or off in any of the steps."""
