@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from edit_compile.elastic import ElasticTransformer as ElasticTransformer
     from edit_compile.elastic import elasticize as elasticize
     from edit_compile.layout import ElasticError as ElasticError
+    from edit_compile.place import latents_of as latents_of
     from edit_compile.recording import Recorder as Recorder
     from edit_compile.recording import record as record
+    from edit_compile.replaying import Replayed as Replayed
+    from edit_compile.replaying import replay as replay
+    from edit_compile.result_quality import mean_quality as mean_quality
+    from edit_compile.result_quality import quality as quality
+    from edit_compile.sampler import Sampler as Sampler
     from edit_compile.storage import load_elastic as load_elastic
     from runtime.base.errors import BundleError as BundleError
     from runtime.base.errors import EditError as EditError
@@ -49,7 +55,11 @@ _HOMES = {
     "edit_compile.dry_run": ("DryRun",),
     "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
     "edit_compile.layout": ("ElasticError",),
+    "edit_compile.place": ("latents_of",),
     "edit_compile.recording": ("Recorder", "record"),
+    "edit_compile.replaying": ("Replayed", "replay"),
+    "edit_compile.result_quality": ("mean_quality", "quality"),
+    "edit_compile.sampler": ("Sampler",),
     "edit_compile.storage": ("load_elastic",),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),

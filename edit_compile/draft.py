@@ -79,7 +79,7 @@ class Draft:
         if begun is None:
             return
         try:
-            leaves = _tensors_of(output)
+            leaves = tensors_of(output)
             keys = [self._stored(f"outputs/{i}", leaf, f"output {i}") for i, leaf in enumerate(leaves)]
         except EditError as error:
             self.refuse(error)
@@ -117,7 +117,7 @@ class Draft:
         return self._known[identity]
 
 
-def _tensors_of(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """Tensors of a model's output, in order; CallsError where it has none."""
     parts = output.to_tuple() if hasattr(output, "to_tuple") else output
     found = [leaf for leaf in pytree.tree_leaves(parts) if isinstance(leaf, Tensor)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from edit_compile.calls import CallsError
+from edit_compile.calls import CallsError, Generation
 from edit_compile.elastic import ElasticTransformer
-from runtime.face.arguments import argument_names
+from runtime.face.arguments import OTHERS, argument_names
 from runtime.face.transformer import CompiledTransformer
 
 
@@ -44,3 +46,26 @@ def argument_names_of(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, CompiledTransformer):
         return model.program.manifest.arguments
     return argument_names(model.model.forward if isinstance(model, ElasticTransformer) else model.forward)
+
+
+def check_arguments(model: Callable[..., Any], generation: Generation) -> None:
+    """CallsError, which names the call, where `model` (or any function) does not take the arguments of `generation`."""
+    forward = model
+    if isinstance(model, nn.Module):
+        forward = model.model.forward if isinstance(model, ElasticTransformer) else model.forward
+    for index, call in enumerate(generation.calls):
+        said = f"the model does not take the arguments of calls[{index}], is it another model's? "
+        if isinstance(model, CompiledTransformer):
+            names = argument_names_of(model)
+            unknown = [] if OTHERS in names else [name for name in call.arguments if name not in names]
+            if unknown:
+                raise CallsError(f"{said}It takes {', '.join(names)}, and no {unknown[0]!r}")
+            continue
+        try:
+            signature = inspect.signature(forward)
+        except ValueError:  # of a function written in C
+            return
+        try:
+            signature.bind(**call.arguments)
+        except TypeError as error:
+            raise CallsError(f"{said}{error}") from error

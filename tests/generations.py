@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as Loop
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,8 +123,8 @@ def make(model: CompiledTransformer, generation: Generation) -> list[Tensor]:
     return outputs
 
 
-def steps(model: CompiledTransformer, generation: Generation, outputs: list[Tensor]) -> Iterator[None]:
-    """One step of the sampler after another; what the model gives goes to `outputs`."""
+def steps(model: Any, generation: Generation, outputs: list[Tensor]) -> Loop[None, None, Tensor]:
+    """One step of the sampler after another; what the model gives goes to `outputs`. Returns the last latents."""
     guided = _Guided(model, generation, outputs)
     moments = _moments(generation)
     x, before = _start(generation, moments[0]), None
@@ -138,12 +140,13 @@ def steps(model: CompiledTransformer, generation: Generation, outputs: list[Tens
         if number == generation.stop and generation.ending == "cancelled":
             raise Stopped
         yield
+    return x
 
 
 class _Guided:
     """The model with guidance: a function of latents and timestep."""
 
-    def __init__(self, model: CompiledTransformer, generation: Generation, outputs: list[Tensor]) -> None:
+    def __init__(self, model: Any, generation: Generation, outputs: list[Tensor]) -> None:
         self.model, self.generation, self.outputs = model, generation, outputs
         self.step = 0
         self._beside = _random(generation.prompt + 9)(generation.batch, generation.side, CHANNELS)
