@@ -73,7 +73,7 @@ def test_a_request_has_a_tier_of_its_own() -> None:
         with model.request("c"):
             model(**given)
     found = {request.request: set(request.arrays()["width"].tolist()) for request in model.trace}
-    assert (found.pop("a"), found.pop("b"), found.pop("c")) == ({0.25}, {1.0}, {1.0})
+    assert (found.pop("a"), found.pop("b"), found.pop("c")) == ({0.25}, {1.0}, {0.25})
     assert list(found.values()) == [{0.25}]
 
 

@@ -116,7 +116,7 @@ def test_a_regrouping_that_was_seen_before_makes_no_row_numbers() -> None:
     transfer.row_index.cache_clear()
     for _ in range(2):
         made = transfer.row_index.cache_info().misses
-        with compiled.request():
+        with compiled.request(), compiled.cache_context("any prompt"):
             for step in range(6):
                 compiled(**programs.inputs(4, seed=step, timestep=1 - step / 6))
         assert set(compiled.trace[-1].arrays()["done"]) == {SKIPPED, REUSED, COMPUTED}

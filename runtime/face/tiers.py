@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -83,8 +84,8 @@ class WithTiers:
         return scope.decided_by(self, policy)
 
     def _at(self, tier: str | None) -> Any:
-        """Context manager: calls inside are those of a request at `tier`; None: at what is chosen for all."""
-        return scope.decided_by(self, None if tier is None else self._known(tier).policy)
+        """Context manager: calls inside are those of a request at `tier`; None: nothing is said of it here."""
+        return nullcontext() if tier is None else scope.decided_by(self, self._known(tier).policy)
 
     def _decider(self) -> Decider:
         """What decides for a call made here and now."""
