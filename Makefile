@@ -20,7 +20,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,example,test,hunyuan3d]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,test,hunyuan3d]"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "$(HY3DGEN)"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TENSORRT)
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(CUDA)

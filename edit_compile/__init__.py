@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from edit_compile.result_quality import quality as quality
     from edit_compile.sampler import Sampler as Sampler
     from edit_compile.storage import load_elastic as load_elastic
+    from edit_compile.tuning.tune import Tuned as Tuned
+    from edit_compile.tuning.tune import tune as tune
     from runtime.base.errors import BundleError as BundleError
     from runtime.base.errors import EditError as EditError
     from runtime.base.errors import EngineError as EngineError
@@ -61,6 +63,7 @@ _HOMES = {
     "edit_compile.result_quality": ("mean_quality", "quality"),
     "edit_compile.sampler": ("Sampler",),
     "edit_compile.storage": ("load_elastic",),
+    "edit_compile.tuning.tune": ("Tuned", "tune"),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),
     "runtime.routing.policy": ("RoutingPolicy",),

@@ -1,4 +1,4 @@
-"""`edit-compile train | record | compile | build | inspect | verify | bench | plot`: the API on the command line.
+"""`edit-compile train | record | compile | tune | build | inspect | verify | bench | plot`: the API as commands.
 
 Heavy imports wait inside the commands, so that `--help` answers at once.
 """
@@ -200,6 +200,22 @@ def build(
 
 @app.command()
 @plain_errors
+def tune(
+    bundle: Bundle,
+    calls: Annotated[Path, typer.Option(help="folder of recorded calls (edit-compile record)")],
+    output: Annotated[Path, typer.Option(help="folder to write the bundle with its tiers to")],
+    budget: Annotated[list[str] | None, typer.Option(help="a tier by its share of the dense FLOPs: fast=.36")] = None,
+    quality: Annotated[list[str] | None, typer.Option(help="a tier by its least PSNR in dB: good=33")] = None,
+    engine: EngineOfBundle = None,
+) -> None:
+    """Find tiers of quality on recorded calls, and write them into a bundle."""
+    from edit_compile.tuning.command import tune_bundle
+
+    tune_bundle(bundle, calls, budget or (), quality or (), engine, output, console)
+
+
+@app.command()
+@plain_errors
 def inspect(bundle: Bundle) -> None:
     """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions, policy and tiers."""
     from edit_compile.inspection import describe
@@ -224,18 +240,19 @@ def verify(
 
     Status 1 where they differ.
     """
+    from edit_compile.beside_bundle import inputs_for, model_like
     from edit_compile.verify import TOLERANCE, table_of
     from edit_compile.verify import verify as run
     from edit_compile.verify_widths import verify_widths
     from runtime.face.load import load
 
     compiled = load(bundle, engine=engine)
-    given = _inputs_for(compiled, inputs)
+    given = inputs_for(compiled, inputs)
     allowed = TOLERANCE.get(compiled.dtype, 1e-3) if tolerance is None else tolerance
     if model is None:
         checks = list(verify_widths(compiled, given, allowed))
     else:
-        checks = run(compiled, _model_like(compiled, model), given, allowed)
+        checks = run(compiled, model_like(compiled, model), given, allowed)
     against = "torch" if model is None else "the model"
     console.print(table_of(checks, f"{compiled.engine} on {compiled.device}, against {against}"))
     if not all(check.passed for check in checks):
@@ -259,14 +276,15 @@ def bench(
 ) -> None:
     """Time a bundle against its model, interleaved."""
     from edit_compile.benchmarking import benchmark
+    from edit_compile.beside_bundle import apply_schedule, dense, inputs_for, model_like
     from edit_compile.loading import UserError
     from runtime.face.load import load
 
     if schedule is not None and tier is not None:
         raise UserError("--schedule and --tier both say what decides: give one of them")
     compiled = load(bundle, engine=engine, dispatch=dispatch, tier=tier)
-    _apply_schedule(compiled, schedule, steps)
-    found = benchmark(_dense(_model_like(compiled, model)), compiled, _inputs_for(compiled, inputs), steps, repeats)
+    apply_schedule(compiled, schedule, steps)
+    found = benchmark(dense(model_like(compiled, model)), compiled, inputs_for(compiled, inputs), steps, repeats)
     console.print(found)
     if json:
         json.write_text(found.to_json() + "\n")
@@ -284,55 +302,17 @@ def plot(
     steps: Annotated[int, typer.Option(min=1)] = 28,
 ) -> None:
     """Draw what the routers decided, over blocks and steps."""
+    from edit_compile.beside_bundle import inputs_for
     from edit_compile.plot import read_trace, router_heat_map, save
     from edit_compile.verify import trace_of
     from runtime.face.load import load
 
     if source.is_dir():
         compiled = load(source, engine=engine)
-        record = trace_of(compiled, _inputs_for(compiled, inputs), steps)
+        record = trace_of(compiled, inputs_for(compiled, inputs), steps)
     else:
         record = read_trace(source.read_text())
     console.print(f"wrote {save(router_heat_map(record), output)}")
-
-
-def _inputs_for(compiled: Any, path: Path | None) -> dict[str, Any]:
-    """The file's keyword arguments, or noise in the shapes that the bundle was compiled for; where the bundle runs."""
-    from torch import Tensor
-    from torch.utils import _pytree as pytree
-
-    from edit_compile.loading import load_inputs
-    from edit_compile.verify import random_inputs
-
-    given = load_inputs(path) if path else random_inputs(compiled.program.manifest)
-    moved: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(compiled.device), given)
-    return moved
-
-
-def _model_like(compiled: Any, where: str) -> Any:
-    from edit_compile.loading import load_model, parse_dtype
-
-    return load_model(where, parse_dtype(compiled.program.manifest.dtype)).to(compiled.device)
-
-
-def _dense(model: Any) -> Any:
-    from edit_compile.elastic import ElasticTransformer
-
-    return model.model if isinstance(model, ElasticTransformer) else model
-
-
-def _apply_schedule(compiled: Any, budget: str | None, steps: int) -> None:
-    from edit_compile.loading import UserError, parse_numbers
-    from runtime.routing.schedule import ScheduledPolicy
-
-    if budget is None:
-        return
-    try:
-        gate, width = parse_numbers(budget)
-    except ValueError:
-        raise UserError(f"--schedule takes two shares, gate and width, not {budget!r}") from None
-    manifest = compiled.program.manifest
-    compiled.policy = ScheduledPolicy.at_budget(steps, len(manifest.blocks), gate, width, widths=manifest.widths)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ so that r is never computed, and a model that gives what was recorded is given w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +83,7 @@ class _Run:
         self.latents: list[Tensor] = []
         self.outputs: list[tuple[Tensor, ...]] = []
         self.result: Tensor | None = None
-        self._device = _device_of(model)
-        self._placed: dict[int, Tensor] = {}
+        self._placed = Placed(device_of(model))
 
     def moved(self, terms: Sequence[Term]) -> Tensor:
         """By how much latents differ that are made of `terms`: (numbers,) float64."""
@@ -118,11 +117,9 @@ class _Run:
     def _called(self, index: int) -> tuple[Tensor, ...]:
         """What the model gives in call `index`, on the CPU."""
         call, said = self.generation.calls[index], f"calls[{index}] of {len(self.generation.calls)}"
-        latents, place = self.latents[index].to(self._device), self.place.latents
-        arguments = mapped(call.arguments, lambda name, tensor: latents if name == place else self._there(tensor))
-        context = getattr(self.model, "cache_context", None) if call.context is not None else None
-        with nullcontext() if context is None else context(call.context):
-            outputs = tuple(tensor.detach().cpu().clone() for tensor in tensors_of(self.model(**arguments)))
+        latents, place = self.latents[index].to(self._placed.device), self.place.latents
+        arguments = mapped(call.arguments, lambda name, tensor: latents if name == place else self._placed(tensor))
+        outputs = called(self.model, arguments, call.context)
         if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in call.outputs]:
             told, was = ([tuple(tensor.shape) for tensor in given] for given in (outputs, call.outputs))
             raise CallsError(f"{said} gave tensors of shapes {told}, recorded were {was}: is it another model's?")
@@ -130,14 +127,29 @@ class _Run:
             raise CallsError(f"{said} gave NaN or infinity in a replay: its latents, or the model, have gone astray")
         return outputs
 
-    def _there(self, tensor: Tensor) -> Tensor:
-        """A recorded tensor on the model's device, the same object each time, as pipelines pass it."""
-        if id(tensor) not in self._placed:
-            self._placed[id(tensor)] = tensor.to(self._device)
-        return self._placed[id(tensor)]
+
+class Placed:
+    """Recorded tensors on `device`, the same object each time, as pipelines pass them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with what they were made of, so that no id comes again
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """`tensor` there."""
+        if id(tensor) not in self._made:
+            self._made[id(tensor)] = tensor, tensor.to(self.device)
+        return self._made[id(tensor)][1]
 
 
-def _device_of(model: Callable[..., Any]) -> torch.device:
+def called(model: Callable[..., Any], arguments: Mapping[str, Any], context: str | None) -> tuple[Tensor, ...]:
+    """What the model gives in a cache context, where it has those: copies of its tensors, on the CPU."""
+    inside = getattr(model, "cache_context", None) if context is not None else None
+    with nullcontext() if inside is None else inside(context):
+        return tuple(tensor.detach().cpu().clone() for tensor in tensors_of(model(**arguments)))
+
+
+def device_of(model: Callable[..., Any]) -> torch.device:
     """Where the model takes its inputs; the CPU where it does not say."""
     if isinstance(model, CompiledTransformer):
         return model.device

@@ -8,7 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_compile.cli import _inputs_for, _model_like, app
+from edit_compile.beside_bundle import inputs_for, model_like
+from edit_compile.cli import app
 from edit_compile.loading import UserError, load_inputs, load_object, parse_dtype, parse_numbers, save_inputs
 from runtime.face.transformer import CompiledTransformer
 from tests import programs
@@ -53,8 +54,8 @@ def test_verify_ends_with_1_where_the_numbers_differ(bundle: Path) -> None:
 
 def test_model_and_inputs_go_where_the_bundle_runs(bundle: Path) -> None:
     compiled = SimpleNamespace(device=torch.device("meta"), program=programs.make())
-    assert all(tensor.is_meta for tensor in _inputs_for(compiled, None).values())
-    model = _model_like(compiled, f"{bundle.parent / 'dense.py'}:Dense")
+    assert all(tensor.is_meta for tensor in inputs_for(compiled, None).values())
+    model = model_like(compiled, f"{bundle.parent / 'dense.py'}:Dense")
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -22,7 +22,6 @@ STEPS = 28
 GUIDANCE = 2.5
 
 
-@torch.no_grad()
 def sample(
     transformer: Callable[..., Any],
     labels: Tensor,
@@ -32,9 +31,25 @@ def sample(
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Images (B, 28, 28) float32 in [-1, 1] of the asked classes `labels` (B,) int64.
+    """Images (B, 28, 28) float32 in [-1, 1] of the asked classes; arguments as of `sample_patches`."""
+    patches = sample_patches(transformer, labels, steps=steps, guidance=guidance, seed=seed, on_step=on_step)
+    return from_patches(patches).clamp(-1, 1)
+
+
+@torch.no_grad()
+def sample_patches(
+    transformer: Callable[..., Any],
+    labels: Tensor,
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """What the sampler ends with (B, tokens, channels) float32.
 
     Args:
+        labels: the asked classes (B,) int64.
         transformer: the dense, elastic or compiled model, called with diffusers' keyword arguments once per guidance
             branch and step, inside its `cache_context("cond")` or `("uncond")` where it has one.
         guidance: w in v = v_uncond + w (v_cond - v_uncond); at 1 the unconditional branch is not run.
@@ -53,7 +68,7 @@ def sample(
             without = _branch(transformer, "uncond", inputs(x, t, no_class))
             velocity = without + guidance * (velocity - without)
         x = x + (times[step + 1] - times[step]) * velocity
-    return from_patches(x).clamp(-1, 1)
+    return x
 
 
 def _branch(transformer: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,240 @@
+"""Tuning: schedules that cost least, tiers that hold what they predict, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import edit_compile
+from edit_compile import CompiledTransformer, Generation, Sampler, latents_of, quality, replay
+from edit_compile.calls import CallsError
+from edit_compile.cli import app
+from edit_compile.tuning.fewer_steps import FewerSteps
+from edit_compile.tuning.influence import Influence
+from edit_compile.tuning.intervals import computed_pairs, interval_costs
+from edit_compile.tuning.schedules import best_steps, schedule
+from runtime.base.errors import PolicyError
+from tests import programs
+
+KINDS = ("double", "single")
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CompiledTransformer:
+    return CompiledTransformer(programs.make(KINDS, seed=3, routers=False), "torch")
+
+
+@pytest.fixture(scope="module")
+def recording(compiled: CompiledTransformer, tmp_path_factory: pytest.TempPathFactory) -> list[Generation]:
+    folder = tmp_path_factory.mktemp("calls")
+    with edit_compile.record(compiled, folder) as recorder:
+        for seed in range(4):
+            with recorder.generation():
+                recorder.result(sampled(compiled, seed))
+    return list(edit_compile.Recording(folder))
+
+
+def sampled(model: nn.Module, seed: int, steps: int = STEPS, rows: int = 2) -> Tensor:
+    """Euler steps with guidance, gentle enough for the small model."""
+    given, moments = programs.inputs(rows, seed), torch.linspace(1, 0, steps + 1)
+    x, texts = given["hidden_states"], {"cond": given["encoder_hidden_states"], "uncond": torch.zeros(rows, 3, 8)}
+    for now, then in pairwise(moments):
+        v = {}
+        for branch, text in texts.items():
+            with model.cache_context(branch):
+                v[branch] = model(hidden_states=x, encoder_hidden_states=text, timestep=now.expand(rows)).sample
+        x = x + 0.1 * (then - now) * (v["uncond"] + 2.0 * (v["cond"] - v["uncond"]))
+    return x
+
+
+class Off:
+    """What was recorded, off by something in each call, whatever the latents are."""
+
+    def __init__(self, generation: Generation) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.off = [torch.randn(call.outputs[0].shape, generator=draw) for call in generation.calls]
+        self._given = iter([(call.outputs[0] + off,) for call, off in zip(generation.calls, self.off, strict=True)])
+
+    def __call__(self, **arguments: object) -> tuple[Tensor]:
+        return next(self._given)
+
+
+def test_influence_is_by_how_much_the_result_is_off(recording: Sequence[Generation]) -> None:
+    generation = recording[0]
+    sampler, model = Sampler.fit(generation), Off(generation)
+    result = replay(model, generation, sampler).result
+    assert result is not None and generation.result is not None
+    errors = Influence.of(generation, sampler).error(
+        {call: sampler.place.rows(off) for call, off in enumerate(model.off)}
+    )
+    torch.testing.assert_close(
+        torch.stack(errors), sampler.place.rows(result - generation.result), rtol=1e-4, atol=1e-4
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.integers(2, 7), order=st.integers(0, 1), reach=st.integers(2, 7), seed=st.integers(0, 10**6))
+def test_no_other_steps_cost_less(steps: int, order: int, reach: int, seed: int) -> None:
+    costs, draw = np.full((steps, steps, steps + 1), np.inf), np.random.default_rng(seed)
+    for before, start in computed_pairs(steps, order, reach):
+        costs[before, start, start + 1 : start + reach + 1] = draw.random(
+            len(range(start + 1, min(steps, start + reach) + 1))
+        )
+
+    def cost(chosen: tuple[int, ...]) -> float:
+        ends = (*chosen[1:], steps)
+        befores = (0, *chosen[:-1]) if order else chosen
+        return sum(costs[p, i, k] for p, i, k in zip(befores, chosen, ends, strict=True))
+
+    found = best_steps(costs)
+    for count in range(1, steps + 1):
+        every = [(0, *more) for more in combinations(range(1, steps), count - 1)]
+        least = min(map(cost, every))
+        assert (count in found) == np.isfinite(least)
+        if count in found:
+            assert cost(found[count]) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_interval_costs_what_its_steps_put_into_the_result(
+    compiled: CompiledTransformer, recording: Sequence[Generation], order: int
+) -> None:
+    """Step by step the errors add up; what is computed costs nothing, and nothing is told beyond the reach."""
+    generation = recording[0]
+    costs = interval_costs(compiled, generation, Sampler.fit(generation, *latents_of(compiled)), order, reach=3)
+    pairs = computed_pairs(STEPS, order, 3)
+    assert len(pairs) == (STEPS if order == 0 else 1 + 1 + 2 + 3 * (STEPS - 3))
+    for before, start in pairs:
+        assert costs[before, start, start + 1] == 0.0
+        assert np.isinf(costs[before, start, start + 4 :]).all()
+        assert (costs[before, start, start + 2 : start + 4] > 0.0).all()
+    assert np.isfinite(costs).sum() == sum(min(3, STEPS - start) for _, start in pairs)
+
+
+def test_fewer_steps_are_those_of_the_sampler(compiled: CompiledTransformer, recording: Sequence[Generation]) -> None:
+    generation = recording[0]
+    sampler = Sampler.fit(generation)
+    stages = tuple(stage for stage in sampler.stages_of(generation) if stage.calls)
+    with compiled.request():
+        result = replay(FewerSteps(compiled, stages, 4), generation, sampler).result
+    torch.testing.assert_close(result, sampled(compiled, 0, steps=4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tuned(compiled: CompiledTransformer, recording: Sequence[Generation]) -> edit_compile.Tuned:
+    return edit_compile.tune(
+        compiled, recording, budget={"half": 0.6, "draft": 0.4}, quality={"good": 30.0}, repeats=1, reach=4
+    )
+
+
+def test_a_tier_keeps_its_budget_and_holds_what_it_predicts(
+    compiled: CompiledTransformer, recording: Sequence[Generation], tuned: edit_compile.Tuned
+) -> None:
+    assert list(tuned.tiers) == ["half", "draft", "good"]
+    for name, most in (("half", 0.6), ("draft", 0.4)):
+        tier = tuned.tiers[name]
+        assert tier.flops_share <= most + 1e-9 and tier.steps == STEPS and tier.times_faster > 0
+        compiled.reset_counters()
+        with compiled.decided_by(tier.policy):
+            reached = [
+                quality(replay(compiled, generation, Sampler.fit(generation)), generation)
+                for generation in recording[2:]
+            ]
+        assert compiled.counters.flops / compiled.counters.dense_flops == pytest.approx(tier.flops_share)
+        assert np.mean(reached) == pytest.approx(tier.quality_db, abs=0.01)
+        low, high = tier.quality_interval
+        assert low <= tier.quality_db <= high
+    assert tuned.tiers["half"].quality_db > tuned.tiers["draft"].quality_db
+    assert tuned.computed_steps["half"] > tuned.computed_steps["draft"]
+
+
+def test_no_even_schedule_is_better_by_what_was_searched_by(
+    compiled: CompiledTransformer, recording: Sequence[Generation], tuned: edit_compile.Tuned
+) -> None:
+    def reached(policy: object) -> float:
+        with compiled.decided_by(policy):
+            return float(np.mean([quality(replay(compiled, one, Sampler.fit(one)), one) for one in recording[:2]]))
+
+    for name in ("half", "draft"):
+        count = tuned.computed_steps[name]
+        even = np.linspace(0, STEPS, count, endpoint=False).round().astype(int).tolist()
+        best = max(reached(schedule(even, STEPS, len(KINDS), order)) for order in (0, 1))
+        assert reached(tuned.tiers[name].policy) >= best - 0.01
+
+
+def test_a_quality_is_reached_with_as_few_steps_as_can_be(
+    compiled: CompiledTransformer, recording: Sequence[Generation], tuned: edit_compile.Tuned
+) -> None:
+    with compiled.decided_by(tuned.tiers["good"].policy):
+        reached = [quality(replay(compiled, one, Sampler.fit(one)), one) for one in recording[:2]]
+    assert np.mean(reached) >= 30.0
+
+
+def test_tiers_go_into_the_bundle_and_switch(
+    compiled: CompiledTransformer, tuned: edit_compile.Tuned, tmp_path: Path
+) -> None:
+    own = CompiledTransformer(compiled.program, "torch")
+    tuned.add_to(own)
+    own.save(tmp_path / "bundle")
+    loaded = edit_compile.load(tmp_path / "bundle", engine="torch", tier="draft")
+    assert dict(loaded.tiers) == dict(tuned.tiers)
+    results = []
+    for loaded.tier in ("draft", "half", None):
+        results.append(sampled(loaded, 9))
+        loaded.reset()
+    assert not any(torch.equal(a, b) for a, b in combinations(results, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"budget": {"fast": 1.5}}, PolicyError, r"budget\['fast'\] is a share"),
+        ({"budget": {"fast": 0.01}}, PolicyError, r"one computed step takes \d+%"),
+        ({"quality": {"best": 190.0}}, PolicyError, r"the best that reuse reaches here is \d+"),
+        ({"held_out": 3}, CallsError, "held_out=3: tuning needs two to search by"),
+    ],
+)
+def test_what_cannot_be_had_is_said(
+    compiled: CompiledTransformer, recording: Sequence[Generation], change: dict[str, object], error: type, told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        edit_compile.tune(compiled, recording, reach=3, rounds=0, repeats=1, **change)
+
+
+def test_calls_that_do_not_fit_are_refused(
+    compiled: CompiledTransformer, recording: Sequence[Generation], tmp_path: Path
+) -> None:
+    with pytest.raises(CallsError, match=r"1 generations.*record more"):
+        edit_compile.tune(compiled, recording[:1])
+    other = CompiledTransformer(programs.make(KINDS, seed=4, routers=False), "torch")
+    with pytest.raises(CallsError, match="another model's"):
+        edit_compile.tune(other, recording)
+    with edit_compile.record(compiled, tmp_path) as recorder, recorder.generation():
+        recorder.result(sampled(compiled, 5, steps=5))
+    with pytest.raises(CallsError, match="steps"):
+        edit_compile.tune(compiled, [*recording[:3], *edit_compile.Recording(tmp_path)])
+
+
+def test_the_command_writes_a_bundle_with_tiers(compiled: CompiledTransformer, tmp_path: Path) -> None:
+    compiled.save(tmp_path / "bundle")
+    with edit_compile.record(compiled, tmp_path / "calls") as recorder:
+        for seed in range(4):
+            with recorder.generation():
+                recorder.result(sampled(compiled, seed, steps=4, rows=1))
+    call = ["tune", str(tmp_path / "bundle"), "--calls", str(tmp_path / "calls"), "--engine", "torch"]
+    done = CliRunner().invoke(app, [*call, "--output", str(tmp_path / "tuned"), "--budget", "fast=.7"])
+    assert done.exit_code == 0, done.output
+    assert "fast" in done.output and "fewer sampling steps" in done.output
+    assert list(edit_compile.load(tmp_path / "tuned", engine="torch").tiers) == ["fast"]
+    wrong = CliRunner().invoke(app, [*call, "--output", str(tmp_path / "x"), "--budget", "fast"])
+    assert wrong.exit_code == 2 and "say name=number" in wrong.output
