@@ -133,7 +133,7 @@ def test_fewer_steps_are_those_of_the_sampler(compiled: CompiledTransformer, rec
 @pytest.fixture(scope="module")
 def tuned(compiled: CompiledTransformer, recording: Sequence[Generation]) -> edit_compile.Tuned:
     return edit_compile.tune(
-        compiled, recording, budget={"half": 0.6, "draft": 0.4}, quality={"good": 30.0}, repeats=1, reach=4
+        compiled, recording, budget={"half": 0.6, "draft": 0.4}, quality={"good": 30.0}, repeats=1, reach=4, rounds=1
     )
 
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_had_is_said(
     compiled: CompiledTransformer, recording: Sequence[Generation], change: dict[str, object], error: type, told: str
 ) -> None:
     with pytest.raises(error, match=told):
-        edit_compile.tune(compiled, recording, reach=3, rounds=0, repeats=1, **change)
+        edit_compile.tune(compiled, recording, reach=3, repeats=1, **change)
 
 
 def test_calls_that_do_not_fit_are_refused(

@@ -52,7 +52,7 @@ def tune(
     quality: Mapping[str, float] | None = None,
     held_out: int | None = None,
     reach: int = 8,
-    rounds: int = 1,
+    rounds: int = 0,
     repeats: int = 3,
     progress: Progress = lambda *_: None,
 ) -> Tuned:
@@ -69,7 +69,7 @@ def tune(
         held_out: generations that are not searched by: what tiers are predicted to reach is measured on them alone.
             Half of all where it is None.
         reach: steps between two computed ones that are looked at, at most.
-        rounds: how often one computed step is moved by one if that is better; a replay for each two of them.
+        rounds: how often one computed step is moved by one if that is better; takes two replays for each of them.
         repeats: how often the held-out generation is timed by which `times_faster` is told.
         progress: called as the work goes on.
 
