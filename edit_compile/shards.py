@@ -93,12 +93,12 @@ class Shards:
 
     def _make_room(self, number: int, size: int) -> None:
         """Double the stride until the files, with one of `size` bytes for generation `number`, are within the limit."""
+        if size > self.limit:
+            raise CallsError(
+                f"{self.folder}: one generation takes {size} bytes, more than limit={self.limit}: give a larger limit, "
+                "or record fewer steps"
+            )
         while self._total(number, size) > self.limit:
-            if len(self._sizes.keys() | {number}) == 1:
-                raise CallsError(
-                    f"{self.folder}: one generation takes {size} bytes, more than limit={self.limit}: give a larger "
-                    "limit, or record fewer steps"
-                )
             self._warn()
             self.stride *= 2
             for other in [other for other in self._sizes if other % self.stride]:

@@ -123,6 +123,10 @@ def test_a_generation_larger_than_the_limit(tmp_path: Path) -> None:
     with pytest.raises(CallsError, match="more than 0"):
         write(tmp_path, range(2), limit=0)
     assert not list(tmp_path.iterdir())
+    write(tmp_path, range(3))
+    with pytest.raises(CallsError, match="more than limit=500"):
+        write(tmp_path, range(3, 4), limit=500)
+    assert numbers_in(tmp_path) == [0, 1, 2]
 
 
 def test_numbers_go_on_where_they_were(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -44,14 +46,14 @@ def recording(compiled: CompiledTransformer, tmp_path_factory: pytest.TempPathFa
     return list(edit_compile.Recording(folder))
 
 
-def sampled(model: nn.Module, seed: int, steps: int = STEPS, rows: int = 2) -> Tensor:
+def sampled(model: nn.Module, seed: int, steps: int = STEPS, rows: int = 2, named: bool = True) -> Tensor:
     """Euler steps with guidance, gentle enough for the small model."""
     given, moments = programs.inputs(rows, seed), torch.linspace(1, 0, steps + 1)
     x, texts = given["hidden_states"], {"cond": given["encoder_hidden_states"], "uncond": torch.zeros(rows, 3, 8)}
     for now, then in pairwise(moments):
         v = {}
         for branch, text in texts.items():
-            with model.cache_context(branch):
+            with model.cache_context(branch) if named else nullcontext():
                 v[branch] = model(hidden_states=x, encoder_hidden_states=text, timestep=now.expand(rows)).sample
         x = x + 0.1 * (then - now) * (v["uncond"] + 2.0 * (v["cond"] - v["uncond"]))
     return x
@@ -178,6 +180,31 @@ def test_a_quality_is_reached_with_as_few_steps_as_can_be(
     with compiled.decided_by(tuned.tiers["good"].policy):
         reached = [quality(replay(compiled, one, Sampler.fit(one)), one) for one in recording[:2]]
     assert np.mean(reached) >= 30.0
+
+
+def test_branches_without_a_name_are_tuned_and_timed_as_they_are(compiled: CompiledTransformer, tmp_path: Path) -> None:
+    with edit_compile.record(compiled, tmp_path) as recorder:
+        for seed in range(4):
+            with recorder.generation():
+                recorder.result(sampled(compiled, seed, named=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of steps beyond a schedule
+        tuned = edit_compile.tune(compiled, edit_compile.Recording(tmp_path), budget={"half": 0.6}, reach=3, repeats=1)
+    assert tuned.tiers["half"].flops_share <= 0.6
+
+
+def test_a_quality_that_is_missed_by_what_was_held_out_is_said(
+    compiled: CompiledTransformer, recording: Sequence[Generation]
+) -> None:
+    reached = [
+        one.quality_db
+        for one in edit_compile.tune(compiled, recording, budget={"a": 0.6}, reach=3, repeats=1).tiers.values()
+    ]
+    swapped = edit_compile.tune(compiled, [*recording[2:], *recording[:2]], budget={"a": 0.6}, reach=3, repeats=1)
+    worse = [*recording[2:], *recording[:2]] if swapped.tiers["a"].quality_db < reached[0] else list(recording)
+    better = max(reached[0], swapped.tiers["a"].quality_db)
+    with pytest.warns(RuntimeWarning, match="on those held out") if worse else nullcontext():
+        edit_compile.tune(compiled, worse, quality={"good": better - 0.01}, reach=3, repeats=1)
 
 
 def test_tiers_go_into_the_bundle_and_switch(

@@ -93,6 +93,7 @@ def _check_step(compiled: CompiledTransformer, number: int) -> None:
     step = int(compiled.trace[-1].arrays()["step"][-1])
     if step != number:
         raise CallsError(
-            f"step {number} of the recorded generation is step {step} for the compiled transformer: where its branches "
-            "of guidance are called one after another, name them by cache_context while recording"
+            f"step {number} of the recorded generation is step {step} for the compiled transformer: samplers that "
+            "repeat timesteps (Heun) are not tuned; where branches of guidance are called one after another, name them "
+            "by cache_context while recording"
         )

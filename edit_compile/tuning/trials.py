@@ -48,8 +48,8 @@ class Trials:
     def __init__(self, compiled: CompiledTransformer, generations: Sequence[Generation], samplers: Sequence[Sampler]):
         self.compiled, self.generations, self.samplers = compiled, tuple(generations), tuple(samplers)
         stages = [sampler.stages_of(generation) for generation, sampler in zip(generations, samplers, strict=True)]
-        self._stages = [tuple(stage for stage in each if stage.calls) for each in stages]
-        counts = {len(each) for each in self._stages}
+        self.stages = [tuple(stage for stage in each if stage.calls) for each in stages]
+        counts = {len(each) for each in self.stages}
         if len(counts) != 1:
             raise CallsError(f"the recorded generations have {sorted(counts)} steps: tune those of one number of steps")
         (self.steps,) = counts
@@ -70,7 +70,7 @@ class Trials:
         """Mean dB of sampling with `count` steps instead, all computed (see `FewerSteps`)."""
         found = []
         everything = self.policy(Candidate(tuple(range(self.steps)), 0))
-        for generation, sampler, stages in zip(self.generations, self.samplers, self._stages, strict=True):
+        for generation, sampler, stages in zip(self.generations, self.samplers, self.stages, strict=True):
             with self.compiled.request(), self.compiled.decided_by(everything):
                 model = FewerSteps(self.compiled, stages, count)
                 found.append(quality(replay(model, generation, sampler), generation))

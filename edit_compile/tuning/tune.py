@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +66,8 @@ def tune(
         compiled: what was recorded, compiled.
         recording: `Recording(folder)`, or generations, of one number of steps; at least 4.
         budget: share of the dense FLOPs, by the tier's name; BUDGETS where neither it nor `quality` is given.
-        quality: least PSNR in dB to what was recorded, by the tier's name.
+        quality: least mean PSNR in dB on the generations that are searched by, by the tier's name; a RuntimeWarning
+            where those held out come out lower.
         held_out: generations that are not searched by: what tiers are predicted to reach is measured on them alone.
             Half of all where it is None.
         reach: steps between two computed ones that are looked at, at most.
@@ -92,6 +94,15 @@ def tune(
     progress("held-out generations", 0, len(chosen))
     faster = _times_faster(predict_by, chosen, repeats)
     tiers = {name: _tier(predict_by, candidate, faster[name]) for name, candidate in chosen.items()}
+    for name, decibels in (quality or {}).items():
+        reached = tiers[name].quality_db
+        if reached is not None and reached < decibels:
+            warnings.warn(
+                f"tier {name!r} reaches {decibels:g} dB on the generations that were searched by, and {reached:.1f} on "
+                "those held out: ask for more, or record more generations",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     counts = {name: len(candidate.computed) for name, candidate in chosen.items()}
     return Tuned(tiers, counts, {name: predict_by.fewer_steps(count) for name, count in counts.items()})
 
@@ -140,23 +151,35 @@ def _tier(trials: Trials, candidate: Candidate, faster: float) -> Tier[Decider]:
 
 
 def _times_faster(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) -> dict[str, float]:
-    """Time of the dense model / that of each candidate, step by step in turns, on the first generation."""
-    dense = Candidate(tuple(range(trials.steps)), 0)
-    runs = {name: _calls(trials, name, candidate) for name, candidate in {**chosen, "": dense}.items()}
-    seconds = interleaved(runs, repeats, 1, partial(_end, trials.compiled, list(runs)))
-    return {name: float(np.median(seconds[""].sum(1) / seconds[name].sum(1))) for name in chosen}
+    """Time of the dense model / that of each candidate, step by step in turns, on the first generation.
+
+    One candidate after another, so that no more is held in memory than by two requests.
+    """
+    dense, found = _calls(trials, "dense", Candidate(tuple(range(trials.steps)), 0)), {}
+    for name, candidate in chosen.items():
+        runs = {"this": _calls(trials, "this", candidate), "dense": dense}
+        end = partial(_end, trials.compiled, list(runs))
+        try:
+            seconds = interleaved(runs, repeats, 1, end)
+        finally:
+            end()
+        found[name] = float(np.median(seconds["dense"].sum(1) / seconds["this"].sum(1)))
+    return found
 
 
 def _calls(trials: Trials, name: str, candidate: Candidate) -> list[Call]:
     compiled, policy, placed = trials.compiled, trials.policy(candidate), Placed(trials.compiled.device)
 
-    def made(arguments: Mapping[str, object], context: str | None) -> None:
-        with compiled.request(f"tuning {name}"), compiled.decided_by(policy), compiled.cache_context(context or "only"):
+    def made(arguments: Mapping[str, object], context: str) -> None:
+        with compiled.request(f"tuning {name}"), compiled.decided_by(policy), compiled.cache_context(context):
             compiled(**arguments)
 
-    recorded = trials.generations[0].calls
-    given = [mapped(call.arguments, lambda _, tensor: placed(tensor)) for call in recorded]
-    return [partial(made, arguments, call.context) for arguments, call in zip(given, recorded, strict=True)]
+    recorded, calls = trials.generations[0].calls, list[Call]()
+    for stage in trials.stages[0]:
+        for place, index in enumerate(stage.calls):
+            arguments = mapped(recorded[index].arguments, lambda _, tensor: placed(tensor))
+            calls.append(partial(made, arguments, recorded[index].context or f"branch {place}"))
+    return calls
 
 
 def _end(compiled: CompiledTransformer, names: Sequence[str]) -> None:

@@ -167,7 +167,7 @@ class Dispatch:
         bank.keep(before, after, rows, index, self._times(bank) if self._keeps > 1 else None)
         self._watch.computed(bank, ready.state_dims, range(len(bank.held)) if rows is None else rows)
 
-    def _times(self, bank: Residuals) -> Sequence[float]:
-        """The timestep of every row."""
-        times = self._scene.times
-        return times if len(times) == len(bank.held) else times * len(bank.held)
+    def _times(self, bank: Residuals) -> Sequence[float] | None:
+        """The timestep of every row of a block, which may have several for each sample; None where not known."""
+        times, rows = self._scene.times, len(bank.held)
+        return None if rows % len(times) else [time for time in times for _ in range(rows // len(times))]

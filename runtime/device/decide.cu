@@ -40,7 +40,7 @@ extern "C" __device__ double unexplained(const double* gram, int k, int skipped)
         }
         explained += system[i][count] * system[i][count] / system[i][i];
     }
-    return gram[0] > explained ? gram[0] - explained : 0;
+    return gram[0] <= explained ? 0 : gram[0] - explained;  // what is not a number stays so
 }
 
 // Whether latents of the precision `eps` continue: runtime/requests/evidence.py.

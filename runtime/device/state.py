@@ -207,6 +207,7 @@ class DeviceState:
     def seen(self) -> set[int]:
         """The branches that have been called in the current step. Synchronises with the device."""
         if self._mine.clock is None:
-            return set()
-        tick = int(self._mine.clock.fields[_TICK])
-        return {branch for (branch, _), step in self._mine.steps.items() if int(step.own[_OWN_TICK]) == tick}
+            return set(self._seen)
+        tick, here = int(self._mine.clock.fields[_TICK]), {branch for branch, _ in self._mine.steps}
+        found = {branch for (branch, _), step in self._mine.steps.items() if int(step.own[_OWN_TICK]) == tick}
+        return found | (self._seen - here if tick == 1 else set())  # on the host, in the step of the handover

@@ -59,7 +59,7 @@ class Watch:
         elif self._what is not None:
             copied = self._what == "input"
             for row in rows:
-                now = self._now[row] if self._now else None
+                now = self._now[row] if len(self._now) == len(bank.held) else None
                 bank.signals[row] = tuple(one.clone() for one in now) if copied and now is not None else now
 
     def passed(self, bank: Residuals) -> None:

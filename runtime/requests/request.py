@@ -169,7 +169,7 @@ class Request:
         """What a call's conditioning tells, and whether it changed within the generation."""
         if not branch.called:
             branch.called = True
-            return self._told(None, call), False
+            return self._told(None, call, besides=branch), False
         return self._told(branch, call), self._observe(branch, call)
 
     @property
@@ -229,10 +229,12 @@ class Request:
             on = False
         return Arrival(call.times, seen, on, call.first, told.renewed, call.astray, self.trusted)
 
-    def _told(self, branch: Branch | None, call: Sighting) -> Told:
-        """What the conditioning of a call tells; `branch` is None where it is a new one's."""
+    def _told(self, branch: Branch | None, call: Sighting, besides: Branch | None = None) -> Told:
+        """What the conditioning of a call tells; `branch` is None where it is a new one's, which may be `besides`."""
         given = call.conditioning
-        fresh = bool(given) and not any(each.conditioning.has_any_object(given) for each in self._branches)
+        fresh = bool(given) and not any(
+            each.conditioning.has_any_object(given) for each in self._branches if each is not besides
+        )
         if branch is None:
             return Told(renewed=True, fresh=fresh, anew=False)
         own = branch.conditioning

@@ -17,8 +17,9 @@ class ReusePolicy:
     So `max_reuse=2` computes every third step. With `change`, a row reuses only while what the policy `watches` has
     changed by no more than that since the row's residual was computed, as a part of its size (mean absolute values):
     the "input" of the block itself, or the residual of the "first block" of the model, which is then computed in every
-    step. In the first `warmup_steps` steps nothing is reused. Of `order` 0 the residual is the last one computed; of
-    order 1 it is moved on in a straight line from the last two, by the timestep (EXTRAPOLATE).
+    step, unless `otherwise` skips or reuses it (then all is computed). In the first `warmup_steps` steps nothing is
+    reused. Of `order` 0 the residual is the last one computed; of order 1 it is moved on in a straight line from the
+    last two, by the timestep (EXTRAPOLATE).
 
     What is not reused is decided by `otherwise`: skipped, computed at a width, or reused by its own reasons, then of
     the higher order of both. Without it all is computed at full width, and no routers run.
