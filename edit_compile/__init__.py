@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from edit_compile.calls import Generation as Generation
     from edit_compile.calls import RecordedCall as RecordedCall
     from edit_compile.calls import Recording as Recording
+    from edit_compile.channel_order import OrderedMlp as OrderedMlp
+    from edit_compile.channel_order import OrderError as OrderError
+    from edit_compile.channel_order import order_channels as order_channels
     from edit_compile.compiler import CompileError as CompileError
     from edit_compile.compiler import compile as compile
     from edit_compile.dry_run import DryRun as DryRun
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "edit_compile.benchmarking": ("benchmark",),
     "edit_compile.calls": ("CallsError", "Generation", "RecordedCall", "Recording"),
+    "edit_compile.channel_order": ("OrderError", "OrderedMlp", "order_channels"),
     "edit_compile.compiler": ("CompileError", "compile"),
     "edit_compile.dry_run": ("DryRun",),
     "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
