@@ -4,54 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edit_compile.calls import CallsError, Generation, Recording
-from edit_compile.channel_statistics import Moments, importance, watched
+from edit_compile.centring import centred_linears, exchange, with_centred
+from edit_compile.channel_statistics import Moments, means, watched
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.hidden_channels import HiddenChannels, hidden_channels
+from edit_compile.ordered_mlp import OrderedMlp, OrderError, ordered_mlp
 from edit_compile.repeated_calls import arguments_for, check_model, chosen_calls, made_again
 from passes.check import CheckError, check_equal
 from passes.pipeline import analyse
 from passes.record import undisturbed
 from passes.weightless import weightless
-from passes.widths import site_rows
-from runtime.base.errors import EditError
 from runtime.face.transformer import CompiledTransformer
-
-
-class OrderError(EditError, ValueError):
-    """The channels of a model cannot be ordered; the message says why, and the model is as it was."""
-
-
-@dataclass(frozen=True)
-class OrderedMlp:
-    """What became of one MLP of H hidden channels.
-
-    `name` is that of its (first) down-projection. Channel i is what channel `order[i]` was, (H,) int64; `importance` is
-    that of the channels as they now are, (H,) float64. `reason` says why they stayed where they were, None where they
-    were ordered; then `importance` falls.
-    """
-
-    name: str
-    order: Tensor
-    importance: Tensor
-    reason: str | None = None
-
-    def kept(self, width: float) -> tuple[float, float]:
-        """Share of the importance that the leading part `width` of the channels has: as they were, and as they are."""
-        count, total = site_rows(len(self.order), width), float(self.importance.sum()) or 1.0
-        before = self.importance[torch.argsort(self.order)]
-        return float(before[:count].sum()) / total, float(self.importance[:count].sum()) / total
 
 
 def order_channels(
     model: nn.Module,
     recording: Recording | Sequence[Generation],
     *,
+    centre: bool = False,
     calls: int | None = None,
     timestep: str | None = None,
 ) -> tuple[OrderedMlp, ...]:
@@ -66,6 +41,10 @@ def order_channels(
             place. Order before training routers: a trained elastic model has been given the order that it has.
         recording: calls of it or of a model of its class (see `record`): a Recording, or some of its generations. They
             are made again with all blocks at full width.
+        centre: also subtract the channels' means before the second linears, whose biases take them: then what a width
+            leaves out keeps its mean (see `edit_compile.centring`). Linears become modules that hold them, so names in
+            a state dict gain ".linear" there, and calls of the model an elementwise operation. Convolutions stay, and
+            linears that are centred already.
         calls: calls to take of each generation, spread evenly over it; all where it is not given.
         timestep: name of the forward's timestep argument, where it cannot be told.
 
@@ -86,21 +65,32 @@ def order_channels(
         first = next(chosen_calls(base, recording, calls), None)
         if first is None:
             raise CallsError("recording: there is no call in it")
-        expected = made_again(base, first[1], first[0])
+        expected = tuple(made_again(base, first[1], first[0]))
         named = timestep or (elastic.timestep if elastic is not None else None)
         mlps = hidden_channels(base, analyse(base, arguments_for(base, first[1]), named))
         if not mlps:
             raise OrderError(f"{type(base).__name__} has no MLP whose hidden channels could be ordered")
-        ordered = _measured(base, recording, calls, mlps)
-        for mlp, own in zip(mlps, ordered, strict=True):
-            mlp.take(own.order)
+        moments = _measured(base, recording, calls, mlps)
+        ordered = tuple(ordered_mlp(mlp, moments.get(mlp.name, ())) for mlp in mlps)
+        orders = [own.order for own in ordered]
+        _take(mlps, orders)
+        made = centred_linears(base, means(mlps, moments, orders)) if centre else {}
+        exchange(base, made)
         try:
-            check_equal(tuple(made_again(base, first[1], first[0])), tuple(expected), "the ordered model")
+            check_equal(tuple(made_again(base, first[1], first[0])), expected, "the ordered model")
         except CheckError as error:
-            for mlp, own in zip(mlps, ordered, strict=True):
-                mlp.take(torch.argsort(own.order))
+            exchange(base, {new: old for old, new in made.items()})
+            _take(mlps, [order.argsort() for order in orders])
             raise OrderError(f"{error}: something else reads its hidden channels; it is as it was") from error
+        if elastic is not None and elastic.layout is not None:
+            new = set(made.values())
+            elastic.layout = with_centred(elastic.layout, {n for n, module in base.named_modules() if module in new})
     return ordered
+
+
+def _take(mlps: Sequence[HiddenChannels], orders: Sequence[Tensor]) -> None:
+    for mlp, order in zip(mlps, orders, strict=True):
+        mlp.take(order)
 
 
 def _base(model: nn.Module, calls: int | None) -> nn.Module:
@@ -120,8 +110,8 @@ def _base(model: nn.Module, calls: int | None) -> nn.Module:
 
 def _measured(
     base: nn.Module, recording: Recording | Sequence[Generation], calls: int | None, mlps: Sequence[HiddenChannels]
-) -> tuple[OrderedMlp, ...]:
-    """The order of each MLP."""
+) -> dict[str, list[Moments]]:
+    """The moments of each MLP's contractions, by its name."""
     count = 0
     with watched([mlp for mlp in mlps if mlp.reason is None]) as moments:
         for said, call in chosen_calls(base, recording, calls):
@@ -129,16 +119,4 @@ def _measured(
             count += 1
     if count < 2:
         raise CallsError(f"recording: {count} call says too little of which channels matter: take two or more")
-    return tuple(_ordered(mlp, moments.get(mlp.name, ())) for mlp in mlps)
-
-
-def _ordered(mlp: HiddenChannels, moments: Sequence[Moments]) -> OrderedMlp:
-    unseen = not any(own.count for own in moments)
-    if mlp.reason is not None or unseen:
-        zeros = torch.zeros(mlp.size, dtype=torch.float64)
-        return OrderedMlp(mlp.name, torch.arange(mlp.size), zeros, mlp.reason or "no recorded call reached it")
-    measured = importance(mlp, moments)
-    if not torch.isfinite(measured).all():
-        raise OrderError(f"model: what enters {mlp.name} in the recorded calls is NaN, infinite or too large")
-    order = torch.argsort(measured, descending=True, stable=True)
-    return OrderedMlp(mlp.name, order, measured[order])
+    return moments

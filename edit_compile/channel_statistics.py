@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,19 @@ def importance(mlp: HiddenChannels, moments: Sequence[Moments]) -> Tensor:
     return torch.stack(
         [own.variance * place.lengths() for place, own in zip(mlp.contracted, moments, strict=True)]
     ).sum(0)
+
+
+def means(
+    mlps: Sequence[HiddenChannels], moments: Mapping[str, Sequence[Moments]], orders: Sequence[Tensor]
+) -> dict[nn.Module, Tensor]:
+    """The mean of what enters each down-projection, (in_features,) float64, in the new orders; zero for others."""
+    found: dict[nn.Module, Tensor] = {}
+    for mlp, order in zip(mlps, orders, strict=True):
+        for place, own in zip(mlp.contracted, moments.get(mlp.name, ()), strict=False):
+            part = place.part
+            whole = found.setdefault(place.module, torch.zeros(part.weight.shape[part.dim], dtype=torch.float64))
+            whole[part.start : part.start + part.size] = own.mean[order]
+    return found
 
 
 def _adding(place: Contracted, moments: Moments) -> Callable[..., None]:
