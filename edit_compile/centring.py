@@ -10,7 +10,8 @@ bias: the correction of FLAP (An et al. 2023), which needs no bias of its own fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,27 @@ def exchange(model: nn.Module, pairs: Mapping[Any, nn.Module]) -> None:
         for name, child in owner._modules.items():
             if child in pairs:
                 owner._modules[name] = pairs[child]
+
+
+def centred_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the centred linears of `model`."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, Centred))
+
+
+@contextmanager
+def centred_places(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Context manager: the linears `names` of `model` are centred, to load weights into; no longer if that fails."""
+    pairs: dict[nn.Module, Centred] = {}
+    for linear in map(model.get_submodule, names):
+        assert isinstance(linear, nn.Linear)
+        mean, bias = (linear.weight.new_zeros(size) for size in (linear.in_features, linear.out_features))
+        pairs[linear] = Centred(_like(linear, bias), mean)
+    exchange(model, pairs)
+    try:
+        yield
+    except BaseException:
+        exchange(model, {new: old for old, new in pairs.items()})
+        raise
 
 
 def with_centred(layout: Layout, names: Collection[str]) -> Layout:

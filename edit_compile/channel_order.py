@@ -71,14 +71,14 @@ def order_channels(
         if not mlps:
             raise OrderError(f"{type(base).__name__} has no MLP whose hidden channels could be ordered")
         moments = _measured(base, recording, calls, mlps)
-        ordered = tuple(ordered_mlp(mlp, moments.get(mlp.name, ())) for mlp in mlps)
+        ordered = tuple(ordered_mlp(mlp, own) for mlp, own in zip(mlps, moments, strict=True))
         orders = [own.order for own in ordered]
         _take(mlps, orders)
         made = centred_linears(base, means(mlps, moments, orders)) if centre else {}
         exchange(base, made)
         try:
             check_equal(tuple(made_again(base, first[1], first[0])), expected, "the ordered model")
-        except CheckError as error:
+        except (CheckError, CallsError) as error:
             exchange(base, {new: old for old, new in made.items()})
             _take(mlps, [order.argsort() for order in orders])
             raise OrderError(f"{error}: something else reads its hidden channels; it is as it was") from error
@@ -110,10 +110,10 @@ def _base(model: nn.Module, calls: int | None) -> nn.Module:
 
 def _measured(
     base: nn.Module, recording: Recording | Sequence[Generation], calls: int | None, mlps: Sequence[HiddenChannels]
-) -> dict[str, list[Moments]]:
-    """The moments of each MLP's contractions, by its name."""
+) -> list[list[Moments]]:
+    """The moments of each MLP's contractions."""
     count = 0
-    with watched([mlp for mlp in mlps if mlp.reason is None]) as moments:
+    with watched(mlps) as moments:
         for said, call in chosen_calls(base, recording, calls):
             made_again(base, call, said)
             count += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,13 +40,16 @@ class Moments:
 
 
 @contextmanager
-def watched(mlps: Sequence[HiddenChannels]) -> Iterator[dict[str, list[Moments]]]:
-    """Inside the ``with`` block, calls in this thread add to the moments of each MLP's contractions, by its name."""
-    moments = {mlp.name: [Moments(mlp.size) for _ in mlp.contracted] for mlp in mlps}
+def watched(mlps: Sequence[HiddenChannels]) -> Iterator[list[list[Moments]]]:
+    """Inside the ``with`` block, calls in this thread add to the moments of the contractions of each MLP, in order.
+
+    Those that have to stay as they are have none.
+    """
+    moments = [[Moments(mlp.size) for _ in mlp.contracted if mlp.reason is None] for mlp in mlps]
     handles = [
         place.module.register_forward_pre_hook(here(_adding(place, own)))
-        for mlp in mlps
-        for place, own in zip(mlp.contracted, moments[mlp.name], strict=True)
+        for mlp, all_of_it in zip(mlps, moments, strict=True)
+        for place, own in zip(mlp.contracted, all_of_it, strict=False)
     ]
     try:
         yield moments
@@ -67,12 +70,12 @@ def importance(mlp: HiddenChannels, moments: Sequence[Moments]) -> Tensor:
 
 
 def means(
-    mlps: Sequence[HiddenChannels], moments: Mapping[str, Sequence[Moments]], orders: Sequence[Tensor]
+    mlps: Sequence[HiddenChannels], moments: Sequence[Sequence[Moments]], orders: Sequence[Tensor]
 ) -> dict[nn.Module, Tensor]:
     """The mean of what enters each down-projection, (in_features,) float64, in the new orders; zero for others."""
     found: dict[nn.Module, Tensor] = {}
-    for mlp, order in zip(mlps, orders, strict=True):
-        for place, own in zip(mlp.contracted, moments.get(mlp.name, ()), strict=False):
+    for mlp, all_of_it, order in zip(mlps, moments, orders, strict=True):
+        for place, own in zip(mlp.contracted, all_of_it, strict=False):
             part = place.part
             whole = found.setdefault(place.module, torch.zeros(part.weight.shape[part.dim], dtype=torch.float64))
             whole[part.start : part.start + part.size] = own.mean[order]

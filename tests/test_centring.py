@@ -110,3 +110,31 @@ def test_an_elastic_model_masks_behind_the_mean(tmp_path: Path) -> None:
     with elastic.detached():
         narrow = at_width(model, inputs, 0.25)
     check_equal(elastic(**inputs), (narrow,), "the elastic model at width 0.25")
+
+
+@torch.no_grad()
+def test_a_centred_elastic_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, inputs = tiny_flux(double=1, single=1)
+    order_channels(model, recorded(model, inputs, tmp_path / "calls"), centre=True)
+    elastic = edit_compile.elasticize(model, inputs).eval()
+    elastic.save_pretrained(tmp_path / "elastic")
+    base, _ = tiny_flux(double=1, single=1, seed=1)
+    for given in (None, base, base):  # the last one is centred already
+        loaded = edit_compile.load_elastic(tmp_path / "elastic", given)
+        assert torch.equal(loaded(**inputs)[0], elastic(**inputs)[0])
+
+
+@torch.no_grad()
+def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model, inputs = tiny_flux(double=1, single=1)
+    order_channels(model, recorded(model, inputs, tmp_path / "calls"), centre=True)
+    edit_compile.elasticize(model, inputs).save_pretrained(tmp_path / "elastic")
+    other, _ = tiny_flux(double=1, single=1)
+    other.x_embedder = nn.Linear(9, 128)
+    names = other.state_dict().keys()
+    with pytest.raises(edit_compile.ElasticError, match="x_embedder"):
+        edit_compile.load_elastic(tmp_path / "elastic", other)
+    assert other.state_dict().keys() == names
+    other.single_transformer_blocks[0].proj_out = nn.Identity()
+    with pytest.raises(edit_compile.ElasticError, match=r"has no module single_transformer_blocks\.0\.proj_out"):
+        edit_compile.load_elastic(tmp_path / "elastic", other)

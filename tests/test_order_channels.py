@@ -121,6 +121,29 @@ def test_weights_that_blocks_share_are_ordered_once_or_not_at_all(shared: str, c
     check_equal(model(**CHAIN), expected, "the ordered model")
 
 
+class Pair(nn.Module):
+    """Two MLPs whose hidden channels enter one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(8, 12), nn.Linear(8, 10), nn.Linear(22, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        silu = nn.functional.silu
+        return self.down(torch.cat([silu(self.one(x)), silu(self.two(x))], -1))
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@torch.no_grad()
+def test_two_mlps_of_one_linear_are_ordered_apart(centre: bool, tmp_path: Path) -> None:
+    model = randomised(Experts(Pair()))
+    recording, expected = recorded(model, CHAIN, tmp_path), model(**CHAIN)
+    ordered = order_channels(model, recording, centre=centre)
+    assert [(mlp.name, len(mlp.order)) for mlp in ordered] == [("layers.0.mixture.down", size) for size in (12, 10)]
+    assert all(bool((mlp.importance.diff() <= 0).all()) and bool(mlp.importance[0] > 0) for mlp in ordered)
+    check_equal(model(**CHAIN), expected, "the ordered model")
+
+
 @torch.no_grad()
 def test_an_elastic_model_keeps_its_routers_and_masks(tmp_path: Path) -> None:
     model, inputs = tiny_flux()
