@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from edit_compile.calls import Generation as Generation
     from edit_compile.calls import RecordedCall as RecordedCall
     from edit_compile.calls import Recording as Recording
+    from edit_compile.channel_order import order_channels as order_channels
     from edit_compile.compiler import CompileError as CompileError
     from edit_compile.compiler import compile as compile
     from edit_compile.dry_run import DryRun as DryRun
     from edit_compile.elastic import ElasticTransformer as ElasticTransformer
     from edit_compile.elastic import elasticize as elasticize
     from edit_compile.layout import ElasticError as ElasticError
+    from edit_compile.ordered_mlp import OrderedMlp as OrderedMlp
+    from edit_compile.ordered_mlp import OrderError as OrderError
     from edit_compile.place import latents_of as latents_of
     from edit_compile.recording import Recorder as Recorder
     from edit_compile.recording import record as record
@@ -53,10 +56,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "edit_compile.benchmarking": ("benchmark",),
     "edit_compile.calls": ("CallsError", "Generation", "RecordedCall", "Recording"),
+    "edit_compile.channel_order": ("order_channels",),
     "edit_compile.compiler": ("CompileError", "compile"),
     "edit_compile.dry_run": ("DryRun",),
     "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
     "edit_compile.layout": ("ElasticError",),
+    "edit_compile.ordered_mlp": ("OrderError", "OrderedMlp"),
     "edit_compile.place": ("latents_of",),
     "edit_compile.recording": ("Recorder", "record"),
     "edit_compile.replaying": ("Replayed", "replay"),

@@ -3,10 +3,11 @@
 model.safetensors      the base model, under its own names
 config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
-elastic.json           schema, RouterConfig, Layout, and the elastic model's narrow, activation and policy
+elastic.json           schema, RouterConfig, Layout, the elastic model's narrow, activation and policy, and which
+                       linears are centred (see `edit_compile.centring`)
 
 Schema 1 had no narrow, activation and policy: it is read as if they were not set. Schemas 1 and 2 had no names of the
-states in the layout: blocks must then be called as they were found.
+states in the layout: blocks must then be called as they were found. Up to schema 3 no linear is centred.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edit_compile.activation import mlps, set_activation
+from edit_compile.centring import centred_names, centred_places
 from edit_compile.elastic import ElasticTransformer
 from edit_compile.layout import ElasticError, Layout
 from edit_compile.release import load_release
@@ -32,8 +34,8 @@ from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
 
-SCHEMA = 3
-_READ = (1, 2, SCHEMA)
+SCHEMA = 4
+_READ = (1, 2, 3, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -52,6 +54,7 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         "narrow": elastic.narrow,
         "activation": elastic.activation,
         "policy": asdict(elastic.policy) if elastic.policy is not None else None,
+        "centred": centred_names(elastic.model),
     }
     as_json: Any = getattr(elastic.model, "to_json_string", None)
     with written_whole(folder) as place:
@@ -87,10 +90,15 @@ def load_elastic(
         return load_release(folder, model, inputs)
     description = _read(folder)
     model = model if model is not None else _model_from_config(folder / "config.json")
-    _check_modules(folder, description.layout, model)
+    centred = [name for name in description.centred if name not in centred_names(model)]
+    _check_modules(folder, description.layout, model, centred)
     if description.activation is not None:
         mlps(model, description.activation)
-    with opened(folder / "model.safetensors") as own, opened(folder / "routers.safetensors") as routers:
+    with (
+        opened(folder / "model.safetensors") as own,
+        opened(folder / "routers.safetensors") as routers,
+        centred_places(model, centred),
+    ):
         targets = model.state_dict()
         own.compare(shapes_of(targets, type(model).__name__), type(model).__name__)
         with torch.device("meta"):
@@ -117,6 +125,7 @@ class _Description:
     narrow: tuple[str, ...] | None = None
     activation: str | None = None
     policy: RoutingPolicy | None = None
+    centred: tuple[str, ...] = ()
 
 
 def _read(folder: Path) -> _Description:
@@ -134,11 +143,13 @@ def _read(folder: Path) -> _Description:
         raise ElasticError(f"{path} does not hold together: {error}") from error
 
 
-def _check_modules(folder: Path, layout: Layout, model: nn.Module) -> None:
-    """ElasticError where `model` lacks a module that the layout names."""
-    there = {name for name, _ in model.named_modules()}
+def _check_modules(folder: Path, layout: Layout, model: nn.Module, centred: Sequence[str]) -> None:
+    """ElasticError where `model` lacks a module that the layout names, or a linear that is to be `centred`."""
+    there = dict(model.named_modules())
     named = [name for b in layout.blocks for name in (b.name, *(f"{b.name}.{mask.module}" for mask in b.masks))]
-    missing = [name for name in named if name not in there]
+    inside = {f"{name}.linear" for name in centred}
+    missing = [name for name in named if name not in there and name not in inside]
+    missing += [name for name in centred if not isinstance(there.get(name), nn.Linear)]
     if missing:
         raise ElasticError(f"{folder} is of another model: {type(model).__name__} has no module {missing[0]}")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.fashion_mnist import data, evaluate, judge, task
+from edit_compile import order_channels
+from examples.fashion_mnist import data, evaluate, judge, task, width_curve
 from examples.fashion_mnist.model import WEIGHTS, dense_model, image_ids, inputs, load_model
 from examples.fashion_mnist.sample import sample, save_grid
 
@@ -207,3 +208,16 @@ def test_generated_images_are_of_the_asked_class(name):
 @needs_data
 def test_the_judge_is_as_good_as_it_says():
     assert judge.test_accuracy(judge.load_judge(WEIGHTS / "judge.safetensors")) >= 0.92
+
+
+@needs_weights
+@torch.no_grad()
+def test_ordered_channels_make_narrow_generations_better(tmp_path: Path) -> None:
+    recording = width_curve.record_generations(load_model("dense"), tmp_path, count=2, steps=4)
+    first, held_out = recording
+    before = width_curve.qualities(load_model("dense"), [held_out], (0.5,))
+    model = load_model("dense")
+    order_channels(model, [first], centre=True)
+    after = width_curve.qualities(model, [held_out], (0.5, 1.0))
+    assert after[0].value > before[0].value + 2
+    assert after[1].value > 60
