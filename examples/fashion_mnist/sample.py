@@ -22,18 +22,9 @@ STEPS = 28
 GUIDANCE = 2.5
 
 
-def sample(
-    transformer: Callable[..., Any],
-    labels: Tensor,
-    *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Tensor:
+def sample(transformer: Callable[..., Any], labels: Tensor, **options: Any) -> Tensor:
     """Images (B, 28, 28) float32 in [-1, 1] of the asked classes; arguments as of `sample_patches`."""
-    patches = sample_patches(transformer, labels, steps=steps, guidance=guidance, seed=seed, on_step=on_step)
-    return from_patches(patches).clamp(-1, 1)
+    return from_patches(sample_patches(transformer, labels, **options)).clamp(-1, 1)
 
 
 @torch.no_grad()
