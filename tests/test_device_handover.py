@@ -47,9 +47,9 @@ def test_a_step_may_begin_on_the_host_and_end_on_the_device(recorder: Emulator) 
 
 @pytest.mark.parametrize("policies", [(ALWAYS_REUSE, Custom()), (Custom(), ALWAYS_REUSE)], ids=["to host", "to device"])
 def test_the_first_call_once_more_begins_anew_wherever_it_runs(recorder: Emulator, policies: Sequence[Decider]) -> None:
-    model = on_device()
+    model, given = on_device(), programs.inputs()
     for model.policy in policies:
-        call(model, 1.0)
+        model(**given)
     assert [set(record.arrays()["step"].tolist()) for record in model.trace] == [{0}, {0}]
 
 
