@@ -75,7 +75,8 @@ def time_variants(models: Mapping[str, nn.Module], repeats: int) -> dict[str, tu
     runs: dict[str, list[Call]] = {
         name: [partial(_one_step, model, cond, uncond) for cond, uncond in steps] for name, model in models.items()
     }
-    with torch.no_grad():
+    compiled = next(model for model in models.values() if isinstance(model, CompiledTransformer))
+    with torch.no_grad(), compiled.request():  # by name, as the latents are those of the dense model's sampling
         seconds = interleaved(runs, repeats, before_run=partial(_begin, models))
     base = seconds[BASE].sum(1)
     return {name: (Spread.of(taken * 1e3), Spread.of(base / taken.sum(1))) for name, taken in seconds.items()}
