@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from edit_compile.calls import CallsError, Generation, RecordedCall, Recording
 from edit_compile.draft import tensors_of
 from edit_compile.recorded_model import check_arguments
-from runtime.face.arguments import mapped
+from edit_compile.replaying import Placed, in_context
 
 
 def check_model(model: nn.Module, recording: Recording | Sequence[Generation]) -> None:
@@ -39,14 +38,12 @@ def chosen_calls(
 
 def arguments_for(model: nn.Module, call: RecordedCall) -> dict[str, object]:
     """The call's arguments on the model's device."""
-    device = next(model.parameters()).device
-    return mapped(call.arguments, lambda _, tensor: tensor.to(device))
+    return Placed(next(model.parameters()).device).arguments(call)
 
 
 def made_again(model: nn.Module, call: RecordedCall, said: str) -> list[Tensor]:
     """What `model` gives in a recorded call; CallsError, which begins with `said`, where that is of other shapes."""
-    context = getattr(model, "cache_context", None) if call.context is not None else None
-    with nullcontext() if context is None else context(call.context):
+    with in_context(model, call.context):
         try:
             outputs = tensors_of(model(**arguments_for(model, call)))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -10,14 +10,14 @@ so that r is never computed, and a model that gives what was recorded is given w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edit_compile.calls import CallsError, Generation
+from edit_compile.calls import CallsError, Generation, RecordedCall
 from edit_compile.draft import tensors_of
 from edit_compile.place import Place
 from edit_compile.recorded_model import check_arguments
@@ -141,17 +141,27 @@ class Placed:
             self._made[id(tensor)] = tensor, tensor.to(self.device)
         return self._made[id(tensor)][1]
 
+    def arguments(self, call: RecordedCall) -> dict[str, Any]:
+        """Those of a recorded call, there."""
+        return mapped(call.arguments, lambda _, tensor: self(tensor))
+
+
+def in_context(model: Callable[..., Any], context: str | None) -> AbstractContextManager[Any]:
+    """The model's cache context of that name, where a name is given and the model has those."""
+    named = getattr(model, "cache_context", None)
+    return nullcontext() if context is None or named is None else named(context)
+
 
 def called(model: Callable[..., Any], arguments: Mapping[str, Any], context: str | None) -> tuple[Tensor, ...]:
     """What the model gives in a cache context, where it has those: copies of its tensors, on the CPU."""
-    inside = getattr(model, "cache_context", None) if context is not None else None
-    with nullcontext() if inside is None else inside(context):
+    with in_context(model, context):
         return tuple(tensor.detach().cpu().clone() for tensor in tensors_of(model(**arguments)))
 
 
 def device_of(model: Callable[..., Any]) -> torch.device:
     """Where the model takes its inputs; the CPU where it does not say."""
-    if isinstance(model, CompiledTransformer):
-        return model.device
+    told = getattr(model, "device", None)
+    if isinstance(told, torch.device):
+        return told
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return torch.device("cpu") if first is None else first.device

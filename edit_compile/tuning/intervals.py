@@ -14,7 +14,6 @@ from edit_compile.replaying import Placed, called
 from edit_compile.sampler import Sampler
 from edit_compile.stages import Stage
 from edit_compile.tuning.influence import Influence
-from runtime.face.arguments import mapped
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import EXTRAPOLATE, REUSE
 from runtime.routing.schedule import ScheduledPolicy
@@ -75,8 +74,7 @@ def _given(
             outputs = {}
             for index in stage.calls:
                 call = generation.calls[index]
-                arguments = mapped(call.arguments, lambda _, tensor: placed(tensor))
-                outputs[index] = called(compiled, arguments, call.context)[output]
+                outputs[index] = called(compiled, placed.arguments(call), call.context)[output]
             _check_step(compiled, number)
             yield outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from edit_compile.tuning.search import Search
 from edit_compile.tuning.trials import Candidate, Trials, prediction
 from runtime.base.errors import PolicyError
 from runtime.bundle.tiers import Tier
-from runtime.face.arguments import mapped
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider
 
@@ -82,7 +82,7 @@ def tune(
     wanted = dict(budget or {}) if budget or quality else dict(BUDGETS)
     search_by, predict_by = _split(compiled, list(recording), held_out)
     search_by.check_model()
-    total, done = Search.work(search_by.steps, len(search_by.generations), reach), iter(range(1, 10**9))
+    total, done = Search.work(search_by.steps, len(search_by.generations), reach), itertools.count(1)
     search = Search(search_by, reach, rounds, lambda: progress("intervals", next(done), total))
     chosen: dict[str, Candidate] = {}
     for number, (name, share) in enumerate(wanted.items()):
@@ -177,8 +177,8 @@ def _calls(trials: Trials, name: str, candidate: Candidate) -> list[Call]:
     recorded, calls = trials.generations[0].calls, list[Call]()
     for stage in trials.stages[0]:
         for place, index in enumerate(stage.calls):
-            arguments = mapped(recorded[index].arguments, lambda _, tensor: placed(tensor))
-            calls.append(partial(made, arguments, recorded[index].context or f"branch {place}"))
+            call = recorded[index]
+            calls.append(partial(made, placed.arguments(call), call.context or f"branch {place}"))
     return calls
 
 

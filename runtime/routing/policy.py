@@ -66,6 +66,13 @@ def residuals_kept(policy: Decider, gated: bool) -> int:
     return policy.keeps
 
 
+def check_counts(**counts: object) -> None:
+    """PolicyError for one that is no whole number of at least 0."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise PolicyError(f"{name} is a whole number of at least 0, not {value!r}")
+
+
 @dataclass(frozen=True)
 class RoutingPolicy:
     """Algorithm 1 of the paper: decisions from the routers' gates.
@@ -86,10 +93,7 @@ class RoutingPolicy:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise PolicyError(f"{name} is a probability between 0 and 1, not {value!r}")
-        for name in ("max_reuse", "warmup_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise PolicyError(f"{name} is a whole number of at least 0, not {value!r}")
+        check_counts(max_reuse=self.max_reuse, warmup_steps=self.warmup_steps)
 
     @classmethod
     def preset(cls, name: str) -> RoutingPolicy:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.base.errors import PolicyError
-from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP, Decider, Watched
+from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP, Decider, Watched, check_counts
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ class ReusePolicy:
     otherwise: Decider | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_reuse", "warmup_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise PolicyError(f"{name} is a whole number of at least 0, not {value!r}")
+        check_counts(max_reuse=self.max_reuse, warmup_steps=self.warmup_steps)
         if self.order not in (0, 1):
             raise PolicyError(f"order is 0 or 1, not {self.order!r}")
         if self.watches not in (None, "input", "first block"):
