@@ -27,10 +27,10 @@ import edit_compile
 from benchmarks.configurations import FLUX_MID, Place
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from benchmarks.memory import measure_memory, tensor_bytes
-from edit_compile.benchmarking import benchmark
-from edit_compile.compiler import compile as compile_model
-from edit_compile.elastic import ElasticTransformer
-from edit_compile.machine import describe_machine, summary
+from edit_compile.compiling.compiler import compile as compile_model
+from edit_compile.elastic.transformer import ElasticTransformer
+from edit_compile.measuring.benchmarking import benchmark
+from edit_compile.measuring.machine import describe_machine, summary
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.schedule import ScheduledPolicy

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.configurations import FLUX, QWEN_IMAGE, Place
-from edit_compile.machine import describe_machine
+from edit_compile.measuring.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
 META = Place(torch.device("meta"))

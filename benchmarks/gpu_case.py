@@ -16,8 +16,8 @@ from torch import nn
 
 import edit_compile
 from benchmarks.configurations import Configuration, Place
-from edit_compile.compiler import WIDTHS, Tracer
-from edit_compile.engine_building import build_program
+from edit_compile.bundles.engine_building import build_program
+from edit_compile.compiling.compiler import WIDTHS, Tracer
 from runtime import engines
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program

@@ -16,8 +16,8 @@ import torch
 from benchmarks.gpu_case import Case, Unavailable
 from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
-from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
-from edit_compile.timing import Spread, interleaved, timed
+from edit_compile.measuring.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
+from edit_compile.measuring.timing import Spread, interleaved, timed
 from passes.check import TOLERANCE, distance, largest
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer

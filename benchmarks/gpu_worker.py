@@ -21,7 +21,7 @@ from benchmarks.configurations import FULL, SMALL, Configuration, Place
 from benchmarks.gpu_case import Case, Settings, Unavailable, missing
 from benchmarks.gpu_fit import too_large
 from benchmarks.gpu_pieces import PIECES
-from edit_compile.machine import describe_machine
+from edit_compile.measuring.machine import describe_machine
 
 BEGUN = {"begun": True}
 POISONED = 3

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edit_compile.timing import Spread, interleaved
+from edit_compile.measuring.timing import Spread, interleaved
 from runtime.base.guard import answering
 from runtime.calls.bound import glue_graph
 from runtime.face.transformer import CompiledTransformer

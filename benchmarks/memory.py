@@ -37,7 +37,7 @@ def measure_memory(bundle: Path, engine: str, dense_bytes: int) -> dict[str, flo
 
 def run_at_every_width(bundle: Path, engine: str) -> dict[str, Any]:
     """Resident bytes above those of the bare process: after one pass at full width, and after one at each width."""
-    from edit_compile.verify import random_inputs
+    from edit_compile.bundles.verify import random_inputs
     from runtime.face.load import load
     from runtime.routing.schedule import ScheduledPolicy
 

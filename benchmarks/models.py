@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from edit_compile.machine import describe_machine, summary
+from edit_compile.measuring.machine import describe_machine, summary
 from passes.graph import MlpSite, Report
 from passes.onnx_format import LowerError
 from passes.pipeline import Analysis, Group

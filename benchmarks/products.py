@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edit_compile.machine import describe_machine, summary
-from edit_compile.timing import Spread, interleaved
+from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.timing import Spread, interleaved
 from runtime.engines.products import Relaid
 
 TOKENS, HIDDEN, DIM = 1152, 4096, 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_table import markdown
-from edit_compile.machine import summary
+from edit_compile.measuring.machine import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -19,8 +19,8 @@ from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 
-from edit_compile.compiler import Tracer
-from edit_compile.machine import describe_machine, summary
+from edit_compile.compiling.compiler import Tracer
+from edit_compile.measuring.machine import describe_machine, summary
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
 from runtime.engines.tensorrt.jobs import jobs, make

@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edit_compile.benchmarking import benchmark as benchmark
-    from edit_compile.calls import CallsError as CallsError
-    from edit_compile.calls import Generation as Generation
-    from edit_compile.calls import RecordedCall as RecordedCall
-    from edit_compile.calls import Recording as Recording
-    from edit_compile.channel_order import order_channels as order_channels
-    from edit_compile.compiler import CompileError as CompileError
-    from edit_compile.compiler import compile as compile
-    from edit_compile.dry_run import DryRun as DryRun
-    from edit_compile.elastic import ElasticTransformer as ElasticTransformer
-    from edit_compile.elastic import elasticize as elasticize
-    from edit_compile.layout import ElasticError as ElasticError
-    from edit_compile.ordered_mlp import OrderedMlp as OrderedMlp
-    from edit_compile.ordered_mlp import OrderError as OrderError
-    from edit_compile.place import latents_of as latents_of
-    from edit_compile.recording import Recorder as Recorder
-    from edit_compile.recording import record as record
-    from edit_compile.replaying import Replayed as Replayed
-    from edit_compile.replaying import replay as replay
-    from edit_compile.result_quality import mean_quality as mean_quality
-    from edit_compile.result_quality import quality as quality
-    from edit_compile.sampler import Sampler as Sampler
-    from edit_compile.storage import load_elastic as load_elastic
+    from edit_compile.calls.generations import CallsError as CallsError
+    from edit_compile.calls.generations import Generation as Generation
+    from edit_compile.calls.generations import RecordedCall as RecordedCall
+    from edit_compile.calls.generations import Recording as Recording
+    from edit_compile.calls.place import latents_of as latents_of
+    from edit_compile.calls.recorder import Recorder as Recorder
+    from edit_compile.calls.recorder import record as record
+    from edit_compile.calls.replaying import Replayed as Replayed
+    from edit_compile.calls.replaying import replay as replay
+    from edit_compile.calls.result_quality import mean_quality as mean_quality
+    from edit_compile.calls.result_quality import quality as quality
+    from edit_compile.calls.sampler import Sampler as Sampler
+    from edit_compile.compiling.compiler import CompileError as CompileError
+    from edit_compile.compiling.compiler import compile as compile
+    from edit_compile.compiling.dry_run import DryRun as DryRun
+    from edit_compile.elastic.layout import ElasticError as ElasticError
+    from edit_compile.elastic.storage import load_elastic as load_elastic
+    from edit_compile.elastic.transformer import ElasticTransformer as ElasticTransformer
+    from edit_compile.elastic.transformer import elasticize as elasticize
+    from edit_compile.measuring.benchmarking import benchmark as benchmark
     from edit_compile.tuning.tune import Tuned as Tuned
     from edit_compile.tuning.tune import tune as tune
+    from edit_compile.widths.channel_order import order_channels as order_channels
+    from edit_compile.widths.ordered_mlp import OrderedMlp as OrderedMlp
+    from edit_compile.widths.ordered_mlp import OrderError as OrderError
     from runtime.base.errors import BundleError as BundleError
     from runtime.base.errors import EditError as EditError
     from runtime.base.errors import EngineError as EngineError
@@ -54,20 +54,20 @@ if TYPE_CHECKING:
     from runtime.routing.schedule import ScheduledPolicy as ScheduledPolicy
 
 _HOMES = {
-    "edit_compile.benchmarking": ("benchmark",),
-    "edit_compile.calls": ("CallsError", "Generation", "RecordedCall", "Recording"),
-    "edit_compile.channel_order": ("order_channels",),
-    "edit_compile.compiler": ("CompileError", "compile"),
-    "edit_compile.dry_run": ("DryRun",),
-    "edit_compile.elastic": ("ElasticTransformer", "elasticize"),
-    "edit_compile.layout": ("ElasticError",),
-    "edit_compile.ordered_mlp": ("OrderError", "OrderedMlp"),
-    "edit_compile.place": ("latents_of",),
-    "edit_compile.recording": ("Recorder", "record"),
-    "edit_compile.replaying": ("Replayed", "replay"),
-    "edit_compile.result_quality": ("mean_quality", "quality"),
-    "edit_compile.sampler": ("Sampler",),
-    "edit_compile.storage": ("load_elastic",),
+    "edit_compile.measuring.benchmarking": ("benchmark",),
+    "edit_compile.calls.generations": ("CallsError", "Generation", "RecordedCall", "Recording"),
+    "edit_compile.widths.channel_order": ("order_channels",),
+    "edit_compile.compiling.compiler": ("CompileError", "compile"),
+    "edit_compile.compiling.dry_run": ("DryRun",),
+    "edit_compile.elastic.transformer": ("ElasticTransformer", "elasticize"),
+    "edit_compile.elastic.layout": ("ElasticError",),
+    "edit_compile.widths.ordered_mlp": ("OrderError", "OrderedMlp"),
+    "edit_compile.calls.place": ("latents_of",),
+    "edit_compile.calls.recorder": ("Recorder", "record"),
+    "edit_compile.calls.replaying": ("Replayed", "replay"),
+    "edit_compile.calls.result_quality": ("mean_quality", "quality"),
+    "edit_compile.calls.sampler": ("Sampler",),
+    "edit_compile.elastic.storage": ("load_elastic",),
     "edit_compile.tuning.tune": ("Tuned", "tune"),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),

@@ -92,8 +92,8 @@ def train(
 ) -> None:
     """Train a task's model, dense or elastic."""
     from edit_compile.loading import load_object, parse_overrides
-    from edit_compile.train import TrainConfig
-    from edit_compile.train import train as run
+    from edit_compile.training.train import TrainConfig
+    from edit_compile.training.train import train as run
 
     made = load_object(task)
     config = parse_overrides(TrainConfig, settings or [], output=output)
@@ -115,7 +115,7 @@ def record(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32")] = None,
 ) -> None:
     """Record the calls that a pipeline's transformer gets, a generation for each prompt."""
-    from edit_compile.record_prompts import Settings, read_prompts, record_prompts
+    from edit_compile.calls.record_prompts import Settings, read_prompts, record_prompts
 
     settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype)
     made = record_prompts(settings, output, limit, errors)
@@ -138,8 +138,8 @@ def compile_model(
     ] = False,
 ) -> None:
     """Compile a model into a bundle."""
-    from edit_compile.compiler import compile as run
-    from edit_compile.elastic import elasticize
+    from edit_compile.compiling.compiler import compile as run
+    from edit_compile.elastic.transformer import elasticize
     from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
     from passes.weightless import weightless
     from runtime.routing.policy import RoutingPolicy
@@ -178,7 +178,7 @@ def build(
     ] = None,
 ) -> None:
     """Build every plan of a bundle at every width, and show what each costs; TensorRT's are kept in the bundle."""
-    from edit_compile import building, engine_building
+    from edit_compile.bundles import building, engine_building
     from edit_compile.loading import UserError
     from runtime.engines.tensorrt.jobs import MAX_BATCH
     from runtime.engines.tensorrt.library import MODULES
@@ -218,7 +218,7 @@ def tune(
 @plain_errors
 def inspect(bundle: Bundle) -> None:
     """Show what a bundle is: its kind, plans, widths, shapes, sizes, versions, policy and tiers."""
-    from edit_compile.inspection import describe
+    from edit_compile.bundles.inspection import describe
     from runtime.bundle.files import load
 
     console.print(describe(load(bundle).manifest, bundle))
@@ -240,10 +240,10 @@ def verify(
 
     Status 1 where they differ.
     """
-    from edit_compile.beside_bundle import inputs_for, model_like
-    from edit_compile.verify import TOLERANCE, table_of
-    from edit_compile.verify import verify as run
-    from edit_compile.verify_widths import verify_widths
+    from edit_compile.bundles.beside_bundle import inputs_for, model_like
+    from edit_compile.bundles.verify import TOLERANCE, table_of
+    from edit_compile.bundles.verify import verify as run
+    from edit_compile.bundles.verify_widths import verify_widths
     from runtime.face.load import load
 
     compiled = load(bundle, engine=engine)
@@ -275,9 +275,9 @@ def bench(
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
 ) -> None:
     """Time a bundle against its model, interleaved."""
-    from edit_compile.benchmarking import benchmark
-    from edit_compile.beside_bundle import apply_schedule, dense, inputs_for, model_like
+    from edit_compile.bundles.beside_bundle import apply_schedule, dense, inputs_for, model_like
     from edit_compile.loading import UserError
+    from edit_compile.measuring.benchmarking import benchmark
     from runtime.face.load import load
 
     if schedule is not None and tier is not None:
@@ -302,9 +302,9 @@ def plot(
     steps: Annotated[int, typer.Option(min=1)] = 28,
 ) -> None:
     """Draw what the routers decided, over blocks and steps."""
-    from edit_compile.beside_bundle import inputs_for
-    from edit_compile.plot import read_trace, router_heat_map, save
-    from edit_compile.verify import trace_of
+    from edit_compile.bundles.beside_bundle import inputs_for
+    from edit_compile.bundles.verify import trace_of
+    from edit_compile.measuring.plot import read_trace, router_heat_map, save
     from runtime.face.load import load
 
     if source.is_dir():

@@ -41,7 +41,7 @@ def _load_model(where: str, bare: bool) -> nn.Module:
         return _called(where)
     folder = Path(where)
     if (folder / "elastic.json").is_file():
-        from edit_compile.storage import load_elastic
+        from edit_compile.elastic.storage import load_elastic
 
         return load_elastic(folder)
     for candidate in (folder, folder / "transformer"):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from edit_compile.elastic import ElasticTransformer
-from edit_compile.layout import layout_of
+from edit_compile.elastic.layout import layout_of
+from edit_compile.elastic.transformer import ElasticTransformer
 from passes.check import check_equal
 from passes.graph import Report
 from passes.pipeline import Analysis

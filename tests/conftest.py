@@ -11,7 +11,7 @@ from torch import nn
 
 import edit_compile
 from edit_compile import ElasticTransformer
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from runtime.bundle.program import Program
 from runtime.device import runner
 from tests.emulator import Emulator

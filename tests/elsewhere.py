@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from benchmarks.configurations import SMALL, Configuration, Place
-from edit_compile.compiler import WIDTHS, Tracer
+from edit_compile.compiling.compiler import WIDTHS, Tracer
 from passes import lower, pipeline
 from runtime.bundle.program import Program
 

@@ -8,8 +8,8 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 from torch.nn import functional as F
 
-from edit_compile.activation import set_activation
-from edit_compile.layout import ElasticError
+from edit_compile.elastic.activation import set_activation
+from edit_compile.elastic.layout import ElasticError
 
 
 class Two(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import edit_compile
-from edit_compile.elastic import ElasticTransformer
-from edit_compile.layout import Layout
+from edit_compile.elastic.layout import Layout
+from edit_compile.elastic.transformer import ElasticTransformer
 from passes.adapt import find_adapter, leads
 from passes.discover import discover
 from passes.graph import BlockSite, Call, Run

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from edit_compile.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
-from edit_compile.building import build
-from edit_compile.inspection import dense_flops, describe
-from edit_compile.verify import random_inputs, verify
+from edit_compile.bundles.building import build
+from edit_compile.bundles.inspection import dense_flops, describe
+from edit_compile.bundles.verify import random_inputs, verify
+from edit_compile.measuring.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from runtime.bundle import files as bundle
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP, RoutingPolicy

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edit_compile.comparison import BlockWork, Comparison
-from edit_compile.timing import Spread, interleaved
+from edit_compile.measuring.comparison import BlockWork, Comparison
+from edit_compile.measuring.timing import Spread, interleaved
 
 MACHINE = {"cpu": "a processor", "cores": "2", "torch": "2.13.0"}
 

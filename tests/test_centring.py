@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import edit_compile
 from edit_compile import ScheduledPolicy, order_channels
-from edit_compile.centring import Centred, centred_linears, exchange
+from edit_compile.elastic.centring import Centred, centred_linears, exchange
 from passes.check import check_equal, masked
 from passes.pipeline import analyse
 from tests.models import noise, tiny_flux

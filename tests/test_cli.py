@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_compile.beside_bundle import inputs_for, model_like
+from edit_compile.bundles.beside_bundle import inputs_for, model_like
 from edit_compile.cli import app
 from edit_compile.loading import UserError, load_inputs, load_object, parse_dtype, parse_numbers, save_inputs
 from runtime.face.transformer import CompiledTransformer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import edit_compile.engine_building as engine_building
-from edit_compile.engine_building import build_engines
+import edit_compile.bundles.engine_building as engine_building
+from edit_compile.bundles.engine_building import build_engines
 from tests import tensorrt_cases
 from tests.test_cli import run
 

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from edit_compile import Recording
+from edit_compile.calls.record_prompts import Settings, options_for
 from edit_compile.cli import app
 from edit_compile.loading import UserError
-from edit_compile.record_prompts import Settings, options_for
 from tests.pipelines import flux_pipeline, flux_transformer
 
 OPTIONS = ("--steps", 2, "--guidance", 2.5, "--height", 32, "--width", 32)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, load
-from edit_compile.tier_table import tier_table
+from edit_compile.bundles.tier_table import tier_table
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
 from tests import programs

@@ -20,7 +20,8 @@ from edit_compile import (
     ScheduledPolicy,
     ShapeError,
 )
-from edit_compile.compiler import check_widths
+from edit_compile.compiling.compiler import check_widths
+from edit_compile.compiling.tracer import Tracer
 from runtime.engines.tensorrt.jobs import jobs, make
 from runtime.engines.tensorrt.library import open_library, targets
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED
@@ -91,7 +92,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model, inputs = tiny_sd3()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
-    edit_compile.compiler.Tracer(model, (0.5, 1.0), None).trace(inputs)
+    Tracer(model, (0.5, 1.0), None).trace(inputs)
     assert model.training
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -110,7 +111,7 @@ for engine in ("onnxruntime", "torch"):
     compiled = edit_compile.load({str(bundle)!r}, engine=engine)
     out = compiled(**call["inputs"]).sample
     assert (out - call["expected"]).abs().max() <= 1e-4 * call["expected"].abs().max()
-heavy = {{"diffusers", "onnx", "onnxscript", "transformers", "passes", "edit_compile.compiler", "accelerate"}}
+heavy = {{"diffusers", "onnx", "onnxscript", "transformers", "passes", "edit_compile.compiling.compiler", "accelerate"}}
 print("imported:", sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import edit_compile
-from edit_compile import EditError, RoutingPolicy, ScheduledPolicy
+from edit_compile import CompiledTransformer, EditError, RoutingPolicy, ScheduledPolicy
 from tests.models import PlainDiT, randomised, tiny_plain
 
 
@@ -25,7 +25,7 @@ class Moody(PlainDiT):
 def test_plain_models_compile_standalone_or_hosted(
     kind: type, file: str | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    caplog.set_level(logging.INFO, logger="edit_compile.tracer")
+    caplog.set_level(logging.INFO, logger="edit_compile.compiling.tracer")
     _, inputs = tiny_plain()
     model = randomised(kind())
     elastic = edit_compile.elasticize(model)
@@ -71,9 +71,11 @@ def test_a_program_does_not_follow_its_model_when_that_is_trained_on() -> None:
 
 def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_plain()
-    honest = edit_compile.compiler.CompiledTransformer.forward
+    honest = CompiledTransformer.forward
     monkeypatch.setattr(
-        edit_compile.compiler.CompiledTransformer, "forward", lambda self, **kwargs: honest(self, **kwargs) * 1.01
+        CompiledTransformer,
+        "forward",
+        lambda self, **kwargs: honest(self, **kwargs) * 1.01,
     )
     with pytest.raises(EditError, match=r"torch engine at width 0\.5 differs"), pytest.warns(UserWarning):
         edit_compile.compile(model, [0.5, 1], inputs=inputs, engine="torch", output=tmp_path / "plain.edit")

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.elastic import ElasticTransformer, elasticize
-from edit_compile.layout import ElasticError
-from edit_compile.storage import load_elastic
+from edit_compile.elastic.layout import ElasticError
+from edit_compile.elastic.storage import load_elastic
+from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from tests.models import tiny_dit, tiny_flux, tiny_sd3

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edit_compile.plot import latency_bars, save
-from edit_compile.timing import Spread
+from edit_compile.measuring.plot import latency_bars, save
+from edit_compile.measuring.timing import Spread
 from examples.fashion_mnist.demo_measure import judge_images
 from examples.fashion_mnist.demo_reference import PATH, load_reference
 from examples.fashion_mnist.demo_report import cells, write_report

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import edit_compile
 from edit_compile import CompiledTransformer, CompileError, ScheduledPolicy
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from runtime.base.guard import ANY
 from runtime.bundle.program import Program
 from tests.conftest import WIDTHS

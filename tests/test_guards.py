@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from passes.check import CheckError, check_open, check_widths, glue_outputs
 from passes.export import weight_values
 from passes.graph import Run

@@ -17,7 +17,7 @@ import torch
 
 import edit_compile
 from edit_compile import RoutingPolicy
-from edit_compile.elastic import ElasticTransformer
+from edit_compile.elastic.transformer import ElasticTransformer
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import WIDTHS, follow_decisions, train_routers

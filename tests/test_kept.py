@@ -13,7 +13,7 @@ from torch import Tensor
 
 import edit_compile
 from edit_compile import RoutingPolicy
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from passes.discover import DiscoveryError
 from passes.graph import Call
 from tests.models import PlainDiT, noise, randomised, tiny_flux

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from passes import lower
 from passes.cost import variant_cost, weight_stand_ins
 from passes.lower import Files, lower_plan

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.elastic import ElasticTransformer, elasticize
-from edit_compile.layout import ElasticError, Layout
+from edit_compile.elastic.layout import ElasticError, Layout
+from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from runtime.bundle.spec import RouterConfig
 from tests.models import noise, randomised
 

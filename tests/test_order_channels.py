@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import edit_compile
 from edit_compile import CallsError, EditError, OrderError, Recording, order_channels
-from edit_compile.channel_statistics import Moments
-from edit_compile.repeated_calls import chosen_calls
+from edit_compile.calls.repeated_calls import chosen_calls
+from edit_compile.widths.channel_statistics import Moments
 from passes.check import check_equal, masked
 from passes.pipeline import analyse
 from tests.models import noise, randomised, tiny_dit, tiny_flux, tiny_plain, tiny_sd3

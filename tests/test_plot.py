@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_compile.plot import decision_levels, read_trace, router_heat_map, save
+from edit_compile.measuring.plot import decision_levels, read_trace, router_heat_map, save
 from runtime.requests.trace import COMPUTED, MISSING, REUSED, SKIPPED, RequestTrace, Trace
 from runtime.routing.policy import REUSE, SKIP
 

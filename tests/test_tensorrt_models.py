@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from edit_compile.compiler import Tracer
-from edit_compile.elastic import ElasticTransformer
+from edit_compile.compiling.compiler import Tracer
+from edit_compile.elastic.transformer import ElasticTransformer
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.model import inputs as example_inputs
 from runtime.bundle.program import Program

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from edit_compile.average import Ema
-from edit_compile.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from edit_compile.order import StepSampler, seed_of
-from edit_compile.train import TrainConfig, TrainingError, learning_rate, train
+from edit_compile.training.average import Ema
+from edit_compile.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from edit_compile.training.order import StepSampler, seed_of
+from edit_compile.training.train import TrainConfig, TrainingError, learning_rate, train
 
 
 class Numbers(Dataset[Tensor]):
@@ -206,7 +206,7 @@ def test_checkpoints_hold_no_pickle(tmp_path):
 def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
     script = (
         "import sys; from pathlib import Path; from tests.test_train import PlainTask, config_for\n"
-        "from edit_compile.train import train\n"
+        "from edit_compile.training.train import train\n"
         "train(PlainTask(), config_for(Path(sys.argv[1]), batch_size=int(sys.argv[2])))\n"
     )
     (tmp_path / "run.py").write_text(script)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer

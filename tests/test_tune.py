@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import edit_compile
 from edit_compile import CompiledTransformer, Generation, Sampler, latents_of, quality, replay
-from edit_compile.calls import CallsError
+from edit_compile.calls.generations import CallsError
 from edit_compile.cli import app
 from edit_compile.tuning.fewer_steps import FewerSteps
 from edit_compile.tuning.influence import Influence

@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from edit_compile.bundles.verify import Check
+from edit_compile.bundles.verify_widths import guard_inputs, verify_widths
 from edit_compile.cli import app
-from edit_compile.verify import Check
-from edit_compile.verify_widths import guard_inputs, verify_widths
 from runtime.base.errors import EditError, EngineError, InputError
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer

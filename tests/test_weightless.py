@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import edit_compile
 from benchmarks.full_size import measure
 from edit_compile.cli import app
-from edit_compile.compiler import CompileError
+from edit_compile.compiling.compiler import CompileError
 from edit_compile.loading import UserError, load_model, save_inputs
 from passes.discover import discover
 from passes.states import find_states

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from edit_compile.compiler import Tracer
+from edit_compile.compiling.compiler import Tracer
 from passes.calling import Calling, Guard, guarded_copy
 from passes.pipeline import Analysis
 

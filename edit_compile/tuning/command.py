@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from edit_compile.calls import Recording
+from edit_compile.bundles.tier_table import tier_table
+from edit_compile.calls.generations import Recording
 from edit_compile.loading import UserError
-from edit_compile.tier_table import tier_table
 from edit_compile.tuning.tune import Tuned, tune
 from runtime.face.load import load
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edit_compile.stages import Stage
+from edit_compile.calls.stages import Stage
 from runtime.face.transformer import CompiledTransformer
 
 

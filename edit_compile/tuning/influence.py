@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edit_compile.calls import Generation
-from edit_compile.sampler import Sampler, Term
-from edit_compile.stages import Stage
+from edit_compile.calls.generations import Generation
+from edit_compile.calls.sampler import Sampler, Term
+from edit_compile.calls.stages import Stage
 
 Weights = Mapping[tuple[int, int], float]
 """w of (call, row)."""

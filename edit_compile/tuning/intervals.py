@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edit_compile.calls import CallsError, Generation
-from edit_compile.replaying import Placed, called
-from edit_compile.sampler import Sampler
-from edit_compile.stages import Stage
+from edit_compile.calls.generations import CallsError, Generation
+from edit_compile.calls.replaying import Placed, called
+from edit_compile.calls.sampler import Sampler
+from edit_compile.calls.stages import Stage
 from edit_compile.tuning.influence import Influence
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import EXTRAPOLATE, REUSE

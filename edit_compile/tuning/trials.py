@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edit_compile.calls import CallsError, Generation
-from edit_compile.replaying import replay
-from edit_compile.result_quality import quality
-from edit_compile.sampler import Sampler
+from edit_compile.calls.generations import CallsError, Generation
+from edit_compile.calls.replaying import replay
+from edit_compile.calls.result_quality import quality
+from edit_compile.calls.sampler import Sampler
 from edit_compile.tuning.fewer_steps import FewerSteps
 from edit_compile.tuning.schedules import schedule
 from runtime.face.transformer import CompiledTransformer

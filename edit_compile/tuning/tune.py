@@ -10,12 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from edit_compile.calls import CallsError, Generation
-from edit_compile.machine import describe_machine, summary
-from edit_compile.place import latents_of
-from edit_compile.replaying import Placed
-from edit_compile.sampler import Sampler
-from edit_compile.timing import Call, interleaved
+from edit_compile.calls.generations import CallsError, Generation
+from edit_compile.calls.place import latents_of
+from edit_compile.calls.replaying import Placed
+from edit_compile.calls.sampler import Sampler
+from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.timing import Call, interleaved
 from edit_compile.tuning.search import Search
 from edit_compile.tuning.trials import Candidate, Trials, prediction
 from runtime.base.errors import PolicyError

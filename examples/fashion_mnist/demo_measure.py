@@ -14,9 +14,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from edit_compile.machine import describe_machine
-from edit_compile.plot import latency_bars, router_heat_map, save
-from edit_compile.timing import Call, Spread, interleaved
+from edit_compile.measuring.machine import describe_machine
+from edit_compile.measuring.plot import latency_bars, router_heat_map, save
+from edit_compile.measuring.timing import Call, Spread, interleaved
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.demo_reference import Reference, load_reference
 from examples.fashion_mnist.judge import Judge, judged, load_judge

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from edit_compile.checkpoint import save_tensors_atomically
+from edit_compile.files import save_tensors_atomically
 from examples.fashion_mnist.data import load_split
 from examples.fashion_mnist.judge import Judge, frechet_of_gaussians, gaussian, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from edit_compile.machine import summary
+from edit_compile.measuring.machine import summary
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 HEADINGS = ("", "ms per step", "times faster", "FLOPs left", "accuracy", "Frechet distance")

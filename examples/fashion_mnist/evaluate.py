@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.checkpoint import write_file_atomically
-from edit_compile.elastic import ElasticTransformer
+from edit_compile.elastic.transformer import ElasticTransformer
+from edit_compile.files import write_file_atomically
 from examples.fashion_mnist.data import CLASSES, load_split
 from examples.fashion_mnist.judge import Judge, frechet_distance, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edit_compile.checkpoint import save_tensors_atomically
+from edit_compile.files import save_tensors_atomically
 from examples.fashion_mnist.data import CLASSES, load_split
 
 FEATURES = 64

@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edit_compile.elastic import ElasticTransformer, elasticize
-from edit_compile.storage import load_elastic
+from edit_compile.elastic.storage import load_elastic
+from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from examples.fashion_mnist.data import NO_CLASS
 
 WEIGHTS = Path(__file__).parent / "weights"

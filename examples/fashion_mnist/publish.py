@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from edit_compile.checkpoint import list_checkpoints, load_checkpoint, save_tensors_atomically, write_file_atomically
+from edit_compile.files import save_tensors_atomically, write_file_atomically
+from edit_compile.training.checkpoint import list_checkpoints, load_checkpoint
 from examples.fashion_mnist.model import WEIGHTS, load_model
 
 LOGS = WEIGHTS.parent / "logs"

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from edit_compile.machine import describe_machine, summary
+from edit_compile.measuring.machine import describe_machine, summary
 from examples.fashion_mnist.demo_measure import draw, flops_left, judge_images
 from examples.fashion_mnist.demo_reference import load_reference
 from examples.fashion_mnist.judge import load_judge

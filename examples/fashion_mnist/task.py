@@ -1,4 +1,4 @@
-"""Rectified flow on Fashion-MNIST as tasks for `edit_compile.train`."""
+"""Rectified flow on Fashion-MNIST as tasks for `edit_compile.training.train`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from edit_compile.elastic import ElasticTransformer
-from edit_compile.losses import Budget, budget_losses
+from edit_compile.elastic.transformer import ElasticTransformer
+from edit_compile.training.losses import Budget, budget_losses
 from examples.fashion_mnist.data import NO_CLASS, Patches
 from examples.fashion_mnist.model import dense_model, elastic_model, inputs
 
@@ -32,12 +32,15 @@ def noised(batch: Mapping[str, Tensor], uniform: bool = False) -> tuple[Tensor, 
 
 
 class DenseTask:
-    """Trains the dense model with the rectified-flow loss."""
+    """Trains the dense model with the rectified-flow loss, from `dense` on where it is given."""
 
     uniform_times = False
 
+    def __init__(self, dense: nn.Module | None = None) -> None:
+        self.dense = dense
+
     def model(self) -> nn.Module:
-        return dense_model()
+        return self.dense or dense_model()
 
     def dataset(self) -> Patches:
         return Patches("train")
@@ -56,10 +59,11 @@ class ElasticTask(DenseTask):
     """
 
     def __init__(self, dense: nn.Module, budget: Budget, uniform_times: bool = True) -> None:
-        self.dense, self.budget, self.uniform_times = dense, budget, uniform_times
+        super().__init__(dense)
+        self.budget, self.uniform_times = budget, uniform_times
 
     def model(self) -> ElasticTransformer:
-        return elastic_model(self.dense)
+        return elastic_model(super().model())
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flow = super().loss(model, batch)["loss"]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from edit_compile.train import TrainConfig, train
+from edit_compile.training.train import TrainConfig, train
+from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.task import DenseTask
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/dense"))
+    parser.add_argument("--start", help="weights to begin with: 'dense' or a checkpoint; default: new ones")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decay-steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -33,7 +35,7 @@ def main() -> None:
         decay_steps=arguments.decay_steps,
         compile=arguments.compile,
     )
-    print(train(DenseTask(), config))
+    print(train(DenseTask(load_model(arguments.start) if arguments.start else None), config))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from edit_compile.losses import PRESETS, Budget
-from edit_compile.train import TrainConfig, train
+from edit_compile.training.losses import PRESETS, Budget
+from edit_compile.training.train import TrainConfig, train
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.task import ElasticTask
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import edit_compile
-from edit_compile.machine import describe_machine, summary
+from edit_compile.measuring.machine import describe_machine, summary
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.evaluate import quality
 from examples.fashion_mnist.judge import load_judge

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from edit_compile.calls import Generation, Recording
-from edit_compile.channel_order import order_channels
-from edit_compile.machine import describe_machine, summary
-from edit_compile.recording import record
-from edit_compile.replaying import replay
-from edit_compile.result_quality import Mean, mean_quality, quality
-from edit_compile.sampler import Sampler
+from edit_compile.calls.generations import Generation, Recording
+from edit_compile.calls.recorder import record
+from edit_compile.calls.replaying import replay
+from edit_compile.calls.result_quality import Mean, mean_quality, quality
+from edit_compile.calls.sampler import Sampler
+from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.widths.channel_order import order_channels
 from examples.fashion_mnist.data import CLASSES, to_patches
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.sample import sample

@@ -8,7 +8,7 @@ of input shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from runtime.bundle.tiers import StoredPolicy, Tier
@@ -131,6 +131,10 @@ class Block:
     def forms(self) -> tuple[Form, ...]:
         """All forms; a guard of a glue says which one it calls the block in."""
         return (Form(self.plan, self.weights), *self.others)
+
+    def plan_among(self, plans: Collection[str]) -> str | None:
+        """The first plan of its forms that is among `plans`, those that a glue uses."""
+        return next((form.plan for form in self.forms if form.plan in plans), None)
 
 
 @dataclass(frozen=True)

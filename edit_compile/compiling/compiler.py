@@ -1,0 +1,99 @@
+"""From a model to a compiled transformer: traced at the first call, as torch.compile does, or ahead of time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from edit_compile.compiling.dry_run import DryRun
+from edit_compile.compiling.tracer import CompileError, Inputs, Tracer
+from passes.weightless import weightless
+from runtime import engines
+from runtime.bundle import files as bundle
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import Decider
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+def compile(
+    model: nn.Module,
+    widths: Sequence[float] = WIDTHS,
+    *,
+    inputs: Inputs | None = None,
+    engine: str = "onnxruntime",
+    policy: Decider | None = None,
+    output: str | Path | None = None,
+    dry_run: bool = False,
+    timestep: str | None = None,
+    dispatch: str = "host",
+) -> CompiledTransformer | DryRun:
+    """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
+
+    Args:
+        model: an ElasticTransformer, or any DiT (whose blocks are then always computed in full, with a warning).
+        widths: shares of the MLPs' hidden channels to build, in (0, 1], 1 among them.
+        inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
+            Without them the model is traced at the first call. A call in another form (shapes, dtypes, which arguments
+            are given) adds to what is compiled, whichever it was.
+        engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU.
+        policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
+            Algorithm 1. The bundle keeps it.
+        output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
+        dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
+            which takes neither its memory nor its time: what needs numbers is then `unchecked`.
+        timestep: name of the forward's timestep argument, where it cannot be told.
+        dispatch: "host", or "device" to take decisions on a GPU (see CompiledTransformer).
+
+    Raises:
+        CompileError: see above; also where no block of the model can be guarded.
+    """
+    if isinstance(model, CompiledTransformer):
+        raise CompileError(
+            "this is compiled already: give compile() the model, or the elastic model, that it was made of"
+        )
+    tracer = Tracer(model, check_widths(widths), timestep, policy)
+    engines.check_name(engine)
+    if output is not None:
+        bundle.check_place(Path(output))
+    if (dry_run or output is not None) and inputs is None:
+        wanted = "dry_run" if dry_run else "output"
+        raise CompileError(f"{wanted} needs inputs: the keyword arguments of one call of the model's forward")
+    if dry_run:
+        return tracer.dry_run(inputs)  # type: ignore[arg-type]
+    if weightless(tracer.model):
+        raise CompileError(
+            f"{type(tracer.model).__name__} has no weights, its parameters are on the meta device: "
+            "load them, or ask for dry_run=True"
+        )
+    if not tracer.routers:
+        warnings.warn(
+            f"{type(model).__name__} has no routers, so no block will be skipped or narrowed: "
+            "edit_compile.elasticize(model) makes it elastic; a ScheduledPolicy decides without routers",
+            stacklevel=2,
+        )
+    program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
+    compiled = CompiledTransformer(
+        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
+    )
+    if output is not None:
+        assert inputs is not None
+        tracer.prove(compiled, inputs)
+        compiled.save(output)
+    return compiled
+
+
+def check_widths(widths: Sequence[float]) -> tuple[float, ...]:
+    """`widths` ascending; CompileError where one is outside (0, 1], where 1 is missing or one is there twice."""
+    values = tuple(sorted(float(width) for width in widths))
+    wrong = [width for width in values if not 0.0 < width <= 1.0]
+    if wrong:
+        raise CompileError(f"width {wrong[0]} is outside (0, 1]: a width is a share of the MLP's hidden channels")
+    if len({round(100 * width) for width in values}) != len(values):
+        raise CompileError(f"widths {values} name a width twice (they are told apart by whole percents)")
+    if not values or values[-1] != 1.0:
+        raise CompileError(f"widths {values} lack 1: blocks must also be able to run in full")
+    return values

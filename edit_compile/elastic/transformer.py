@@ -1,0 +1,220 @@
+"""The elastic model: a DiT with a router before every block, trained like any nn.Module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown, Forward, checkpointed
+from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
+from edit_compile.elastic.straight_through import Routing
+from passes.experts import dense_experts
+from runtime.bundle.spec import RouterConfig
+from runtime.routing.policy import RoutingPolicy
+from runtime.routing.router import Router
+
+
+def elasticize(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    config: RouterConfig | None = None,
+    timestep: str | None = None,
+    narrow: Sequence[str] | None = None,
+) -> ElasticTransformer:
+    """Put a fully open router before every block of `model`.
+
+    Args:
+        model: any DiT whose blocks are entries of ModuleLists; changed by forward hooks only, which act only inside the
+            elastic model's forward: its state-dict names stay, and calling it directly still runs it dense.
+        inputs: keyword arguments of its forward (or several such, one per shape), to find the blocks with; without
+            them, they are found at the first call.
+        config: form of the routers.
+        timestep: name of the forward's timestep argument, where it cannot be told.
+        narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
+            MLPs are full at every width. Without it, all are narrowed.
+    """
+    if isinstance(model, ElasticTransformer):
+        raise ElasticError("this model is elastic already: train it, or compile it")
+    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
+    if inputs is not None:
+        elastic.attach(find_layout(model, inputs, elastic.router_config.time_dim, timestep, elastic.narrow))
+    return elastic
+
+
+class ElasticTransformer(nn.Module):
+    """`model` with routers.
+
+    With gradients enabled or in training mode the decisions are straight-through (equations 7-8, 13); in eval mode
+    under `no_grad` they are those of Algorithm 1 without its bank: per row, skip where p < 0.5, otherwise compute at
+    the chosen width. `routing` holds the decisions of the last forward. One forward at a time.
+
+    `narrow` names the states whose MLPs are narrowed (None: all). `policy` is what `compile` takes where none is given.
+    `activation` is the one that its MLPs were given (see `activation`), None where they have their own.
+
+    It stands in for the model in a pipeline: `config`, `device`, `dtype` and all else that it lacks are the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RouterConfig,
+        timestep: str | None = None,
+        narrow: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.narrow = None if narrow is None else tuple(narrow)
+        self.policy: RoutingPolicy | None = None
+        self.activation: str | None = None
+        self._given: Sequence[Mapping[str, Tensor]] = ()
+        self.router_config, self.model, self._timestep = config, model, timestep
+        self.routers = nn.ModuleList()
+        self.layout: Layout | None = None
+        self.routing: Routing | None = None
+        self._forward: Forward | None = None
+        self._handles: list[RemovableHandle] = []
+        self._experts: dict[str, nn.Module] = {}
+
+    @property
+    def timestep(self) -> str | None:
+        """The keyword that holds the timestep: as found, else as given; None where neither tells."""
+        return self.layout.timestep if self.layout is not None else self._timestep
+
+    def attach(self, layout: Layout) -> None:
+        """Create the routers for `layout` and hook the blocks; once per model."""
+        if self.layout is not None:
+            raise ElasticError("this model has its routers already")
+        reference = next(self.model.parameters())
+        with reference.device:
+            routers = [Router(self.router_config, block.dim, block.time_dim) for block in layout.blocks]
+        if self._given:
+            fill_routers(routers, layout, self._given)
+        self.routers.extend(router.to(reference.device, reference.dtype).train(self.training) for router in routers)
+        self.layout, self._given = layout, ()
+        self._hook()
+
+    def give_routers(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Parameters for the routers that `attach` will make: one mapping per block, in the order they are run in."""
+        if self.layout is not None:
+            raise ElasticError("this model has its routers already")
+        self._given = tensors
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Inside the ``with`` block the base model carries no hooks, as the compiler wants to see it."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self._hook()
+
+    def router_tensors(self) -> dict[str, Tensor]:
+        """The routers' parameters, detached, keyed ``<block name>/<parameter name>``."""
+        blocks = self.layout.blocks if self.layout else ()
+        return {
+            f"{block.name}/{name}": value.detach()
+            for block, router in zip(blocks, self.routers, strict=True)
+            for name, value in router.state_dict().items()
+        }
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self) -> None:
+        self._unhook()
+        self._experts = {}
+        for index, block in enumerate(self.layout.blocks if self.layout else ()):
+            module = self.model.get_submodule(block.name)
+            self._handles.append(
+                module.register_forward_pre_hook(BeforeBlock(self, module, index, block), with_kwargs=True)
+            )
+            for name in block.experts:
+                self._experts[f"{block.name}.{name}"] = module.get_submodule(name)
+            for mask in block.masks:
+                down = module.get_submodule(mask.module)
+                self._handles.append(down.register_forward_pre_hook(BeforeDown(self, mask)))
+            self._handles.append(module.register_forward_hook(AfterBlock(self, module, block), with_kwargs=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call as the base model; returns what it returns."""
+        if args:
+            signature = inspect.signature(self.model.forward)
+            signature.bind(*args, **kwargs)  # raises where an argument is missing, unknown or given twice
+            kwargs = signature.bind_partial(*args).arguments | kwargs
+        if self.layout is None:
+            self.attach(find_layout(self.model, kwargs, self.router_config.time_dim, self.timestep, self.narrow))
+        assert self.layout is not None
+        forward = Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
+        with self._within(forward), checkpointed(self.model, partial(self._within, forward)):
+            with dense_experts(self._experts):
+                output = self.model(**kwargs)
+            self.routing = forward.routing(self.router_config.widths)
+        return output
+
+    @contextmanager
+    def _within(self, forward: Forward) -> Iterator[None]:
+        """Hooks act for `forward`; it is emptied at the end, since its tensors hold the graph, which may hold it."""
+        outer, self._forward = self._forward, forward
+        try:
+            yield
+        finally:
+            self._forward = outer
+            if outer is not forward:
+                forward.clear()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's; ElasticError after the last one as long as the routers, made at the first call, are missing.
+
+        So the first of them tells pipelines the device, and an optimiser is not given all but the routers.
+        """
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse and self.layout is None:
+            raise ElasticError(
+                "the routers do not exist before the blocks are found, so these are not all parameters yet: "
+                "call the model once, or give elasticize(model, inputs=...) its inputs, before asking for them"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's own attribute where this one has none of that name.
+
+        Of private ones, those of the model's class alone: what others left on the model (a hook of accelerate's, with
+        the forward that it replaced) is not there for this module too. A method named forward_... (forward_with_cfg)
+        runs on this module, so that the ``self.forward`` inside it is the routed one.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")  # none yet while it is copied or unpickled
+            if model is None or name.startswith("__") or (name.startswith("_") and not hasattr(type(model), name)):
+                raise
+        try:
+            found = getattr(model, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its model: {error}"
+            ) from error
+        return MethodType(found.__func__, self) if name.startswith("forward_") and inspect.ismethod(found) else found
+
+    def cache_context(self, name: str, **progress: Any) -> Any:
+        """The base model's cache context; does nothing where it has none."""
+        context = getattr(self.model, "cache_context", None)
+        return context(name, **progress) if context else nullcontext()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write model.safetensors, routers.safetensors, config.json and elastic.json (see `storage`)."""
+        from edit_compile.elastic.storage import save_elastic
+
+        save_elastic(self, Path(folder), dtype)
