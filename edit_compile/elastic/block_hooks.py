@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import BlockLayout, ElasticError, MaskedInput, Place, positional_names
-from edit_compile.elastic.straight_through import Routing, channel_mask, choose_width, gate
-from passes.packing import Packing
+from edit_compile.elastic.recomputation import active_forward, in_backward
+from edit_compile.elastic.straight_through import channel_mask
 from runtime.routing.router import rows_of_steps, sinusoid
 
 if TYPE_CHECKING:
-    from edit_compile.elastic.layout import Layout
     from edit_compile.elastic.transformer import ElasticTransformer
-
-THRESHOLD = 0.5
-
-
-class Forward:
-    """What the hooks of one forward share."""
-
-    def __init__(self, kwargs: Mapping[str, Any], layout: Layout, hard: bool) -> None:
-        self.timestep, self.hard = kwargs[layout.timestep], hard
-        self._kwargs, self._samples = kwargs, layout.samples
-        self.gates: list[tuple[Tensor, Tensor]] = []
-        self.choices: list[tuple[Tensor, Tensor]] = []
-
-    def per_sample(self, value: Tensor, packing: Packing) -> Tensor:
-        """The rows of `value` with samples as dimension 0."""
-        samples = 0
-        if packing.folded:
-            assert self._samples is not None
-            samples = self._samples.count(self._kwargs)
-        return packing.per_sample(value, samples)[0].movedim(packing.dim, 0)
-
-    def routing(self, widths: tuple[float, ...]) -> Routing:
-        """All its decisions."""
-        probability, hard = (torch.stack(values, 1) for values in zip(*self.gates, strict=True))
-        soft, choice = (torch.stack(values, 1) for values in zip(*self.choices, strict=True))
-        return Routing(probability, hard, soft, choice, widths)
-
-    def clear(self) -> None:
-        """Forget the decisions."""
-        self.gates, self.choices = [], []
-
-
-@contextmanager
-def checkpointed(model: nn.Module, within: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside the ``with`` block, what diffusers' gradient checkpointing will compute again is computed `within()`.
-
-    The backward pass calls blocks when the forward is over; without this their hooks would do nothing then.
-    """
-    name = "_gradient_checkpointing_func"
-    own = {module: vars(module)[name] for module in model.modules() if name in vars(module)}
-    for module, function in own.items():
-        setattr(module, name, partial(_again, function, within))
-    try:
-        yield
-    finally:
-        for module, function in own.items():
-            setattr(module, name, function)
-
-
-def _again(function: Callable[..., Any], within: Callable[[], Any], block: Callable[..., Any], *args: Any) -> Any:
-    def inside(*args: Any) -> Any:
-        with within():
-            return block(*args)
-
-    return function(inside, *args)
 
 
 class BeforeBlock:
@@ -85,36 +28,47 @@ class BeforeBlock:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note this block's decisions."""
-        forward = self.elastic._forward
+        forward = active_forward(self.elastic)
         if forward is None:
+            self._dense_call()
             return
         states, embedding = self._inputs.of(args, kwargs)
         rows = [forward.per_sample(state, self.layout.packing(index)) for index, state in enumerate(states)]
         time = self._time(forward, embedding, rows[0])
         gate_logit, width_logits = self.elastic.routers[self.index](rows, time)
-        forward.gates.append(gate(gate_logit, THRESHOLD))
-        forward.choices.append(choose_width(width_logits))
+        forward.decide(self.index, gate_logit, width_logits)
+
+    def _dense_call(self) -> None:
+        """A call of the base model itself; ElasticError where it is one of an elastic forward, run again."""
+        if torch.compiler.is_compiling() or self.elastic.called_densely:
+            return
+        if in_backward():
+            raise ElasticError(
+                f"{self.layout.name} is computed again in the backward pass by something other than "
+                "torch.utils.checkpoint, so that it would run dense, unlike in the forward: use that for checkpointing"
+            )
+        self.elastic.called_densely = True
 
     def _time(self, forward: Forward, embedding: Tensor | None, like: Tensor) -> Tensor:
         if embedding is not None:
             return forward.per_sample(embedding, self.layout.time_packing)
         steps = rows_of_steps(torch.as_tensor(forward.timestep, device=like.device), len(like)).expand(len(like))
-        return sinusoid(steps, self.layout.time_dim).to(like.dtype)
+        return sinusoid(steps, self.layout.time_dim)
 
 
 class BeforeDown:
     """Masks the hidden channels at the input of an MLP's down-projection (equation 13)."""
 
-    def __init__(self, elastic: ElasticTransformer, mask: MaskedInput) -> None:
-        self.elastic, self.mask = elastic, mask
+    def __init__(self, elastic: ElasticTransformer, index: int, mask: MaskedInput) -> None:
+        self.elastic, self.index, self.mask = elastic, index, mask
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The masked input."""
-        forward = self.elastic._forward
+        forward = active_forward(self.elastic)
         if forward is None:
             return None
         (value,) = args
-        choice = forward.choices[-1][1]
+        choice = forward.decision(self.index).choice
         dim, rows = self.mask.packing.dim, len(choice)
         size = value.shape[dim]
         if size != rows and not (self.mask.packing.folded and size % rows == 0):
@@ -133,21 +87,21 @@ class BeforeDown:
 class AfterBlock:
     """Gates what the block added: x' = x + g (B(x) - x) (equation 8)."""
 
-    def __init__(self, elastic: ElasticTransformer, module: nn.Module, layout: BlockLayout) -> None:
-        self.elastic, self.layout = elastic, layout
+    def __init__(self, elastic: ElasticTransformer, module: nn.Module, index: int, layout: BlockLayout) -> None:
+        self.elastic, self.index, self.layout = elastic, index, layout
         self._inputs = _Inputs(module, layout)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The gated output."""
-        forward = self.elastic._forward
+        forward = active_forward(self.elastic)
         if forward is None:
             return None
         states, _ = self._inputs.of(args, kwargs)
         outputs, spec = pytree.tree_flatten(output)
-        gates = forward.gates[-1][1]
-        for index, ((target, _), before) in enumerate(zip(self.layout.states, states, strict=True)):
+        gates = forward.decision(self.index).gate
+        for state, ((target, _), before) in enumerate(zip(self.layout.states, states, strict=True)):
             after = outputs[target]
-            dim = self.layout.packing(index).dim
+            dim = self.layout.packing(state).dim
             shape = [1] * after.ndim
             shape[dim] = after.shape[dim]
             g = gates.repeat_interleave(shape[dim] // len(gates)).reshape(shape)

@@ -36,18 +36,26 @@ def expected_width(choice: Tensor, widths: Sequence[float]) -> Tensor:
     return choice @ torch.tensor(widths, dtype=choice.dtype, device=choice.device)
 
 
-def gate(logit: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Probability p = sigmoid(logit) and straight-through gate 1[p >= threshold] + p - stop_grad(p) (equation 7)."""
+def gate(logit: Tensor, threshold: float = 0.5, hard: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Probability p = sigmoid(logit) and straight-through gate 1[p >= threshold] + p - stop_grad(p) (equation 7).
+
+    `hard` (B,) is the gate's value where that was decided before.
+    """
     probability = torch.sigmoid(logit)
-    hard = (probability >= threshold).to(probability.dtype)
-    return probability, hard + (probability - probability.detach())
+    if hard is None:
+        hard = (probability >= threshold).to(probability.dtype)
+    return probability, hard.detach() + (probability - probability.detach())
 
 
-def choose_width(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities q (B, |S|), and the one-hot of the most likely width with their gradient (equations 10-12)."""
+def choose_width(logits: Tensor, hard: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Probabilities q (B, |S|), and the one-hot of the most likely width with their gradient (equations 10-12).
+
+    `hard` (B, |S|) is that one-hot where it was decided before.
+    """
     soft = torch.softmax(logits, dim=-1)
-    hard = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
-    return soft, hard + (soft - soft.detach())
+    if hard is None:
+        hard = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
+    return soft, hard.detach() + (soft - soft.detach())
 
 
 def channel_mask(choice: Tensor, widths: Sequence[float], start: int, hidden: int, total: int) -> Tensor:

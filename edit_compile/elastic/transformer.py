@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown, Forward, checkpointed
+from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown
+from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
+from edit_compile.elastic.recomputation import active
 from edit_compile.elastic.straight_through import Routing
 from passes.experts import dense_experts
 from runtime.bundle.spec import RouterConfig
@@ -80,7 +81,7 @@ class ElasticTransformer(nn.Module):
         self.routers = nn.ModuleList()
         self.layout: Layout | None = None
         self.routing: Routing | None = None
-        self._forward: Forward | None = None
+        self.called_densely = False
         self._handles: list[RemovableHandle] = []
         self._experts: dict[str, nn.Module] = {}
 
@@ -143,8 +144,8 @@ class ElasticTransformer(nn.Module):
                 self._experts[f"{block.name}.{name}"] = module.get_submodule(name)
             for mask in block.masks:
                 down = module.get_submodule(mask.module)
-                self._handles.append(down.register_forward_pre_hook(BeforeDown(self, mask)))
-            self._handles.append(module.register_forward_hook(AfterBlock(self, module, block), with_kwargs=True))
+                self._handles.append(down.register_forward_pre_hook(BeforeDown(self, index, mask)))
+            self._handles.append(module.register_forward_hook(AfterBlock(self, module, index, block), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the base model; returns what it returns."""
@@ -155,23 +156,14 @@ class ElasticTransformer(nn.Module):
         if self.layout is None:
             self.attach(find_layout(self.model, kwargs, self.router_config.time_dim, self.timestep, self.narrow))
         assert self.layout is not None
-        forward = Forward(kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
-        with self._within(forward), checkpointed(self.model, partial(self._within, forward)):
-            with dense_experts(self._experts):
+        forward = Forward(self, kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
+        try:
+            with active(forward), dense_experts(self._experts):
                 output = self.model(**kwargs)
             self.routing = forward.routing(self.router_config.widths)
-        return output
-
-    @contextmanager
-    def _within(self, forward: Forward) -> Iterator[None]:
-        """Hooks act for `forward`; it is emptied at the end, since its tensors hold the graph, which may hold it."""
-        outer, self._forward = self._forward, forward
-        try:
-            yield
         finally:
-            self._forward = outer
-            if outer is not forward:
-                forward.clear()
+            forward.clear()
+        return output
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
