@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.snapshot import Snapshot
+from edit_compile.elastic.adapters import adapters_aside, adds_nothing
 from edit_compile.elastic.layout import layout_of
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.assemble import Source, assemble, numbered_routers
@@ -246,9 +247,12 @@ class Tracer:
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
-        """The base model in eval mode without an elastic model's hooks; without a warning that every export repeats."""
+        """The base model in eval mode without an elastic model's hooks; without a warning that every export repeats.
+
+        Adapters that add nothing, as they are fused or switched off, are left out of sight.
+        """
         hooks = self.elastic.detached() if self.elastic is not None else nullcontext()
-        with hooks, undisturbed(self.model), warnings.catch_warnings():
+        with hooks, adapters_aside(self.model, adds_nothing), undisturbed(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
             yield
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edit_compile.elastic.adapters import is_adapter
 from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import BlockLayout, ElasticError, MaskedInput, Place, positional_names
 from edit_compile.elastic.recomputation import active_forward, in_backward
@@ -54,6 +55,15 @@ class BeforeBlock:
             return forward.per_sample(embedding, self.layout.time_packing)
         steps = rows_of_steps(torch.as_tensor(forward.timestep, device=like.device), len(like)).expand(len(like))
         return sinusoid(steps, self.layout.time_dim)
+
+
+def check_maskable(module: nn.Module, name: str) -> None:
+    """ElasticError where it cannot be told what masking the input of `module` does: it is neither layer nor adapter."""
+    if not (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_adapter(module)):
+        raise ElasticError(
+            f"{name} is a {type(module).__name__} now, where a linear or convolution was found, and what masking its "
+            "input does is not known: put it there before elasticize, or merge it"
+        )
 
 
 class BeforeDown:

@@ -11,6 +11,7 @@ import msgspec
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edit_compile.elastic.adapters import adapters_aside
 from passes.adapt import packings_within
 from passes.experts import dense_experts
 from passes.graph import BlockSite, MlpSite
@@ -109,12 +110,14 @@ def find_layout(
     """Run the passes on `model` called with `inputs`, and keep what routers need.
 
     `timestep` names the argument that holds the timestep, where its name does not tell. `narrow` names the states whose
-    MLPs are masked (see passes.streams); without it, all are.
+    MLPs are masked (see passes.streams); without it, all are. Adapters of peft are left out of sight: blocks are found,
+    and named, as they are without.
 
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    return layout_of(analyse(model, inputs, timestep, narrow), time_dim)
+    with adapters_aside(model):
+        return layout_of(analyse(model, inputs, timestep, narrow), time_dim)
 
 
 def layout_of(analysis: Analysis, time_dim: int) -> Layout:

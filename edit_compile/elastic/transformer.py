@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown
+from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown, check_maskable
 from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
 from edit_compile.elastic.recomputation import active
@@ -83,6 +83,7 @@ class ElasticTransformer(nn.Module):
         self.routing: Routing | None = None
         self.called_densely = False
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[nn.Module] = []
         self._experts: dict[str, nn.Module] = {}
 
     @property
@@ -134,7 +135,7 @@ class ElasticTransformer(nn.Module):
 
     def _hook(self) -> None:
         self._unhook()
-        self._experts = {}
+        self._experts, self._hooked = {}, list(self._places())
         for index, block in enumerate(self.layout.blocks if self.layout else ()):
             module = self.model.get_submodule(block.name)
             self._handles.append(
@@ -144,8 +145,17 @@ class ElasticTransformer(nn.Module):
                 self._experts[f"{block.name}.{name}"] = module.get_submodule(name)
             for mask in block.masks:
                 down = module.get_submodule(mask.module)
+                check_maskable(down, f"{block.name}.{mask.module}")
                 self._handles.append(down.register_forward_pre_hook(BeforeDown(self, index, mask)))
             self._handles.append(module.register_forward_hook(AfterBlock(self, module, index, block), with_kwargs=True))
+
+    def _places(self) -> Iterator[nn.Module]:
+        """What stands now where hooks belong: an adapter takes the place of the layer that it adapts, and leaves it."""
+        for block in self.layout.blocks if self.layout else ():
+            module = self.model.get_submodule(block.name)
+            yield module
+            for name in (*block.experts, *(mask.module for mask in block.masks)):
+                yield module.get_submodule(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the base model; returns what it returns."""
@@ -156,6 +166,8 @@ class ElasticTransformer(nn.Module):
         if self.layout is None:
             self.attach(find_layout(self.model, kwargs, self.router_config.time_dim, self.timestep, self.narrow))
         assert self.layout is not None
+        if list(self._places()) != self._hooked:
+            self._hook()
         forward = Forward(self, kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
         try:
             with active(forward), dense_experts(self._experts):
