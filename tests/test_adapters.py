@@ -134,7 +134,7 @@ def test_the_model_itself_still_runs_dense_and_keeps_its_names(tmp_path: Any) ->
     assert elastic.router_tensors().keys() == names
     elastic.save_pretrained(tmp_path)
     fresh, _ = model_and_inputs()
-    with pytest.raises(ElasticError, match="lacks proj_out.bias"):
+    with pytest.raises(ElasticError, match=r"lacks proj_out\.bias"):
         load_elastic(tmp_path, copy.deepcopy(fresh))
     adapt(fresh, seed=9)
     again = load_elastic(tmp_path, fresh)

@@ -1,6 +1,6 @@
 """Adapters of the peft library around a model's layers (LoRA and its kin), told by the package that defines them.
 
-An adapter that can be merged is linear in the input of the layer it adapts, whatever it makes of the weights (DoRA too):
+An adapter that can be merged is linear in the input of its layer, whatever it makes of the weights (DoRA too):
 
     y  =  W x + b + dW x  =  (W + dW) x + b
 
