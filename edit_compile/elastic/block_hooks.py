@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,8 @@ class BeforeBlock:
         states, embedding = self._inputs.of(args, kwargs)
         rows = [forward.per_sample(state, self.layout.packing(index)) for index, state in enumerate(states)]
         time = self._time(forward, embedding, rows[0])
-        gate_logit, width_logits = self.elastic.routers[self.index](rows, time)
+        with _without_autocast(rows[0].device.type):  # routers compute in the dtype of their parameters
+            gate_logit, width_logits = self.elastic.routers[self.index](rows, time)
         forward.decide(self.index, gate_logit, width_logits)
 
     def _dense_call(self) -> None:
@@ -55,6 +57,10 @@ class BeforeBlock:
             return forward.per_sample(embedding, self.layout.time_packing)
         steps = rows_of_steps(torch.as_tensor(forward.timestep, device=like.device), len(like)).expand(len(like))
         return sinusoid(steps, self.layout.time_dim)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_maskable(module: nn.Module, name: str) -> None:

@@ -3,11 +3,12 @@
 model.safetensors      the base model, under its own names
 config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
-elastic.json           schema, RouterConfig, Layout, the elastic model's narrow, activation and policy, and which
-                       linears are centred (see `edit_compile.elastic.centring`)
+elastic.json           schema, RouterConfig, Layout, the elastic model's narrow, activation, policy and router_dtype,
+                       and which linears are centred (see `edit_compile.elastic.centring`)
 
 Schema 1 had no narrow, activation and policy: it is read as if they were not set. Schemas 1 and 2 had no names of the
-states in the layout: blocks must then be called as they were found. Up to schema 3 no linear is centred.
+states in the layout: blocks must then be called as they were found. Up to schema 3 no linear is
+centred, up to 4 routers have no dtype of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -34,12 +35,14 @@ from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
 
-SCHEMA = 4
-_READ = (1, 2, 3, SCHEMA)
+SCHEMA = 5
+_READ = (1, 2, 3, 4, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `elastic` to `folder`, all of it or nothing; floating-point tensors as `dtype` where given.
+
+    Routers with a dtype of their own keep it.
 
     Raises ElasticError where `folder` holds something else.
     """
@@ -55,11 +58,14 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         "activation": elastic.activation,
         "policy": asdict(elastic.policy) if elastic.policy is not None else None,
         "centred": centred_names(elastic.model),
+        "router_dtype": None if elastic.router_dtype is None else str(elastic.router_dtype).removeprefix("torch."),
     }
     as_json: Any = getattr(elastic.model, "to_json_string", None)
     with written_whole(folder) as place:
         save_file(separate(_cast(elastic.model.state_dict(), dtype)), place / "model.safetensors")
-        save_file(separate(_cast(elastic.routers.state_dict(), dtype)), place / "routers.safetensors")
+        save_file(
+            separate(_cast(elastic.routers.state_dict(), elastic.router_dtype or dtype)), place / "routers.safetensors"
+        )
         if as_json is not None:
             (place / "config.json").write_text(as_json())
         (place / "elastic.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -105,7 +111,8 @@ def load_elastic(
             like = [Router(description.router, block.dim, block.time_dim) for block in description.layout.blocks]
         shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(like).state_dict().items()}
         routers.compare(shapes, "the routers that elastic.json describes")
-        elastic = ElasticTransformer(model, description.router, narrow=description.narrow)
+        own_dtype = None if description.router_dtype is None else getattr(torch, description.router_dtype)
+        elastic = ElasticTransformer(model, description.router, narrow=description.narrow, router_dtype=own_dtype)
         elastic.activation, elastic.policy = description.activation, description.policy
         if elastic.activation is not None:
             set_activation(model, elastic.activation)
@@ -126,6 +133,7 @@ class _Description:
     activation: str | None = None
     policy: RoutingPolicy | None = None
     centred: tuple[str, ...] = ()
+    router_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
 
 
 def _read(folder: Path) -> _Description:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ def elasticize(
     config: RouterConfig | None = None,
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
+    router_dtype: torch.dtype | None = None,
 ) -> ElasticTransformer:
     """Put a fully open router before every block of `model`.
 
@@ -43,10 +45,12 @@ def elasticize(
         timestep: name of the forward's timestep argument, where it cannot be told.
         narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
             MLPs are full at every width. Without it, all are narrowed.
+        router_dtype: dtype that the routers have and compute in, and keep when the model is cast (torch.float32 to
+            train routers of a bfloat16 model); without it, that of the model.
     """
     if isinstance(model, ElasticTransformer):
         raise ElasticError("this model is elastic already: train it, or compile it")
-    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
+    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow, router_dtype)
     if inputs is not None:
         elastic.attach(find_layout(model, inputs, elastic.router_config.time_dim, timestep, elastic.narrow))
     return elastic
@@ -71,8 +75,12 @@ class ElasticTransformer(nn.Module):
         config: RouterConfig,
         timestep: str | None = None,
         narrow: Sequence[str] | None = None,
+        router_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if router_dtype is not None and not router_dtype.is_floating_point:
+            raise ElasticError(f"router_dtype is {router_dtype}: routers need a floating-point dtype")
+        self.router_dtype = router_dtype
         self.narrow = None if narrow is None else tuple(narrow)
         self.policy: RoutingPolicy | None = None
         self.activation: str | None = None
@@ -100,9 +108,17 @@ class ElasticTransformer(nn.Module):
             routers = [Router(self.router_config, block.dim, block.time_dim) for block in layout.blocks]
         if self._given:
             fill_routers(routers, layout, self._given)
-        self.routers.extend(router.to(reference.device, reference.dtype).train(self.training) for router in routers)
+        dtype = self.router_dtype or reference.dtype
+        self.routers.extend(router.to(reference.device, dtype).train(self.training) for router in routers)
         self.layout, self._given = layout, ()
         self._hook()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module's (`to`, `half`, `cuda`, ...), but routers keep a dtype of their own."""
+        super()._apply(fn, recurse=False)
+        self.model._apply(fn)
+        self.routers._apply(fn if self.router_dtype is None else partial(_moved, fn))
+        return self
 
     def give_routers(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         """Parameters for the routers that `attach` will make: one mapping per block, in the order they are run in."""
@@ -222,3 +238,9 @@ class ElasticTransformer(nn.Module):
         from edit_compile.elastic.storage import save_elastic
 
         save_elastic(self, Path(folder), dtype)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What `fn` makes of `tensor`, in the dtype that it has."""
+    changed = fn(tensor)
+    return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from edit_compile.files import write_file_atomically
 from edit_compile.training.average import Ema
 from edit_compile.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from edit_compile.training.optimizer import load_states, make_optimizer, states_of
 from edit_compile.training.order import StepSampler, seed_of
+from edit_compile.training.sharding import shard, whole
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,11 @@ class TrainConfig:
 
     The learning rate rises over `warmup_steps`, stays, and falls linearly to zero in the last `decay_steps`.
     `batch_size` counts samples per process and micro step; `ema_decay` is the average's decay per step (it starts
-    smaller). `lr_multipliers` are (substring of a parameter name, factor) pairs; the first that matches counts.
+    smaller); without one (0 or None) none is kept. Frozen parameters are neither averaged nor optimised.
+    `precision` "bfloat16" computes under autocast, with parameters as they are (float32, if they are trained) and
+    routers in their own dtype. `shard` splits parameters, gradients, averages and the optimiser's states over the
+    processes (FSDP2); without it each process has all (DDP). `lr_multipliers` are (substring of a parameter name,
+    factor) pairs; the first that matches counts.
     """
 
     output: Path
@@ -67,7 +73,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float | None = 0.999
     accumulate: int = 1
     seed: int = 0
     checkpoint_every: int = 200
@@ -76,6 +82,8 @@ class TrainConfig:
     workers: int = 0
     compile: bool = False
     cpu: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    shard: bool = False
     lr_multipliers: tuple[tuple[str, float], ...] = ()
 
 
@@ -95,6 +103,7 @@ def train(task: Task, config: TrainConfig) -> Path:
     Raises:
         TrainingError: a gradient is not finite.
         CheckpointError: the newest checkpoint cannot be read.
+        OptimizerError: nothing is to be trained, or something else than the newest checkpoint did.
     """
     return _Run(task, config).run()
 
@@ -105,13 +114,23 @@ class _Run:
         self.accelerator = Accelerator(cpu=config.cpu, gradient_accumulation_steps=config.accumulate)
         torch.manual_seed(config.seed)
         self.module = task.model()
-        self.optimizer = _optimizer(self.module, config)
-        self.ema = Ema(self.module, config.ema_decay)
-        self.step = self._resume()
+        checkpoint = self._newest()
+        if checkpoint is not None:
+            self.module.load_state_dict(checkpoint.model)
+        self.step = checkpoint.step if checkpoint is not None else 0
+        self.sharded = config.shard and self.accelerator.num_processes > 1
+        if self.sharded:
+            shard(self.module, self.accelerator.device, self.accelerator.num_processes)
+        else:
+            self.module.to(self.accelerator.device)
+        self.optimizer = make_optimizer(self.module, config)
+        self.ema = Ema(self.module, config.ema_decay, checkpoint.ema if checkpoint is not None else None)
+        if checkpoint is not None:
+            load_states(self.optimizer, checkpoint.optimizer)
         if config.compile:
             self.module.compile()
-        self.prepared, self.prepared_optimizer = self.accelerator.prepare(self.module, self.optimizer)
-        self.ema.values = {n: v.to(self.accelerator.device) for n, v in self.ema.values.items()}
+        self.prepared_optimizer = self.accelerator.prepare(self.optimizer)
+        self.prepared = self.module if self.sharded else self.accelerator.prepare(self.module)
 
     def run(self) -> Path:
         batches, started, seen = self._batches(), time.perf_counter(), 0
@@ -142,7 +161,8 @@ class _Run:
             batch = _to_device(next(batches), self.accelerator.device)
             torch.manual_seed(seed_of(self.config.seed, 1 + self.step, micro, self.accelerator.process_index))
             with self.accelerator.accumulate(self.prepared):
-                losses = self.task.loss(self.prepared, batch)
+                with torch.autocast(self.accelerator.device.type, torch.bfloat16, self.config.precision == "bfloat16"):
+                    losses = self.task.loss(self.prepared, batch)
                 self.accelerator.backward(losses["loss"])
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip)
@@ -193,41 +213,40 @@ class _Run:
         return self.config.output / "checkpoints"
 
     def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        names = [name for group in self.optimizer.param_groups for name in group["names"]]
-        states = self.optimizer.state_dict()["state"]
-        optimizer = {f"{names[i]}/{key}": torch.as_tensor(v) for i, state in states.items() for key, v in state.items()}
-        config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self.config).items()}
-        model = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
-        save_checkpoint(
-            self._folder, Checkpoint(self.step, model, self.ema.values, optimizer, config), self.config.keep
+        checkpoint = Checkpoint(
+            self.step,
+            self._on_main(self.module.state_dict()),
+            self._on_main(self.ema.values),
+            self._on_main(states_of(self.optimizer)),
+            _plain(self.config),
         )
+        if self.accelerator.is_main_process:
+            save_checkpoint(self._folder, checkpoint, self.config.keep)
+        self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> int:
+    def _on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in the main process's memory, one tensor gathered at a time; nothing in the others."""
+        kept = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if self.accelerator.is_main_process:
+                kept[name] = full.to("cpu", copy=True)
+        return kept
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, None for a new run."""
         self.config.output.mkdir(parents=True, exist_ok=True)
         found = list_checkpoints(self._folder)
-        if not found:
-            self._trim_metrics(0)
-            return 0
-        checkpoint = load_checkpoint(found[-1])
-        self.module.load_state_dict(checkpoint.model)
-        self.ema.values = checkpoint.ema
-        names = [name for group in self.optimizer.param_groups for name in group["names"]]
-        states: dict[int, dict[str, Tensor]] = {}
-        position = {name: i for i, name in enumerate(names)}
-        for key, tensor in checkpoint.optimizer.items():
-            name, _, state = key.rpartition("/")
-            states.setdefault(position[name], {})[state] = tensor
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
-        self._trim_metrics(checkpoint.step)
-        before, now = checkpoint.config, json.loads(json.dumps(asdict(self.config), default=str))
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        if changed:
-            log.warning("%s goes on with other settings than it began with: %s", found[-1], ", ".join(changed))
-        log.info("resumed %s at step %d", found[-1], checkpoint.step)
-        return checkpoint.step
+        checkpoint = load_checkpoint(found[-1]) if found else None
+        self.accelerator.wait_for_everyone()
+        self._trim_metrics(checkpoint.step if checkpoint is not None else 0)
+        if checkpoint is not None:
+            before, now = checkpoint.config, json.loads(json.dumps(_plain(self.config)))
+            changed = sorted(name for name in now if name in before and before[name] != now[name])
+            if changed:
+                log.warning("%s goes on with other settings than it began with: %s", found[-1], ", ".join(changed))
+            log.info("resumed %s at step %d", found[-1], checkpoint.step)
+        return checkpoint
 
     def _trim_metrics(self, step: int) -> None:
         """Drop the records of steps that will be run again."""
@@ -241,19 +260,9 @@ class _Run:
         return Progress(*columns, disable=not self.accelerator.is_main_process)
 
 
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one parameter group per learning-rate multiplier and weight-decay setting (none on vectors)."""
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        multiplier = next((factor for part, factor in config.lr_multipliers if part in name), 1.0)
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        settings = {"params": [], "names": [], "lr_multiplier": multiplier, "weight_decay": decay}
-        group = groups.setdefault((multiplier, decay), settings)
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=config.betas)
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
