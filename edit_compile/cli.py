@@ -86,12 +86,34 @@ def _expected() -> tuple[type[Exception], ...]:
 @app.command()
 @plain_errors
 def train(
-    task: Annotated[str, typer.Argument(help="path/to/file.py:TaskClass")],
+    task: Annotated[str, typer.Argument(help="path/to/file.py:TaskClass; with --estimate, a model as for compile")],
     settings: Annotated[list[str] | None, typer.Argument(help="fields of TrainConfig as name=value")] = None,
     output: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")] = Path("runs/train"),
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="say what memory training takes instead; needs no weights")
+    ] = False,
+    inputs: Annotated[
+        Path | None, typer.Option(help="with --estimate: safetensors file with a micro batch of keyword arguments")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="with --estimate: of LoRA")] = 16,
+    processes: Annotated[int, typer.Option(min=1, help="with --estimate: devices that shard=true shares over")] = 1,
+    dtype: Annotated[str, typer.Option(help="with --estimate: what is computed in")] = "bfloat16",
 ) -> None:
-    """Train a task's model, dense or elastic."""
-    from edit_compile.loading import load_object, parse_overrides
+    """Train a task's model, dense or elastic, or estimate the memory that it takes."""
+    from edit_compile.loading import UserError, load_inputs, load_model, load_object, parse_dtype, parse_overrides
+
+    if estimate:
+        from edit_compile.training.estimate import estimate_model
+
+        if inputs is None:
+            raise UserError("--estimate needs --inputs: a file with keyword arguments of the model's forward")
+        if settings:
+            raise UserError(f"--estimate takes no settings, but was given {settings[0]!r}")
+        precision = parse_dtype(dtype)
+        assert precision is not None
+        loaded = load_model(task, hollow=True)
+        console.print(estimate_model(loaded, load_inputs(inputs), precision, rank=rank, processes=processes))
+        return
     from edit_compile.training.train import TrainConfig
     from edit_compile.training.train import train as run
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,27 +27,30 @@ class UserError(Exception):
     """Something asked for on the command line is not there or makes no sense; the message is one sentence."""
 
 
-def load_model(where: str, dtype: torch.dtype | None = None, bare: bool = False) -> nn.Module:
+def load_model(where: str, dtype: torch.dtype | None = None, bare: bool = False, hollow: bool = False) -> nn.Module:
     """An elastic folder, a saved diffusers transformer or pipeline, or ``path/to/file.py:name`` (a class or function).
 
     In eval mode, and as `dtype` where given. `bare`: a diffusers folder that holds a config and no weights gives the
-    model on the meta device. Raises UserError where it is none of them.
+    model on the meta device. `hollow`: a diffusers folder, or the config.json in it, does so even where it holds
+    weights, and a class or function is called with that device. Raises UserError where it is none of them.
     """
-    model = _load_model(where, bare)
+    model = _load_model(where, bare, hollow)
     return model.to(dtype) if dtype else model
 
 
-def _load_model(where: str, bare: bool) -> nn.Module:
+def _load_model(where: str, bare: bool, hollow: bool) -> nn.Module:
     if ".py:" in where:
-        return _called(where)
-    folder = Path(where)
+        with torch.device("meta") if hollow else nullcontext():
+            return _called(where)
+    folder = Path(where).parent if hollow and Path(where).name == "config.json" else Path(where)
     if (folder / "elastic.json").is_file():
         from edit_compile.elastic.storage import load_elastic
 
         return load_elastic(folder)
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").is_file():
-            return _diffusers_model(candidate, bare)
+            empty = hollow or (bare and not any(candidate.glob("*.safetensors")))
+            return _diffusers_model(candidate, empty)
     raise UserError(
         f"{where} is neither an elastic model, nor a saved diffusers transformer or pipeline, nor path/to/file.py:name"
     )
@@ -160,14 +164,14 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _diffusers_model(folder: Path, bare: bool) -> nn.Module:
+def _diffusers_model(folder: Path, empty: bool) -> nn.Module:
     import diffusers
 
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise UserError(f"{folder / 'config.json'} names the class {name!r}, which is not a diffusers model")
-    if bare and not any(folder.glob("*.safetensors")):
+    if empty:
         with torch.device("meta"):
             skeleton: nn.Module = found.from_config(found.load_config(folder))
         return skeleton.eval()
