@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import edit_compile
 from edit_compile import ElasticTransformer, RoutingPolicy
+from edit_compile.cli import app
+from edit_compile.loading import load_object
 from edit_compile.training.checkpoint import list_checkpoints, load_checkpoint
 from edit_compile.training.optimizer import OptimizerError
 from edit_compile.training.train import train
@@ -188,3 +192,15 @@ def test_routers_keep_a_dtype_of_their_own(tmp_path: Path) -> None:
     assert {p.dtype for p in again.routers.parameters()} == {torch.float32}
     assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
     assert again.to("meta").routers[0].gate.weight.is_meta
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_the_documentation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, after = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    (tmp_path / "task.py").write_text(task)
+    monkeypatch.chdir(tmp_path)
+    settings = ["steps=2", "batch_size=1", "precision=bfloat16", "cpu=true"]
+    result = CliRunner().invoke(app, ["train", "task.py:RouterTask", *settings, "--output", "runs"])
+    assert result.exit_code == 0, result.output
+    exec(after, {"RouterTask": load_object("task.py:RouterTask"), "runs": tmp_path / "runs"})
+    assert edit_compile.load_elastic(tmp_path / "elastic").router_dtype == torch.float32
