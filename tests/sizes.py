@@ -40,10 +40,11 @@ class FluxTask:
 
     def model(self) -> ElasticTransformer:
         model, inputs = tiny_flux(double=1, single=1)
-        model = self.prepared(randomised(model))
         if FluxTask.layout is None:
-            FluxTask.layout = find_layout(model, dict(inputs), time_dim=256)
-        elastic = elasticize(model, config=RouterConfig(hidden=16), router_dtype=self.router_dtype)
+            FluxTask.layout = find_layout(randomised(model), dict(inputs), time_dim=256)
+        elastic = elasticize(
+            self.prepared(randomised(model)), config=RouterConfig(hidden=16), router_dtype=self.router_dtype
+        )
         elastic.attach(FluxTask.layout)
         self.positions = {name: inputs[name] for name in ("img_ids", "txt_ids")}
         elastic.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
