@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from edit_compile.calls.recorded_model import PARTS
 from edit_compile.calls.recorder import record
 from edit_compile.files import write_file_atomically
 from edit_compile.loading import UserError, parse_dtype
@@ -48,15 +50,21 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def record_prompts(settings: Settings, folder: Path, limit: int, console: Console) -> int:
-    """Record one generation for each prompt into `folder`, those left out that it has; returns how many were made.
+    """Record one generation for each prompt into `folder`; returns how many were made.
+
+    Of a pipeline with two transformers each has a folder of its own in `folder`, by its name, and `limit` is for each.
 
     Raises UserError where the folder was recorded with other settings, or the pipeline does not take one of them;
     CallsError as `edit_compile.record`.
     """
     pipe = load_pipeline(settings.pipeline, parse_dtype(settings.dtype))
     options = options_for(pipe, settings)
-    with record(pipe, folder, limit=limit) as recorder:
-        done = recorder.count
+    with ExitStack() as stack:
+        recorders = {
+            part: stack.enter_context(record(pipe, place, limit=limit, part=part))
+            for part, place in _places(pipe, folder).items()
+        }
+        done = _done(folder, {part: recorder.count for part, recorder in recorders.items()})
         if done:
             _check_same(folder / SETTINGS, settings, done)
         write_file_atomically(folder / SETTINGS, msgspec.json.encode(settings).decode())
@@ -64,11 +72,26 @@ def record_prompts(settings: Settings, folder: Path, limit: int, console: Consol
         for number in track(numbers, "recording", console=console, disable=not numbers):
             generator = torch.Generator().manual_seed(settings.seed + number)
             pipe(prompt=settings.prompts[number], generator=generator, **options)
-            if recorder.count != number + 1:
-                raise UserError(
-                    f"{type(pipe).__name__} made an image without calling its transformer: nothing to record"
-                )
+            for part, recorder in recorders.items():
+                if recorder.count != number + 1:
+                    raise UserError(
+                        f"{type(pipe).__name__} made an image without calling its {part}: nothing of it to record"
+                    )
     return len(numbers)
+
+
+def _places(pipe: Any, folder: Path) -> dict[str, Path]:
+    """The folder of each transformer of the pipeline."""
+    there = [part for part in PARTS if getattr(pipe, part, None) is not None]
+    return {PARTS[0]: folder} if len(there) < 2 else {part: folder / part for part in there}
+
+
+def _done(folder: Path, counts: Mapping[str, int]) -> int:
+    """How many generations there are; UserError where a run was killed between those of two transformers."""
+    if len(set(counts.values())) > 1:
+        told = " and ".join(f"{count} of {part}" for part, count in counts.items())
+        raise UserError(f"{folder} holds {told}, not as many of each: give another folder")
+    return next(iter(counts.values()))
 
 
 def load_pipeline(where: str, dtype: torch.dtype | None) -> Any:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.snapshot import Snapshot
 from edit_compile.elastic.layout import layout_of
+from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.assemble import Source, assemble, numbered_routers
 from passes.check import CheckError, check_equal, masked
@@ -35,8 +36,6 @@ from runtime.face.arguments import argument_names, find_glue, flatten
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider, RoutingPolicy
 from runtime.routing.schedule import ScheduledPolicy
-
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
 

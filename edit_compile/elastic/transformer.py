@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown, Forward, checkpointed
 from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
+from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace
 from edit_compile.elastic.straight_through import Routing
 from passes.experts import dense_experts
 from runtime.bundle.spec import RouterConfig
@@ -25,7 +26,7 @@ from runtime.routing.router import Router
 
 def elasticize(
     model: nn.Module,
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    inputs: Inputs | RecordedCalls | None = None,
     *,
     config: RouterConfig | None = None,
     timestep: str | None = None,
@@ -36,8 +37,8 @@ def elasticize(
     Args:
         model: any DiT whose blocks are entries of ModuleLists; changed by forward hooks only, which act only inside the
             elastic model's forward: its state-dict names stay, and calling it directly still runs it dense.
-        inputs: keyword arguments of its forward (or several such, one per shape), to find the blocks with; without
-            them, they are found at the first call.
+        inputs: keyword arguments of its forward (or several such, one per shape; or a `Recording` of its calls), to
+            find the blocks with; without them, they are found at the first call.
         config: form of the routers.
         timestep: name of the forward's timestep argument, where it cannot be told.
         narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
@@ -47,7 +48,8 @@ def elasticize(
         raise ElasticError("this model is elastic already: train it, or compile it")
     elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow)
     if inputs is not None:
-        elastic.attach(find_layout(model, inputs, elastic.router_config.time_dim, timestep, elastic.narrow))
+        chosen = first_trace(model, inputs)
+        elastic.attach(find_layout(model, chosen, elastic.router_config.time_dim, timestep, elastic.narrow))
     return elastic
 
 
@@ -107,6 +109,13 @@ class ElasticTransformer(nn.Module):
         if self.layout is not None:
             raise ElasticError("this model has its routers already")
         self._given = tensors
+
+    @property
+    def untrained(self) -> bool:
+        """Whether all routers are as `elasticize` makes them, fully open, or are yet to be made so."""
+        if self.layout is None:
+            return not self._given
+        return all(isinstance(router, Router) and router.fully_open for router in self.routers)
 
     @contextmanager
     def detached(self) -> Iterator[None]:
