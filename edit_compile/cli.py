@@ -221,11 +221,13 @@ def tune(
     budget: Annotated[list[str] | None, typer.Option(help="a tier by its share of the dense FLOPs: fast=.36")] = None,
     quality: Annotated[list[str] | None, typer.Option(help="a tier by its least PSNR in dB: good=33")] = None,
     engine: EngineOfBundle = None,
+    work: Annotated[Path | None, typer.Option(help="folder to go on from after a run that was killed")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="draw quality against time as this image")] = None,
 ) -> None:
     """Find tiers of quality on recorded calls, and write them into a bundle."""
-    from edit_compile.tuning.command import tune_bundle
+    from edit_compile.tuning.command import Asked, tune_bundle
 
-    tune_bundle(bundle, calls, budget or (), quality or (), engine, output, console)
+    tune_bundle(Asked(bundle, calls, output, budget or (), quality or (), engine, work, picture), console)
 
 
 @app.command()

@@ -52,7 +52,7 @@ def known(tuned: edit_compile.Tuned, name: str) -> tuple[str, ...]:
         f"{tier.flops_share:.0%}",
         f"{tier.times_faster:.2f}",
         f"{tier.quality_db:.1f} ({low:.1f} to {high:.1f})",
-        f"{tuned.fewer_steps[name]:.1f}",
+        f"{tuned.fewer_steps[name].value:.1f}",
     )
 
 
