@@ -117,11 +117,15 @@ def record(
     width: Annotated[int | None, typer.Option(min=1, help="in pixels")] = None,
     limit: Annotated[int, typer.Option(min=1, help="bytes on disk; beyond it every second one is dropped")] = 4 << 30,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32")] = None,
+    argument: Annotated[
+        list[str] | None, typer.Option(help="another of its call, as true_cfg_scale=4 or negative_prompt=blurred")
+    ] = None,
 ) -> None:
     """Record the calls that a pipeline's transformer gets, a generation for each prompt."""
-    from edit_compile.calls.record_prompts import Settings, read_prompts, record_prompts
+    from edit_compile.calls.record_prompts import Settings, parse_arguments, read_prompts, record_prompts
 
-    settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype)
+    more = parse_arguments(argument or ())
+    settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype, more)
     made = record_prompts(settings, output, limit, errors)
     typer.echo(f"recorded {made} generations into {output}, {len(settings.prompts) - made} were there")
 

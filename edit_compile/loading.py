@@ -32,21 +32,18 @@ def load_model(where: str, dtype: torch.dtype | None = None, bare: bool = False)
     In eval mode, and as `dtype` where given. `bare`: a diffusers folder that holds a config and no weights gives the
     model on the meta device. Raises UserError where it is none of them.
     """
-    model = _load_model(where, bare)
-    return model.to(dtype) if dtype else model
-
-
-def _load_model(where: str, bare: bool) -> nn.Module:
     if ".py:" in where:
-        return _called(where)
+        model = _called(where)
+        return model.to(dtype) if dtype else model
     folder = Path(where)
     if (folder / "elastic.json").is_file():
         from edit_compile.elastic.storage import load_elastic
 
-        return load_elastic(folder)
+        model = load_elastic(folder)
+        return model.to(dtype) if dtype else model
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").is_file():
-            return _diffusers_model(candidate, bare)
+            return _diffusers_model(candidate, bare, dtype)
     raise UserError(
         f"{where} is neither an elastic model, nor a saved diffusers transformer or pipeline, nor path/to/file.py:name"
     )
@@ -103,7 +100,7 @@ def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:
         name, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override!r} is not of the form name=value")
-        fields[name] = _json_or_text(value)
+        fields[name] = json_or_text(value)
     known = kind.__dataclass_fields__  # type: ignore[attr-defined]
     unknown = [name for name in fields if name not in known]
     if unknown:
@@ -132,7 +129,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _json_or_text(value: str) -> Any:
+def json_or_text(value: str) -> Any:
+    """`value` as JSON where it is JSON, else as it is."""
     try:
         return json.loads(value)
     except ValueError:
@@ -160,7 +158,7 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _diffusers_model(folder: Path, bare: bool) -> nn.Module:
+def _diffusers_model(folder: Path, bare: bool, dtype: torch.dtype | None) -> nn.Module:
     import diffusers
 
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
@@ -170,6 +168,7 @@ def _diffusers_model(folder: Path, bare: bool) -> nn.Module:
     if bare and not any(folder.glob("*.safetensors")):
         with torch.device("meta"):
             skeleton: nn.Module = found.from_config(found.load_config(folder))
-        return skeleton.eval()
-    model: nn.Module = found.from_pretrained(folder, use_safetensors=True)
+        return (skeleton.to(dtype) if dtype else skeleton).eval()
+    # by the library, as its pipelines do: some models keep parts of theirs in float32
+    model: nn.Module = found.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
     return model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.progress import track
 from edit_compile.calls.recorded_model import PARTS
 from edit_compile.calls.recorder import record
 from edit_compile.files import write_file_atomically
-from edit_compile.loading import UserError, parse_dtype
+from edit_compile.loading import UserError, json_or_text, parse_dtype
 
 SETTINGS = "settings.json"
 
@@ -35,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: int | None = None
     width: int | None = None
     dtype: str | None = None
+    arguments: dict[str, Any] = {}
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -47,6 +48,17 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise UserError(f"{path} holds no prompts: write one on each line")
     return prompts
+
+
+def parse_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the pipeline's call from "name=value" texts, JSON where it is JSON; UserError for another form."""
+    found: dict[str, Any] = {}
+    for one in given:
+        name, sign, value = one.partition("=")
+        if not sign or not name.isidentifier() or name in found:
+            raise UserError(f"--argument {one}: say name=value, once for each name")
+        found[name] = json_or_text(value)
+    return found
 
 
 def record_prompts(settings: Settings, folder: Path, limit: int, console: Console) -> int:
@@ -124,6 +136,11 @@ def options_for(pipe: Any, settings: Settings) -> dict[str, Any]:
         if value is not None:
             _check_taken(pipe, taken, name, option)
             options[name] = value
+    for name, value in settings.arguments.items():
+        _check_taken(pipe, taken, name, f"--argument {name}")
+        if name in ("prompt", "generator", *options):
+            raise UserError(f"--argument {name}={value}: that is said by an option of its own")
+        options[name] = value
     if "output_type" in taken:
         options["output_type"] = "latent"  # nobody looks at the images: they need not be decoded
     return options
