@@ -21,7 +21,7 @@ from runtime.face.transformer import CompiledTransformer
 LEAST = 2
 """Generations to search by, and as many held out, that tuning needs."""
 EXPLAINED = 0.5
-"""Of what a sampler's steps move; where less of one is explained, a warning says so."""
+"""Part of what a step of the sampler moves; where less of it is explained, a warning says so."""
 
 
 def check_tiers(budget: Mapping[str, float], quality: Mapping[str, float]) -> None:
@@ -52,14 +52,8 @@ def split(
         )
     for number, generation in enumerate(generations):
         _check_generation(compiled, generation, f"recording[{number}]")
-    if any(generation.result is None for generation in generations):
-        warnings.warn(
-            "some generations were recorded without a result, so their quality is that of what the last call was given "
-            "and gave: record the pipeline, or say recorder.result(latents) in a loop of your own",
-            RuntimeWarning,
-            stacklevel=3,
-        )
     samplers = [_fitted(compiled, one, f"recording[{number}]") for number, one in enumerate(generations)]
+    _warn(generations, samplers)
     kept, parts = Work(work, compiled), (slice(None, -apart), slice(-apart, None))
     searched, predicted = (Trials(compiled, generations[part], samplers[part], kept) for part in parts)
     if searched.steps != predicted.steps:
@@ -93,15 +87,27 @@ def _check_generation(compiled: CompiledTransformer, generation: Generation, sai
 
 def _fitted(compiled: CompiledTransformer, generation: Generation, said: str) -> Sampler:
     try:
-        sampler = Sampler.fit(generation, *latents_of(compiled))
+        return Sampler.fit(generation, *latents_of(compiled))
     except CallsError as error:
         raise CallsError(f"{said}: {error}") from error
-    least = min(sampler.explained)
-    if least < EXPLAINED:
+
+
+def _warn(generations: Sequence[Generation], samplers: Sequence[Sampler]) -> None:
+    """Say what makes predictions worth less: no result, or a sampler that does more than is known of it."""
+    if any(generation.result is None for generation in generations):
         warnings.warn(
-            f"{said}: of step {sampler.explained.index(least)} of its sampler only {least:.0%} is explained by what "
-            "the model gave: unless the rest is noise that the sampler adds, do not trust what is predicted",
+            "some generations were recorded without a result, so their quality is that of what the last call was given "
+            "and gave: record the pipeline, or say recorder.result(latents) in a loop of your own",
             RuntimeWarning,
             stacklevel=4,
         )
-    return sampler
+    worst = [(min(sampler.explained), number) for number, sampler in enumerate(samplers)]
+    least, number = min(worst)
+    if least < EXPLAINED:
+        step = samplers[number].explained.index(least)
+        warnings.warn(
+            f"recording[{number}]: of step {step} of its sampler only {least:.0%} is explained by what the model gave: "
+            "unless the rest is noise that the sampler adds, do not trust what is predicted",
+            RuntimeWarning,
+            stacklevel=4,
+        )
