@@ -21,6 +21,7 @@ from edit_compile.loading import UserError
 from edit_compile.tuning.command import against_fewer_steps, parse_named
 from edit_compile.tuning.plot import quality_against_time
 from tests import programs
+from tests.models import tiny_plain
 from tests.test_tune import KINDS, STEPS, sampled
 
 Calls = list[Generation]
@@ -230,6 +231,15 @@ def test_calls_in_other_shapes_than_were_compiled(
         pytest.warns(RuntimeWarning, match="without a result"),
     ):
         edit_compile.tune(compiled, other, reach=3, repeats=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no routers")
+def test_what_is_not_compiled(recording: Calls) -> None:
+    model, _ = tiny_plain()
+    with pytest.raises(CallsError, match=r"compiled is a PlainDiT: give what edit_compile\.compile"):
+        edit_compile.tune(model, recording)
+    with pytest.raises(CallsError, match="nothing is compiled yet"):
+        edit_compile.tune(edit_compile.compile(model, engine="torch"), recording)
 
 
 def test_a_recording_of_another_class(compiled: CompiledTransformer, tmp_path: Path) -> None:

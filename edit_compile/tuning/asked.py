@@ -42,6 +42,7 @@ def split(
     compiled: CompiledTransformer, recording: Sequence[Generation] | Recording, held_out: int | None, work: Path | None
 ) -> tuple[Trials, Trials]:
     """Generations to search by, and others to predict by; CallsError where they cannot be tuned on."""
+    _check_compiled(compiled)
     _check_class(compiled, recording)
     generations = list(recording)
     apart = len(generations) // 2 if held_out is None else held_out
@@ -65,6 +66,14 @@ def _number(what: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise PolicyError(f"{what}[{name!r}] is a number, not {value!r}")
     return float(value)
+
+
+def _check_compiled(compiled: object) -> None:
+    if not isinstance(compiled, CompiledTransformer):
+        kind = type(compiled).__name__
+        raise CallsError(f"compiled is a {kind}: give what edit_compile.compile(model, inputs=recording) makes")
+    if not compiled.program.manifest.glues:
+        raise CallsError("nothing is compiled yet: edit_compile.compile(model, inputs=recording), or call it once")
 
 
 def _check_class(compiled: CompiledTransformer, recording: Sequence[Generation] | Recording) -> None:
