@@ -62,21 +62,24 @@ def tune_bundle(asked: Asked, console: Console) -> None:
 
 
 def against_fewer_steps(tuned: Tuned) -> Table:
-    """Each tier beside sampling with as many steps as it computes; below, which tiers are not worth having."""
+    """Each tier beside plain sampling: with as many steps as it computes, and with as many as take its time.
+
+    The last column says which of it and the latter is better; below, which tiers are not worth having.
+    """
     table = Table(title="beside fewer sampling steps, on the held-out generations")
-    for heading in ("tier", "computed steps", "dB", "seconds", "dB of as many steps", "seconds", "better"):
+    headings = ("tier", "steps computed", "dB", "dB of as many steps", "steps in its time", "better by, dB", "better")
+    for heading in headings:
         table.add_column(heading)
     worse = []
     for name, tier in tuned.tiers.items():
-        count, gain, seconds = tuned.computed_steps[name], tuned.gain[name], tuned.seconds[name]
+        rival, gain = tuned.steps_in_time[name], tuned.gain[name]
         better = "equal" if gain.value == 0 else "the tier" if gain.low > 0 else "the tier, not surely"
         if gain.value < 0:
-            better = f"{count} STEPS INSTEAD"
-            worse.append(f"{name} (sample with {count} steps)")
-        cells = f"{tier.quality_db or 0:.1f}", f"{seconds.tier:.3g}"
-        table.add_row(
-            name, str(count), *cells, f"{tuned.fewer_steps[name].value:.1f}", f"{seconds.fewer_steps:.3g}", better
-        )
+            better = f"{rival} STEPS INSTEAD"
+            worse.append(f"{name} (sample with {rival} steps)")
+        numbers = f"{tier.quality_db or 0:.1f}", f"{tuned.fewer_steps[name].value:.1f}", str(rival)
+        told = f"{gain.value:.1f} ({gain.low:.1f} to {gain.high:.1f})"
+        table.add_row(name, str(tuned.computed_steps[name]), *numbers, told, better)
     if worse:
         table.caption = f"plain fewer steps are better than {', '.join(worse)}: do not use these tiers"
     return table

@@ -89,12 +89,14 @@ def tune(
 
 def _predicted(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) -> Tuned:
     """What the candidates reach on generations that they were not searched by."""
-    tiers, fewer, gain, seconds = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean](), {}
+    tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
+    seconds, in_time = {}, {}
     machine = summary(describe_machine())
     for name, candidate in chosen.items():  # one after another, so that no more is held in memory than by two requests
         outcome = trials.outcome(candidate)
-        others = trials.fewer_steps(len(candidate.computed))
         mean, seconds[name] = mean_quality(outcome.decibels), seconds_of(trials, candidate, repeats)
+        in_time[name] = _steps_in_time(trials.steps, len(candidate.computed), seconds[name].times_faster)
+        others = trials.fewer_steps(in_time[name])
         tiers[name] = Tier(
             trials.policy(candidate),
             mean.value,
@@ -104,10 +106,15 @@ def _predicted(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) ->
             trials.steps,
             machine,
         )
-        fewer[name] = mean_quality(others)
+        fewer[name] = mean_quality(trials.fewer_steps(len(candidate.computed)))
         gain[name] = mean_quality([own - other for own, other in zip(outcome.decibels, others, strict=True)])
     counts = {name: len(candidate.computed) for name, candidate in chosen.items()}
-    return Tuned(tiers, counts, fewer, gain, seconds)
+    return Tuned(tiers, counts, fewer, in_time, gain, seconds)
+
+
+def _steps_in_time(steps: int, computed: int, times_faster: float) -> int:
+    """How many of the dense model's `steps` take as long as a tier, which takes at least that of those it computes."""
+    return min(max(computed, int(steps / times_faster)), steps)
 
 
 def _warn_of_quality(name: str, wanted: float, reached: float | None) -> None:

@@ -21,13 +21,15 @@ class Tuned:
         tiers: with their predicted quality and speed.
         computed_steps: how many steps each computes.
         fewer_steps: quality in dB of sampling with so many steps instead.
-        gain: by how many dB the tier is better than that, generation by generation.
+        steps_in_time: how many plain sampling steps take no longer than the tier, which reuses at a cost.
+        gain: by how many dB the tier is better than those, generation by generation.
         seconds: how long the calls of one generation took, on this machine.
     """
 
     tiers: Mapping[str, Tier[Decider]]
     computed_steps: Mapping[str, int]
     fewer_steps: Mapping[str, Mean]
+    steps_in_time: Mapping[str, int]
     gain: Mapping[str, Mean]
     seconds: Mapping[str, Seconds]
 
