@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from edit_compile.elastic.transformer import ElasticTransformer as ElasticTransformer
     from edit_compile.elastic.transformer import elasticize as elasticize
     from edit_compile.measuring.benchmarking import benchmark as benchmark
-    from edit_compile.tuning.tune import Tuned as Tuned
     from edit_compile.tuning.tune import tune as tune
+    from edit_compile.tuning.tuned import Tuned as Tuned
     from edit_compile.widths.channel_order import order_channels as order_channels
     from edit_compile.widths.ordered_mlp import OrderedMlp as OrderedMlp
     from edit_compile.widths.ordered_mlp import OrderError as OrderError
@@ -68,7 +68,8 @@ _HOMES = {
     "edit_compile.calls.result_quality": ("mean_quality", "quality"),
     "edit_compile.calls.sampler": ("Sampler",),
     "edit_compile.elastic.storage": ("load_elastic",),
-    "edit_compile.tuning.tune": ("Tuned", "tune"),
+    "edit_compile.tuning.tune": ("tune",),
+    "edit_compile.tuning.tuned": ("Tuned",),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),
     "runtime.routing.policy": ("RoutingPolicy",),

@@ -30,6 +30,10 @@ Bundle = Annotated[Path, typer.Argument(help="folder of a compiled bundle")]
 Model = Annotated[str, typer.Argument(help="elastic folder, saved diffusers model, or path/to/file.py:ClassName")]
 ModelName = typer.Option("--model", help="the model it was compiled from, as for `compile`")
 Inputs = Annotated[Path | None, typer.Option(help="safetensors file with the forward's keyword arguments")]
+Calls = Annotated[
+    Path | None, typer.Option(help="folder of recorded calls (edit-compile record), in the place of --inputs")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="default: those recorded, else 28")]
 Engine = Annotated[
     str, typer.Option(help="onnxruntime, torch or inductor; on a GPU onnxruntime-cuda, or, once built, tensorrt(-rtx)")
 ]
@@ -135,11 +139,15 @@ def record(
     width: Annotated[int | None, typer.Option(min=1, help="in pixels")] = None,
     limit: Annotated[int, typer.Option(min=1, help="bytes on disk; beyond it every second one is dropped")] = 4 << 30,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32")] = None,
+    argument: Annotated[
+        list[str] | None, typer.Option(help="another of its call, as true_cfg_scale=4 or negative_prompt=blurred")
+    ] = None,
 ) -> None:
     """Record the calls that a pipeline's transformer gets, a generation for each prompt."""
-    from edit_compile.calls.record_prompts import Settings, read_prompts, record_prompts
+    from edit_compile.calls.record_prompts import Settings, parse_arguments, read_prompts, record_prompts
 
-    settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype)
+    more = parse_arguments(argument or ())
+    settings = Settings(pipeline, read_prompts(prompts), steps, guidance, seed, height, width, dtype, more)
     made = record_prompts(settings, output, limit, errors)
     typer.echo(f"recorded {made} generations into {output}, {len(settings.prompts) - made} were there")
 
@@ -148,31 +156,41 @@ def record(
 @plain_errors
 def compile_model(
     model: Model,
-    inputs: Annotated[list[Path], typer.Option(help="safetensors file with keyword arguments; once per shape")],
+    inputs: Annotated[
+        list[Path] | None, typer.Option(help="safetensors file with keyword arguments; once per shape")
+    ] = None,
+    calls: Calls = None,
     output: Annotated[Path | None, typer.Option(help="folder to write the bundle to")] = None,
     widths: Annotated[str, typer.Option(help="shares of the MLPs' hidden channels")] = ".25,.5,.75,1",
     engine: Engine = "onnxruntime",
     preset: Preset = None,
     timestep: Annotated[str | None, typer.Option(help="the forward's timestep argument, if it cannot be told")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as saved")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; default: that of --calls, else float32 or as an elastic one is saved"
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be compiled; works without weights too")
     ] = False,
 ) -> None:
     """Compile a model into a bundle."""
+    from edit_compile.command_inputs import compile_inputs
     from edit_compile.compiling.compiler import compile as run
     from edit_compile.elastic.transformer import elasticize
-    from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
+    from edit_compile.loading import UserError, load_model, parse_numbers
     from passes.weightless import weightless
     from runtime.routing.policy import RoutingPolicy
 
     if output is None and not dry_run:
         raise UserError("give --output FOLDER to write the bundle to, or --dry-run")
-    loaded = load_model(model, parse_dtype(dtype), bare=dry_run)
+    given, chosen = compile_inputs(inputs or (), calls, dtype)
+    loaded = load_model(model, chosen, bare=dry_run)
     made = run(
         elasticize(loaded) if dry_run and weightless(loaded) else loaded,  # to show what routers would cost
         parse_numbers(widths),
-        inputs=[load_inputs(path) for path in inputs],
+        inputs=given,
         engine=engine,
         policy=RoutingPolicy.preset(preset) if preset else None,
         output=None if dry_run else output,
@@ -229,11 +247,13 @@ def tune(
     budget: Annotated[list[str] | None, typer.Option(help="a tier by its share of the dense FLOPs: fast=.36")] = None,
     quality: Annotated[list[str] | None, typer.Option(help="a tier by its least PSNR in dB: good=33")] = None,
     engine: EngineOfBundle = None,
+    work: Annotated[Path | None, typer.Option(help="folder to go on from after a run that was killed")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="draw quality against time as this image")] = None,
 ) -> None:
     """Find tiers of quality on recorded calls, and write them into a bundle."""
-    from edit_compile.tuning.command import tune_bundle
+    from edit_compile.tuning.command import Asked, tune_bundle
 
-    tune_bundle(bundle, calls, budget or (), quality or (), engine, output, console)
+    tune_bundle(Asked(bundle, calls, output, budget or (), quality or (), engine, work, picture), console)
 
 
 @app.command()
@@ -252,6 +272,7 @@ def verify(
     bundle: Bundle,
     model: Annotated[str | None, ModelName] = None,
     inputs: Inputs = None,
+    calls: Calls = None,
     engine: EngineOfBundle = None,
     tolerance: Annotated[
         float | None,
@@ -262,19 +283,21 @@ def verify(
 
     Status 1 where they differ.
     """
-    from edit_compile.bundles.beside_bundle import inputs_for, model_like
-    from edit_compile.bundles.verify import TOLERANCE, table_of
+    from edit_compile.bundles.beside_bundle import model_like
+    from edit_compile.bundles.verify import TOLERANCE, numbered, table_of
     from edit_compile.bundles.verify import verify as run
     from edit_compile.bundles.verify_widths import verify_widths
+    from edit_compile.command_inputs import forms_of
     from runtime.face.load import load
 
     compiled = load(bundle, engine=engine)
-    given = inputs_for(compiled, inputs)
+    given = forms_of(compiled, inputs, calls, errors)
     allowed = TOLERANCE.get(compiled.dtype, 1e-3) if tolerance is None else tolerance
     if model is None:
-        checks = list(verify_widths(compiled, given, allowed))
+        checks = numbered([list(verify_widths(compiled, form, allowed)) for form in given])
     else:
-        checks = run(compiled, model_like(compiled, model), given, allowed)
+        eager = model_like(compiled, model)
+        checks = numbered([run(compiled, eager, form, allowed) for form in given])
     against = "torch" if model is None else "the model"
     console.print(table_of(checks, f"{compiled.engine} on {compiled.device}, against {against}"))
     if not all(check.passed for check in checks):
@@ -287,8 +310,9 @@ def bench(
     bundle: Bundle,
     model: Annotated[str, ModelName],
     inputs: Inputs = None,
+    calls: Calls = None,
     engine: EngineOfBundle = None,
-    steps: Annotated[int, typer.Option(min=1)] = 28,
+    steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Budget = None,
     tier: Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")] = None,
@@ -297,7 +321,8 @@ def bench(
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
 ) -> None:
     """Time a bundle against its model, interleaved."""
-    from edit_compile.bundles.beside_bundle import apply_schedule, dense, inputs_for, model_like
+    from edit_compile.bundles.beside_bundle import apply_schedule, dense, model_like
+    from edit_compile.command_inputs import steps_of
     from edit_compile.loading import UserError
     from edit_compile.measuring.benchmarking import benchmark
     from runtime.face.load import load
@@ -305,8 +330,9 @@ def bench(
     if schedule is not None and tier is not None:
         raise UserError("--schedule and --tier both say what decides: give one of them")
     compiled = load(bundle, engine=engine, dispatch=dispatch, tier=tier)
-    apply_schedule(compiled, schedule, steps)
-    found = benchmark(dense(model_like(compiled, model)), compiled, inputs_for(compiled, inputs), steps, repeats)
+    given = steps_of(compiled, inputs, calls, steps, errors)
+    apply_schedule(compiled, schedule, len(given))
+    found = benchmark(dense(model_like(compiled, model)), compiled, given, repeats=repeats)
     console.print(found)
     if json:
         json.write_text(found.to_json() + "\n")
@@ -320,18 +346,19 @@ def plot(
     source: Annotated[Path, typer.Argument(help="a bundle, or a trace written by compiled.trace.to_json()")],
     output: Annotated[Path, typer.Option(help="image to write")] = Path("router.png"),
     inputs: Inputs = None,
+    calls: Calls = None,
     engine: EngineOfBundle = None,
-    steps: Annotated[int, typer.Option(min=1)] = 28,
+    steps: Steps = None,
 ) -> None:
     """Draw what the routers decided, over blocks and steps."""
-    from edit_compile.bundles.beside_bundle import inputs_for
     from edit_compile.bundles.verify import trace_of
+    from edit_compile.command_inputs import steps_of
     from edit_compile.measuring.plot import read_trace, router_heat_map, save
     from runtime.face.load import load
 
     if source.is_dir():
         compiled = load(source, engine=engine)
-        record = trace_of(compiled, inputs_for(compiled, inputs), steps)
+        record = trace_of(compiled, steps_of(compiled, inputs, calls, steps, errors))
     else:
         record = read_trace(source.read_text())
     console.print(f"wrote {save(router_heat_map(record), output)}")

@@ -34,23 +34,20 @@ def load_model(where: str, dtype: torch.dtype | None = None, bare: bool = False,
     model on the meta device. `hollow`: a diffusers folder, or the config.json in it, does so even where it holds
     weights, and a class or function is called with that device. Raises UserError where it is none of them.
     """
-    model = _load_model(where, bare, hollow)
-    return model.to(dtype) if dtype else model
-
-
-def _load_model(where: str, bare: bool, hollow: bool) -> nn.Module:
     if ".py:" in where:
         with torch.device("meta") if hollow else nullcontext():
-            return _called(where)
+            model = _called(where)
+        return model.to(dtype) if dtype else model
     folder = Path(where).parent if hollow and Path(where).name == "config.json" else Path(where)
     if (folder / "elastic.json").is_file():
         from edit_compile.elastic.storage import load_elastic
 
-        return load_elastic(folder)
+        model = load_elastic(folder)
+        return model.to(dtype) if dtype else model
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").is_file():
             empty = hollow or (bare and not any(candidate.glob("*.safetensors")))
-            return _diffusers_model(candidate, empty)
+            return _diffusers_model(candidate, empty, dtype)
     raise UserError(
         f"{where} is neither an elastic model, nor a saved diffusers transformer or pipeline, nor path/to/file.py:name"
     )
@@ -107,7 +104,7 @@ def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:
         name, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override!r} is not of the form name=value")
-        fields[name] = _json_or_text(value)
+        fields[name] = json_or_text(value)
     known = kind.__dataclass_fields__  # type: ignore[attr-defined]
     unknown = [name for name in fields if name not in known]
     if unknown:
@@ -136,7 +133,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _json_or_text(value: str) -> Any:
+def json_or_text(value: str) -> Any:
+    """`value` as JSON where it is JSON, else as it is."""
     try:
         return json.loads(value)
     except ValueError:
@@ -164,7 +162,7 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _diffusers_model(folder: Path, empty: bool) -> nn.Module:
+def _diffusers_model(folder: Path, empty: bool, dtype: torch.dtype | None) -> nn.Module:
     import diffusers
 
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
@@ -174,6 +172,7 @@ def _diffusers_model(folder: Path, empty: bool) -> nn.Module:
     if empty:
         with torch.device("meta"):
             skeleton: nn.Module = found.from_config(found.load_config(folder))
-        return skeleton.eval()
-    model: nn.Module = found.from_pretrained(folder, use_safetensors=True)
+        return (skeleton.to(dtype) if dtype else skeleton).eval()
+    # by the library, as its pipelines do: some models keep parts of theirs in float32
+    model: nn.Module = found.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
     return model.eval()

@@ -51,9 +51,9 @@ def flux_pipeline(transformer: nn.Module) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4),
         text_encoder=CLIPTextModel(_clip()).eval(),
-        tokenizer=_tokenizer(),
+        tokenizer=word_tokenizer(),
         text_encoder_2=T5EncoderModel(_t5()).eval(),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=word_tokenizer(),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -84,11 +84,11 @@ def sd3_pipeline(transformer: nn.Module) -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4),
         text_encoder=CLIPTextModelWithProjection(_clip()).eval(),
-        tokenizer=_tokenizer(),
+        tokenizer=word_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(_clip()).eval(),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=word_tokenizer(),
         text_encoder_3=T5EncoderModel(_t5(2 * TEXT)).eval(),
-        tokenizer_3=_tokenizer(),
+        tokenizer_3=word_tokenizer(),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -132,7 +132,7 @@ def _t5(width: int = TEXT) -> T5Config:
     return T5Config(vocab_size=len(WORDS), d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -82,7 +82,9 @@ def test_plot_draws_a_bundle_and_a_written_trace(bundle: Path, tmp_path: Path) -
     ("arguments", "said"),
     [
         (["inspect", "nowhere"], "there is no"),
-        (["compile", "nowhere", "--inputs", "i.safetensors", "--output", "o"], "nowhere"),
+        (["compile", "nowhere", "--inputs", "i.safetensors", "--output", "o"], "i.safetensors"),
+        (["compile", "nowhere", "--output", "o"], "--calls FOLDER"),
+        (["compile", "nowhere", "--calls", "here", "--output", "o"], "here is not a folder"),
         (["compile", "nowhere", "--inputs", "i.safetensors"], "--output"),
         (["train", "nothing.py:Task", "steps=1"], "nothing.py"),
         (["plot", "pyproject.toml"], "not a trace"),

@@ -66,7 +66,20 @@ def test_what_cannot_be_done_is_said_in_one_line(pipeline: Path, prompts: Path, 
     assert "holds no prompts" in run(pipeline, "--prompts", _file(tmp_path, "\n"), *rest[2:], code=2)
     assert "No such file" in run(pipeline, "--prompts", tmp_path / "missing.txt", *rest[2:], code=2)
     assert "'nonsense' is no floating-point type" in run(pipeline, *rest, "--dtype", "nonsense", code=2)
+    assert "say name=value" in run(pipeline, *rest, "--argument", "guidance", code=2)
+    assert "takes no 'loudness'" in run(pipeline, *rest, "--argument", "loudness=3", code=2)
+    said = run(pipeline, *rest, "--steps", 2, "--argument", "num_inference_steps=3", code=2)
+    assert "said by an option of its own" in said
     assert "more than limit=10" in run(pipeline, *rest, *OPTIONS, "--limit", 10, code=2)
+
+
+def test_other_arguments_of_the_pipelines_call(pipeline: Path, prompts: Path, tmp_path: Path) -> None:
+    given = (pipeline, "--prompts", prompts, "--output", tmp_path / "calls", *OPTIONS)
+    more = ("--argument", "true_cfg_scale=3", "--argument", "negative_prompt=a dog")
+    run(*given, *more)
+    assert [call.context for call in Recording(tmp_path / "calls")[0].calls] == ["cond", "uncond"] * 2
+    assert "recorded 0 generations" in run(*given, *more)
+    assert "was recorded with arguments" in run(*given, *more[:2], code=2)
 
 
 class Wordless:

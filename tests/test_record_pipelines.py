@@ -9,8 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import edit_compile
-from edit_compile import CallsError, Recording
-from tests.pipelines_zoo import PIPELINES
+from edit_compile import CallsError, Recording, Sampler, quality, replay
+from tests.pipelines_zoo import PIPELINES, STEPS
 
 WITHOUT_RESULT = ("wan_two_transformers", "z_image")
 """Recorded by module, which knows no scheduler; and latents that reach the transformer in another shape, one by one."""
@@ -41,3 +41,26 @@ def test_a_pipeline_does_not_notice(name: str, tmp_path: Path) -> None:
             found = pytree.tree_leaves(output)
             assert len(found) == len(call.outputs)
             assert all(map(torch.equal, found, call.outputs))
+
+
+def test_both_transformers_of_a_pipeline_are_recorded_in_one_run(tmp_path: Path) -> None:
+    """Each with what the scheduler made of its own last call."""
+    made = PIPELINES["wan_two_transformers"]()
+    first, second = tmp_path / "first", tmp_path / "second"
+    with (
+        edit_compile.record(made.pipeline, first, part="transformer"),
+        edit_compile.record(made.pipeline, second, part="transformer_2"),
+    ):
+        latents = made.generate(0)
+    (early,), (late,) = Recording(first), Recording(second)
+    assert torch.equal(late.result, latents)
+    assert torch.equal(early.result, late.calls[0].arguments["hidden_states"])
+    assert len(early.calls) + len(late.calls) == 2 * STEPS
+    longer, model = max(
+        (early, made.pipeline.transformer), (late, made.pipeline.transformer_2), key=lambda pair: len(pair[0].calls)
+    )
+    assert quality(replay(model, longer, Sampler.fit(longer)), longer) == float("inf")
+    with pytest.raises(CallsError, match="has no unet that could be recorded"):
+        edit_compile.record(made.pipeline, tmp_path / "x", part="unet").__enter__()
+    with pytest.raises(CallsError, match="part='transformer' is for pipelines"):
+        edit_compile.record(made.pipeline.transformer, tmp_path / "x", part="transformer").__enter__()

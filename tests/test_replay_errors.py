@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from edit_compile import (
@@ -24,6 +25,7 @@ from edit_compile import (
     quality,
     replay,
 )
+from edit_compile.calls.result_quality import Mean
 from tests import programs
 from tests.loops import Toy, prompt, recorded
 from tests.models import noise
@@ -167,11 +169,22 @@ def test_quality_without_a_result_is_of_the_last_call(generation: Generation) ->
 def test_the_mean_and_its_interval() -> None:
     values = [31.0, 28.5, 40.2, 35.1, 33.3, 29.9, 36.6, 30.1]
     found = mean_quality(values)
-    theirs = bootstrap((values,), lambda x, axis: x.mean(axis), method="percentile", rng=1).confidence_interval
     assert found.value == pytest.approx(sum(values) / len(values))
-    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.15)
-    assert found == mean_quality(values)
-    assert mean_quality([30.0, math.inf]).value == math.inf
-    assert mean_quality([30.0]).low == mean_quality([30.0]).high == 30.0
+    assert found.high - found.value == pytest.approx(found.value - found.low)
+    assert found.value - found.low == pytest.approx(2.364624 * statistics.stdev(values) * math.sqrt(2 / 8), rel=1e-5)
+    assert mean_quality([30.0, 30.0]) == Mean(30.0, 30.0, 30.0)
+    assert mean_quality([math.inf, math.inf]) == Mean(math.inf, math.inf, math.inf)
+    for unbounded in ([30.0], [30.0, math.inf]):
+        assert (mean_quality(unbounded).low, mean_quality(unbounded).high) == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="at least one"):
         mean_quality([])
+
+
+def test_the_mean_of_as_many_others_is_in_the_interval_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        ours, theirs = draw.normal(30.0, 4.0, (2, 5))
+        found = mean_quality(ours)
+        inside += found.low <= theirs.mean() <= found.high
+    assert 930 <= inside <= 970

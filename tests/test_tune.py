@@ -228,7 +228,7 @@ def test_tiers_go_into_the_bundle_and_switch(
         ({"budget": {"fast": 1.5}}, PolicyError, r"budget\['fast'\] is a share"),
         ({"budget": {"fast": 0.01}}, PolicyError, r"one computed step takes \d+%"),
         ({"quality": {"best": 190.0}}, PolicyError, r"the best that reuse reaches here is \d+"),
-        ({"held_out": 3}, CallsError, "held_out=3: tuning needs two to search by"),
+        ({"held_out": 3}, CallsError, "held_out=3: tuning needs at least 2 to search by"),
     ],
 )
 def test_what_cannot_be_had_is_said(

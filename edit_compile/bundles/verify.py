@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.transformer import ElasticTransformer
-from edit_compile.measuring.benchmarking import trajectory_of
 from runtime.bundle.spec import Glue, GlueInput, Manifest
 from runtime.face.arguments import unflatten
 from runtime.face.transformer import CompiledTransformer
@@ -78,11 +77,21 @@ def table_of(checks: Sequence[Check], title: str = "") -> Table:
     return table
 
 
-def trace_of(compiled: CompiledTransformer, inputs: Mapping[str, Any], steps: int) -> RequestTrace:
-    """The decisions of one request of `steps` steps, whose timestep falls as in `benchmark`."""
-    compiled._reset_stateful_cache()
-    with torch.no_grad():
-        for kwargs in trajectory_of(inputs, steps, manifest_of(compiled).timestep):
+def numbered(checks: Sequence[Sequence[Check]]) -> list[Check]:
+    """The checks of several forms of call as one list, in which, if there are several, names say which form it was."""
+    if len(checks) == 1:
+        return list(checks[0])
+    return [
+        replace(check, name=f"{check.name}, form {number}")
+        for number, each in enumerate(checks, start=1)
+        for check in each
+    ]
+
+
+def trace_of(compiled: CompiledTransformer, trajectory: Sequence[Mapping[str, Any]]) -> RequestTrace:
+    """The decisions of one request, whose steps are called with the keyword arguments of `trajectory`."""
+    with torch.no_grad(), compiled.request():  # by name: the latents given need not be what its outputs make
+        for kwargs in trajectory:
             compiled(**kwargs)
     return compiled.trace[-1]
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edit_compile.calls.argument_tree import Kind, whole_arguments
+from edit_compile.calls.forms import one_of_each_form
 from runtime.base.errors import EditError
 from runtime.face.arguments import Constant
 
@@ -110,6 +111,13 @@ class Recording:
 
     def __iter__(self) -> Iterator[Generation]:
         return (read_generation(path) for path in self._paths)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Arguments of one call of each form in which the model was called; `compile` and `elasticize` ask for them.
+
+        A form is what arguments there are, in which shapes and dtypes, and the values of those that are no tensors.
+        """
+        return one_of_each_form(call.arguments for generation in self for call in generation.calls)
 
 
 def file_name(number: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from edit_compile.calls.recorded_model import PARTS
 from edit_compile.calls.recorder import record
 from edit_compile.files import write_file_atomically
-from edit_compile.loading import UserError, parse_dtype
+from edit_compile.loading import UserError, json_or_text, parse_dtype
 
 SETTINGS = "settings.json"
 
@@ -33,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: int | None = None
     width: int | None = None
     dtype: str | None = None
+    arguments: dict[str, Any] = {}
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -47,16 +50,33 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def parse_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the pipeline's call from "name=value" texts, JSON where it is JSON; UserError for another form."""
+    found: dict[str, Any] = {}
+    for one in given:
+        name, sign, value = one.partition("=")
+        if not sign or not name.isidentifier() or name in found:
+            raise UserError(f"--argument {one}: say name=value, once for each name")
+        found[name] = json_or_text(value)
+    return found
+
+
 def record_prompts(settings: Settings, folder: Path, limit: int, console: Console) -> int:
-    """Record one generation for each prompt into `folder`, those left out that it has; returns how many were made.
+    """Record one generation for each prompt into `folder`; returns how many were made.
+
+    Of a pipeline with two transformers each has a folder of its own in `folder`, by its name, and `limit` is for each.
 
     Raises UserError where the folder was recorded with other settings, or the pipeline does not take one of them;
     CallsError as `edit_compile.record`.
     """
     pipe = load_pipeline(settings.pipeline, parse_dtype(settings.dtype))
     options = options_for(pipe, settings)
-    with record(pipe, folder, limit=limit) as recorder:
-        done = recorder.count
+    with ExitStack() as stack:
+        recorders = {
+            part: stack.enter_context(record(pipe, place, limit=limit, part=part))
+            for part, place in _places(pipe, folder).items()
+        }
+        done = _done(folder, {part: recorder.count for part, recorder in recorders.items()})
         if done:
             _check_same(folder / SETTINGS, settings, done)
         write_file_atomically(folder / SETTINGS, msgspec.json.encode(settings).decode())
@@ -64,11 +84,26 @@ def record_prompts(settings: Settings, folder: Path, limit: int, console: Consol
         for number in track(numbers, "recording", console=console, disable=not numbers):
             generator = torch.Generator().manual_seed(settings.seed + number)
             pipe(prompt=settings.prompts[number], generator=generator, **options)
-            if recorder.count != number + 1:
-                raise UserError(
-                    f"{type(pipe).__name__} made an image without calling its transformer: nothing to record"
-                )
+            for part, recorder in recorders.items():
+                if recorder.count != number + 1:
+                    raise UserError(
+                        f"{type(pipe).__name__} made an image without calling its {part}: nothing of it to record"
+                    )
     return len(numbers)
+
+
+def _places(pipe: Any, folder: Path) -> dict[str, Path]:
+    """The folder of each transformer of the pipeline."""
+    there = [part for part in PARTS if getattr(pipe, part, None) is not None]
+    return {PARTS[0]: folder} if len(there) < 2 else {part: folder / part for part in there}
+
+
+def _done(folder: Path, counts: Mapping[str, int]) -> int:
+    """How many generations there are; UserError where a run was killed between those of two transformers."""
+    if len(set(counts.values())) > 1:
+        told = " and ".join(f"{count} of {part}" for part, count in counts.items())
+        raise UserError(f"{folder} holds {told}, not as many of each: give another folder")
+    return next(iter(counts.values()))
 
 
 def load_pipeline(where: str, dtype: torch.dtype | None) -> Any:
@@ -101,6 +136,11 @@ def options_for(pipe: Any, settings: Settings) -> dict[str, Any]:
         if value is not None:
             _check_taken(pipe, taken, name, option)
             options[name] = value
+    for name, value in settings.arguments.items():
+        _check_taken(pipe, taken, name, f"--argument {name}")
+        if name in ("prompt", "generator", *options):
+            raise UserError(f"--argument {name}={value}: that is said by an option of its own")
+        options[name] = value
     if "output_type" in taken:
         options["output_type"] = "latent"  # nobody looks at the images: they need not be decoded
     return options

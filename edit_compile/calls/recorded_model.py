@@ -13,21 +13,29 @@ from edit_compile.elastic.transformer import ElasticTransformer
 from runtime.face.arguments import OTHERS, argument_names
 from runtime.face.transformer import CompiledTransformer
 
+PARTS = ("transformer", "transformer_2")
+"""What pipelines of diffusers call their transformers; the second makes the last steps, where there is one."""
 
-def parts_of(given: Any) -> tuple[nn.Module, Any]:
-    """The module to record, and the pipeline that it is the transformer of, None for a bare module.
+
+def parts_of(given: Any, part: str | None) -> tuple[nn.Module, Any]:
+    """The module to record, and the pipeline whose `part` it is, None for a bare module.
 
     CallsError where that cannot be told.
     """
     if isinstance(given, nn.Module):
+        if part is not None:
+            raise CallsError(f"part={part!r} is for pipelines, this is a {type(given).__name__} itself: leave it out")
         return given, None
     kind = type(given).__name__
-    if getattr(given, "transformer_2", None) is not None:
-        raise CallsError(f"{kind} has two transformers: pass the one to record, as record(pipe.transformer_2, ...)")
-    model = getattr(given, "transformer", None)
+    if part is None and getattr(given, PARTS[1], None) is not None:
+        raise CallsError(
+            f"{kind} has two transformers: say which one to record, as record(pipe, ..., part={PARTS[1]!r}); "
+            "each into a folder of its own"
+        )
+    model = getattr(given, part or PARTS[0], None)
     if not isinstance(model, nn.Module):
         raise CallsError(
-            f"{kind} has no transformer that could be recorded: pass the module, as record(pipe.unet, ...)"
+            f"{kind} has no {part or PARTS[0]} that could be recorded: pass the module, as record(pipe.unet, ...)"
         )
     return model, given
 

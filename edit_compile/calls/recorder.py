@@ -19,7 +19,9 @@ from runtime.face.arguments import named
 
 
 @contextmanager
-def record(pipe_or_model: Any, folder: str | Path, *, limit: int = 4 << 30) -> Iterator[Recorder]:
+def record(
+    pipe_or_model: Any, folder: str | Path, *, limit: int = 4 << 30, part: str | None = None
+) -> Iterator[Recorder]:
     """Context manager: write the transformer's calls inside the ``with`` block to `folder`, a file per generation.
 
     Args:
@@ -29,6 +31,8 @@ def record(pipe_or_model: Any, folder: str | Path, *, limit: int = 4 << 30) -> I
             process at a time.
         limit: bytes that the generations may take on disk. Beyond it every second one is dropped, and so on, with one
             RuntimeWarning.
+        part: which of a pipeline's modules is recorded, "transformer" where it is not said. A pipeline with two of
+            them is recorded by two `record`, one in the other.
 
     One generation is
 
@@ -45,7 +49,7 @@ def record(pipe_or_model: Any, folder: str | Path, *, limit: int = 4 << 30) -> I
             a generation, which is dropped: it does not fit `limit`, or a call holds NaN, infinity, or something that
             is neither a tensor nor plain data.
     """
-    model, pipe = parts_of(pipe_or_model)
+    model, pipe = parts_of(pipe_or_model, part)
     recorder = Recorder(model, Shards(Path(folder), name_of(model), limit))
     with ExitStack() as stack:
         _attach(stack, recorder, model, pipe)
@@ -143,7 +147,8 @@ class Recorder:
         """In the place of the scheduler's `step`."""
         stepped = original(*args, **kwargs)
         sample = stepped[0] if isinstance(stepped, tuple) and stepped else getattr(stepped, "prev_sample", None)
-        if isinstance(sample, Tensor) and self._draft.looks_like_latents(sample):
+        first = self._draft.result is None  # steps after it are those of another transformer's calls
+        if first and isinstance(sample, Tensor) and self._draft.looks_like_latents(sample):
             self._draft.end_with(sample)
         return stepped
 

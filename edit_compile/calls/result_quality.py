@@ -13,13 +13,12 @@ from torch import Tensor
 from edit_compile.calls.generations import CallsError, Generation
 from edit_compile.calls.replaying import Replayed
 
-DRAWS = 9_999
-"""Samples that an interval is told from."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over generations, with the bootstrap interval (percentiles) that holds it with 95% confidence."""
+    """A mean over generations, and the interval in which that of as many others lies with 95% confidence."""
 
     value: float
     low: float
@@ -44,15 +43,23 @@ def quality(replayed: Replayed, generation: Generation) -> float:
     return 20 * math.log10(reach / error) if reach > 0 else -math.inf
 
 
-def mean_quality(decibels: Sequence[float], seed: int = 0) -> Mean:
-    """The mean of `quality` over generations; ValueError where there is none. Infinite as soon as one of them is."""
+def mean_quality(decibels: Sequence[float]) -> Mean:
+    """The mean of `quality` over generations, and value -+ t s sqrt(2 / n) (Student's t, n - 1 degrees of freedom).
+
+    Of one generation, or where some are infinite and others not, nothing bounds the interval. ValueError for none.
+    """
+    from scipy.stats import t
+
     values = np.asarray(decibels, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError("the mean of no generation: give the decibels of at least one")
-    draw = np.random.default_rng(seed)
-    means = np.sort([values[draw.integers(values.size, size=values.size)].mean() for _ in range(DRAWS)])
-    low, high = (float(means[round(part * (DRAWS - 1))]) for part in (0.025, 0.975))
-    return Mean(float(values.mean()), low, high)
+    mean, count = float(values.mean()), len(values)
+    if count > 1 and (values == values[0]).all():
+        return Mean(mean, mean, mean)
+    if count == 1 or not np.isfinite(values).all():
+        return Mean(mean, -math.inf, math.inf)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(ddof=1)) * math.sqrt(2 / count)
+    return Mean(mean, mean - reach, mean + reach)
 
 
 def _compared(replayed: Replayed, generation: Generation) -> tuple[Tensor, Tensor]:

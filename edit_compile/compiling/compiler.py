@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from edit_compile.compiling.dry_run import DryRun
-from edit_compile.compiling.tracer import CompileError, Inputs, Tracer
+from edit_compile.compiling.tracer import CompileError, Tracer
+from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
+from edit_compile.elastic.transformer import ElasticTransformer
 from passes.weightless import weightless
 from runtime import engines
 from runtime.bundle import files as bundle
+from runtime.bundle.program import Program
+from runtime.face.arguments import find_glue, flatten
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import Decider
+from runtime.routing.policy import Decider, RoutingPolicy
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -23,7 +27,7 @@ def compile(
     model: nn.Module,
     widths: Sequence[float] = WIDTHS,
     *,
-    inputs: Inputs | None = None,
+    inputs: Inputs | RecordedCalls | None = None,
     engine: str = "onnxruntime",
     policy: Decider | None = None,
     output: str | Path | None = None,
@@ -34,11 +38,13 @@ def compile(
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
     Args:
-        model: an ElasticTransformer, or any DiT (whose blocks are then always computed in full, with a warning).
+        model: an ElasticTransformer, or any DiT, whose blocks only a schedule or a tier skips (`tune`); a warning where
+            nothing does, or where routers were never trained.
         widths: shares of the MLPs' hidden channels to build, in (0, 1], 1 among them.
-        inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for.
-            Without them the model is traced at the first call. A call in another form (shapes, dtypes, which arguments
-            are given) adds to what is compiled, whichever it was.
+        inputs: keyword arguments of the model's forward, or a list of them, one for each set of shapes to compile for;
+            or a `Recording` of its calls, which has one for each form in which it was called. Without them the model is
+            traced at the first call. A call in another form (shapes, dtypes, which arguments are given) adds to what is
+            compiled, whichever it was.
         engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU.
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
@@ -63,27 +69,54 @@ def compile(
         wanted = "dry_run" if dry_run else "output"
         raise CompileError(f"{wanted} needs inputs: the keyword arguments of one call of the model's forward")
     if dry_run:
-        return tracer.dry_run(inputs)  # type: ignore[arg-type]
+        assert inputs is not None
+        return tracer.dry_run(first_trace(tracer.model, inputs))
     if weightless(tracer.model):
         raise CompileError(
             f"{type(tracer.model).__name__} has no weights, its parameters are on the meta device: "
             "load them, or ask for dry_run=True"
         )
-    if not tracer.routers:
-        warnings.warn(
-            f"{type(model).__name__} has no routers, so no block will be skipped or narrowed: "
-            "edit_compile.elasticize(model) makes it elastic; a ScheduledPolicy decides without routers",
-            stacklevel=2,
-        )
-    program = tracer.trace(inputs) if inputs is not None else tracer.untraced()
+    if policy is None or isinstance(policy, RoutingPolicy):
+        _warn_of_routers(model)
+    program = tracer.untraced() if inputs is None else _traced(tracer, inputs)
     compiled = CompiledTransformer(
         program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
     )
     if output is not None:
         assert inputs is not None
-        tracer.prove(compiled, inputs)
+        tracer.prove(compiled, inputs_for(tracer.model, inputs))
         compiled.save(output)
     return compiled
+
+
+def _warn_of_routers(model: nn.Module) -> None:
+    """Say so where no router will ever skip or narrow a block, since there is none, or since none was trained."""
+    kind = type(model).__name__
+    if not isinstance(model, ElasticTransformer):
+        warnings.warn(
+            f"{kind} has no routers, so no block will be skipped or narrowed by itself: record some generations "
+            "(edit_compile.record) and let edit_compile.tune find steps to reuse in, or edit_compile.elasticize(model) "
+            "and train",
+            stacklevel=3,
+        )
+    elif model.untrained:
+        warnings.warn(
+            f"the routers of {type(model.model).__name__} were never trained, so every block will be computed in full: "
+            "train them (edit-compile train; the dense model's outputs can be what they learn), or tune schedules, "
+            "which need none (edit_compile.record, then edit_compile.tune)",
+            stacklevel=3,
+        )
+
+
+def _traced(tracer: Tracer, inputs: Inputs | RecordedCalls) -> Program:
+    """A program for `inputs`; recorded ones may differ in what one trace cannot hold, so the others are added."""
+    program = tracer.trace(first_trace(tracer.model, inputs))
+    forms = inputs_for(tracer.model, inputs) if isinstance(inputs, RecordedCalls) else ()
+    for form in forms:
+        assert isinstance(form, Mapping)
+        if find_glue(program.manifest.glues, *flatten(form)) is None:
+            program = tracer.grow(form, program)
+    return program
 
 
 def check_widths(widths: Sequence[float]) -> tuple[float, ...]:

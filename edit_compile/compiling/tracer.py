@@ -20,6 +20,7 @@ from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.snapshot import Snapshot
 from edit_compile.elastic.adapters import adapters_aside, adds_nothing
 from edit_compile.elastic.layout import layout_of
+from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.assemble import Source, assemble, numbered_routers
 from passes.check import CheckError, check_equal, masked
@@ -36,8 +37,6 @@ from runtime.face.arguments import argument_names, find_glue, flatten
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider, RoutingPolicy
 from runtime.routing.schedule import ScheduledPolicy
-
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
 

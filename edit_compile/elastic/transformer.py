@@ -18,6 +18,7 @@ from edit_compile.elastic.block_hooks import AfterBlock, BeforeBlock, BeforeDown
 from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
 from edit_compile.elastic.recomputation import active
+from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace
 from edit_compile.elastic.straight_through import Routing
 from passes.experts import dense_experts
 from runtime.bundle.spec import RouterConfig
@@ -27,7 +28,7 @@ from runtime.routing.router import Router
 
 def elasticize(
     model: nn.Module,
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    inputs: Inputs | RecordedCalls | None = None,
     *,
     config: RouterConfig | None = None,
     timestep: str | None = None,
@@ -36,11 +37,13 @@ def elasticize(
 ) -> ElasticTransformer:
     """Put a fully open router before every block of `model`.
 
+    What is drawn for the routers is the same each time, whatever was drawn before, and no random number is used up.
+
     Args:
         model: any DiT whose blocks are entries of ModuleLists; changed by forward hooks only, which act only inside the
             elastic model's forward: its state-dict names stay, and calling it directly still runs it dense.
-        inputs: keyword arguments of its forward (or several such, one per shape), to find the blocks with; without
-            them, they are found at the first call.
+        inputs: keyword arguments of its forward (or several such, one per shape; or a `Recording` of its calls), to
+            find the blocks with; without them, they are found at the first call.
         config: form of the routers.
         timestep: name of the forward's timestep argument, where it cannot be told.
         narrow: names of the blocks' states whose MLPs may be narrowed, as a dry run lists them ("hidden_states"); other
@@ -52,7 +55,8 @@ def elasticize(
         raise ElasticError("this model is elastic already: train it, or compile it")
     elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow, router_dtype)
     if inputs is not None:
-        elastic.attach(find_layout(model, inputs, elastic.router_config.time_dim, timestep, elastic.narrow))
+        chosen = first_trace(model, inputs)
+        elastic.attach(find_layout(model, chosen, elastic.router_config.time_dim, timestep, elastic.narrow))
     return elastic
 
 
@@ -104,7 +108,8 @@ class ElasticTransformer(nn.Module):
         if self.layout is not None:
             raise ElasticError("this model has its routers already")
         reference = next(self.model.parameters())
-        with reference.device:
+        with torch.device("meta" if reference.is_meta else "cpu"), torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
             routers = [Router(self.router_config, block.dim, block.time_dim) for block in layout.blocks]
         if self._given:
             fill_routers(routers, layout, self._given)
@@ -125,6 +130,13 @@ class ElasticTransformer(nn.Module):
         if self.layout is not None:
             raise ElasticError("this model has its routers already")
         self._given = tensors
+
+    @property
+    def untrained(self) -> bool:
+        """Whether all routers are as `elasticize` makes them, fully open, or are yet to be made so."""
+        if self.layout is None:
+            return not self._given
+        return all(isinstance(router, Router) and router.fully_open for router in self.routers)
 
     @contextmanager
     def detached(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,51 +13,75 @@ from rich.table import Table
 from edit_compile.bundles.tier_table import tier_table
 from edit_compile.calls.generations import Recording
 from edit_compile.loading import UserError
-from edit_compile.tuning.tune import Tuned, tune
+from edit_compile.tuning.tune import tune
+from edit_compile.tuning.tuned import Tuned
+from runtime.bundle.files import check_place
 from runtime.face.load import load
 
 
-def tune_bundle(
-    bundle: Path,
-    calls: Path,
-    budgets: Sequence[str],
-    qualities: Sequence[str],
-    engine: str | None,
-    output: Path,
-    console: Console,
-) -> None:
-    """Find the tiers, print them on `console`, and write the bundle with them to `output`.
+@dataclass(frozen=True)
+class Asked:
+    """What `edit-compile tune` is given, as text where it is."""
+
+    bundle: Path
+    calls: Path
+    output: Path
+    budgets: Sequence[str] = ()
+    qualities: Sequence[str] = ()
+    engine: str | None = None
+    work: Path | None = None
+    picture: Path | None = None
+
+
+def tune_bundle(asked: Asked, console: Console) -> None:
+    """Find the tiers, print them on `console`, and write the bundle with them.
 
     Raises UserError for a budget or quality that is not "name=number", and as `tune`.
     """
-    budget, quality = (parse_named(given) for given in (budgets, qualities))
-    compiled = load(bundle, engine=engine)
+    budget, quality = (parse_named(given) for given in (asked.budgets, asked.qualities))
+    check_place(asked.output)
+    compiled = load(asked.bundle, engine=asked.engine)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as shown:
         task = shown.add_task("recorded calls")
         tuned = tune(
             compiled,
-            list(Recording(calls)),
+            Recording(asked.calls),
             budget=budget,
             quality=quality,
+            work=asked.work,
             progress=lambda what, done, total: shown.update(task, description=what, completed=done, total=total),
         )
     tuned.add_to(compiled)
     console.print(tier_table(tuned.tiers))
     console.print(against_fewer_steps(tuned))
-    compiled.save(output)
-    console.print(f"wrote {output}")
+    compiled.save(asked.output)
+    console.print(f"wrote {asked.output}")
+    if asked.picture is not None:
+        console.print(f"wrote {tuned.plot(asked.picture)}")
 
 
 def against_fewer_steps(tuned: Tuned) -> Table:
-    """Each tier beside sampling with as many steps as it computes."""
+    """Each tier beside plain sampling: with as many steps as it computes, and with as many as take its time.
+
+    The last column says which of it and the latter is better; below, which tiers are not worth having.
+    """
     table = Table(title="beside fewer sampling steps, on the held-out generations")
-    for heading in ("tier", "computed steps", "dB", "dB of as many sampling steps", "better"):
+    headings = ("tier", "steps computed", "dB", "dB of as many steps", "steps in its time", "better by, dB", "better")
+    for heading in headings:
         table.add_column(heading)
+    worse = []
     for name, tier in tuned.tiers.items():
-        fewer, own = tuned.fewer_steps[name], tier.quality_db or 0.0
-        better = "the tier" if own > fewer else "fewer steps"
-        table.add_row(name, str(tuned.computed_steps[name]), f"{own:.1f}", f"{fewer:.1f}", better)
+        rival, gain = tuned.steps_in_time[name], tuned.gain[name]
+        better = "equal" if gain.value == 0 else "the tier" if gain.low > 0 else "the tier, not surely"
+        if gain.value < 0:
+            better = f"{rival} STEPS INSTEAD"
+            worse.append(f"{name} (sample with {rival} steps)")
+        numbers = f"{tier.quality_db or 0:.1f}", f"{tuned.fewer_steps[name].value:.1f}", str(rival)
+        told = f"{gain.value:.1f} ({gain.low:.1f} to {gain.high:.1f})"
+        table.add_row(name, str(tuned.computed_steps[name]), *numbers, told, better)
+    if worse:
+        table.caption = f"plain fewer steps are better than {', '.join(worse)}: do not use these tiers"
     return table
 
 
@@ -65,6 +90,9 @@ def parse_named(given: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in given:
         name, _, number = one.partition("=")
+        name = name.strip()
+        if name in found:
+            raise UserError(f"{one!r}: {name!r} is given twice, a tier has one")
         try:
             found[name] = float(number)
         except ValueError:

@@ -11,6 +11,12 @@ from edit_compile.calls.stages import Stage
 from runtime.face.transformer import CompiledTransformer
 
 
+def kept_steps(steps: int, count: int) -> list[int]:
+    """`count` of so many steps, spread evenly, the first among them."""
+    chosen: list[int] = np.linspace(0, steps, count, endpoint=False).round().astype(int).tolist()
+    return chosen
+
+
 class FewerSteps:
     """A compiled transformer of which only some steps of a generation are called; in others it gives what it gave.
 
@@ -21,7 +27,7 @@ class FewerSteps:
     def __init__(self, compiled: CompiledTransformer, stages: tuple[Stage, ...], count: int) -> None:
         self._compiled, self.device = compiled, compiled.device
         self._places = [(number, branch) for number, stage in enumerate(stages) for branch in range(len(stage.calls))]
-        self._kept = set(np.linspace(0, len(stages), count, endpoint=False).round().astype(int).tolist())
+        self._kept = set(kept_steps(len(stages), count))
         self._given: dict[int, Any] = {}
         self._next = 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -74,8 +75,12 @@ def _moved(candidate: Candidate, steps: int) -> Iterator[Candidate]:
 
 
 def _costs(trials: Trials, order: int, reach: int, advance: Callable[[], object]) -> Costs:
-    found: Sequence[Costs] = [
-        interval_costs(trials.compiled, generation, sampler, order, reach, advance)
-        for generation, sampler in zip(trials.generations, trials.samplers, strict=True)
-    ]
-    return np.sum(found, axis=0)
+    found = []
+    for generation, sampler, key in zip(trials.generations, trials.samplers, trials.keys, strict=True):
+        make = partial(interval_costs, trials.compiled, generation, sampler, order, reach, advance)
+        costs, there = trials.work.costs(key, order, reach, make)
+        for _ in computed_pairs(trials.steps, order, reach) if there else ():
+            advance()
+        found.append(costs)
+    total: Costs = np.sum(found, axis=0)
+    return total

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,13 @@ from edit_compile.calls.result_quality import quality
 from edit_compile.calls.sampler import Sampler
 from edit_compile.tuning.fewer_steps import FewerSteps
 from edit_compile.tuning.schedules import schedule
+from edit_compile.tuning.work import Replay, Work
+from runtime.base.errors import InputError
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.schedule import ScheduledPolicy
 
+BEST = 200.0
+"""dB that stand for what was recorded itself."""
 WORST = 20.0
 """dB that the compiled transformer reaches at least, all computed, if the recorded calls are its model's."""
 
@@ -43,10 +48,17 @@ class Outcome:
 
 
 class Trials:
-    """Replays of some generations of equally many steps by one compiled transformer."""
+    """Replays of some generations of equally many steps by one compiled transformer; `work` keeps what they give."""
 
-    def __init__(self, compiled: CompiledTransformer, generations: Sequence[Generation], samplers: Sequence[Sampler]):
+    def __init__(
+        self,
+        compiled: CompiledTransformer,
+        generations: Sequence[Generation],
+        samplers: Sequence[Sampler],
+        work: Work,
+    ) -> None:
         self.compiled, self.generations, self.samplers = compiled, tuple(generations), tuple(samplers)
+        self.work, self.keys = work, tuple(map(work.key, self.generations))
         stages = [sampler.stages_of(generation) for generation, sampler in zip(generations, samplers, strict=True)]
         self.stages = [tuple(stage for stage in each if stage.calls) for each in stages]
         counts = {len(each) for each in self.stages}
@@ -54,52 +66,54 @@ class Trials:
             raise CallsError(f"the recorded generations have {sorted(counts)} steps: tune those of one number of steps")
         (self.steps,) = counts
         self.blocks = len(compiled.program.manifest.blocks)
-        self._known: dict[Candidate, Outcome] = {}
+
+    def everything(self) -> Candidate:
+        """All steps computed."""
+        return Candidate(tuple(range(self.steps)), 0)
 
     def policy(self, candidate: Candidate) -> ScheduledPolicy:
         """The policy of a candidate."""
         return schedule(candidate.computed, self.steps, self.blocks, candidate.order)
 
     def outcome(self, candidate: Candidate) -> Outcome:
-        """What a candidate reaches; replayed once."""
-        if candidate not in self._known:
-            self._known[candidate] = self._replayed(candidate)
-        return self._known[candidate]
+        """What a candidate reaches."""
+        name = f"order {candidate.order}, steps {' '.join(map(str, candidate.computed))} of {self.steps}"
+        replays = self._replays(name, self.policy(candidate), lambda _: self.compiled)
+        share = sum(one.flops for one in replays) / max(sum(one.dense_flops for one in replays), 1)
+        return Outcome(tuple(one.decibels for one in replays), min(share, 1.0))
 
-    def fewer_steps(self, count: int) -> float:
-        """Mean dB of sampling with `count` steps instead, all computed (see `FewerSteps`)."""
-        found = []
-        everything = self.policy(Candidate(tuple(range(self.steps)), 0))
-        for generation, sampler, stages in zip(self.generations, self.samplers, self.stages, strict=True):
-            with self.compiled.request(), self.compiled.decided_by(everything):
-                model = FewerSteps(self.compiled, stages, count)
-                found.append(quality(replay(model, generation, sampler), generation))
-        return float(np.mean(found))
+    def fewer_steps(self, count: int) -> tuple[float, ...]:
+        """dB of each generation where it is sampled with `count` steps instead, all computed (see `FewerSteps`)."""
+        replays = self._replays(
+            f"{count} steps instead of {self.steps}",
+            self.policy(self.everything()),
+            lambda number: FewerSteps(self.compiled, self.stages[number], count),
+        )
+        return tuple(one.decibels for one in replays)
 
     def check_model(self) -> None:
         """CallsError where the compiled transformer does not give what was recorded, even if all is computed."""
-        reached = self.outcome(Candidate(tuple(range(self.steps)), 0)).mean
+        try:
+            reached = self.outcome(self.everything()).mean
+        except InputError as error:
+            raise CallsError(
+                f"what is compiled does not take the recorded calls, compile it for them (edit-compile compile --calls "
+                f"or inputs=Recording(folder)): {error}"
+            ) from error
         if reached < WORST:
             raise CallsError(
                 f"computed in full, the recorded generations come out at {reached:.0f} dB of what was recorded: they "
                 "are another model's, or of other weights"
             )
 
-    def _replayed(self, candidate: Candidate) -> Outcome:
-        before, found = self.compiled.counters, []
-        with self.compiled.decided_by(self.policy(candidate)):
-            for generation, sampler in zip(self.generations, self.samplers, strict=True):
-                found.append(min(quality(replay(self.compiled, generation, sampler), generation), 200.0))
-        after = self.compiled.counters
-        share = (after.flops - before.flops) / max(after.dense_flops - before.dense_flops, 1)
-        return Outcome(tuple(found), min(share, 1.0))
+    def _replays(self, name: str, policy: ScheduledPolicy, model: Callable[[int], Callable[..., Any]]) -> list[Replay]:
+        """Each generation's replay by `model(number)`, decided by `policy`; made once."""
 
+        def made(number: int) -> Replay:
+            generation, sampler, before = self.generations[number], self.samplers[number], self.compiled.counters
+            with self.compiled.request(), self.compiled.decided_by(policy):
+                reached = quality(replay(model(number), generation, sampler), generation)
+            after = self.compiled.counters
+            return Replay(min(reached, BEST), after.flops - before.flops, after.dense_flops - before.dense_flops)
 
-def prediction(decibels: Sequence[float]) -> tuple[float, float, float]:
-    """The mean, and the interval in which that of as many other generations lies with 95% confidence (Student's t)."""
-    from scipy.stats import t
-
-    values = np.asarray(decibels, dtype=np.float64)
-    mean, spread = float(values.mean()), float(values.std(ddof=1))
-    reach = float(t.ppf(0.975, len(values) - 1)) * spread * math.sqrt(2 / len(values))
-    return mean, mean - reach, mean + reach
+        return [self.work.replay(key, name, partial(made, number)) for number, key in enumerate(self.keys)]

@@ -5,49 +5,30 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
-import numpy as np
-
-from edit_compile.calls.generations import CallsError, Generation
-from edit_compile.calls.place import latents_of
-from edit_compile.calls.replaying import Placed
-from edit_compile.calls.sampler import Sampler
+from edit_compile.calls.generations import Generation, Recording
+from edit_compile.calls.result_quality import Mean, mean_quality
 from edit_compile.measuring.machine import describe_machine, summary
-from edit_compile.measuring.timing import Call, interleaved
+from edit_compile.tuning.asked import check_tiers, split
 from edit_compile.tuning.search import Search
-from edit_compile.tuning.trials import Candidate, Trials, prediction
+from edit_compile.tuning.timing import seconds_of
+from edit_compile.tuning.trials import Candidate, Trials
+from edit_compile.tuning.tuned import Tuned
 from runtime.base.errors import PolicyError
 from runtime.bundle.tiers import Tier
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider
 
-LEAST = 4
-"""Generations that tuning needs: two to search by, two to predict by."""
 BUDGETS = {"half": 0.5, "third": 0.36, "quarter": 0.25, "draft": 0.15}
 
 Progress = Callable[[str, int, int], object]
 """Takes what is being done, how much of it is done, and how much there is."""
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """Tiers by name; of each the number of steps it computes, and the mean dB of sampling with so many instead."""
-
-    tiers: Mapping[str, Tier[Decider]]
-    computed_steps: Mapping[str, int]
-    fewer_steps: Mapping[str, float]
-
-    def add_to(self, compiled: CompiledTransformer) -> None:
-        """Give `compiled` the tiers; `compiled.save` writes them into the bundle."""
-        for name, tier in self.tiers.items():
-            compiled.add_tier(name, tier)
-
-
 def tune(
     compiled: CompiledTransformer,
-    recording: Sequence[Generation],
+    recording: Sequence[Generation] | Recording,
     *,
     budget: Mapping[str, float] | None = None,
     quality: Mapping[str, float] | None = None,
@@ -55,6 +36,7 @@ def tune(
     reach: int = 8,
     rounds: int = 0,
     repeats: int = 3,
+    work: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Tuned:
     """Find in which steps to compute and in which to reuse residuals, for each tier that is asked for.
@@ -65,7 +47,7 @@ def tune(
     Args:
         compiled: what was recorded, compiled.
         recording: `Recording(folder)`, or generations, of one number of steps; at least 4.
-        budget: share of the dense FLOPs, by the tier's name; BUDGETS where neither it nor `quality` is given.
+        budget: share of the dense FLOPs, in (0, 1], by the tier's name; BUDGETS where no `quality` is given either.
         quality: least mean PSNR in dB on the generations that are searched by, by the tier's name; a RuntimeWarning
             where those held out come out lower.
         held_out: generations that are not searched by: what tiers are predicted to reach is measured on them alone.
@@ -73,14 +55,21 @@ def tune(
         reach: steps between two computed ones that are looked at, at most.
         rounds: how often one computed step is moved by one if that is better; takes two replays for each of them.
         repeats: how often the held-out generation is timed by which `times_faster` is told.
+        work: folder to keep what was found out in, so that a run that was killed goes on; made where it is missing.
+            What belongs to a generation is taken up again where that is given again, for the same bundle and engine.
         progress: called as the work goes on.
 
     Raises:
-        CallsError: too few generations, of other numbers of steps, or of another model.
-        PolicyError: a budget below what reuse itself costs, or a quality that is not reached; says the best there is.
+        CallsError: too few generations, of other numbers of steps, of another model, or with NaN.
+        PolicyError: a tier without a name or with two, a budget outside (0, 1] or below what reuse itself costs, or a
+            quality that is not reached; says the best there is.
+        EditError: `work` holds the work of another bundle, or cannot be read.
+
+    A RuntimeWarning where no result was recorded, or the sampler is explained badly (`Sampler.explained`).
     """
-    wanted = dict(budget or {}) if budget or quality else dict(BUDGETS)
-    search_by, predict_by = _split(compiled, list(recording), held_out)
+    wanted, reached = dict(budget or {}) if budget or quality else dict(BUDGETS), dict(quality or {})
+    check_tiers(wanted, reached)
+    search_by, predict_by = split(compiled, recording, held_out, None if work is None else Path(work))
     search_by.check_model()
     total, done = Search.work(search_by.steps, len(search_by.generations), reach), itertools.count(1)
     search = Search(search_by, reach, rounds, lambda: progress("intervals", next(done), total))
@@ -88,101 +77,72 @@ def tune(
     for number, (name, share) in enumerate(wanted.items()):
         progress("budgets", number, len(wanted))
         chosen[name] = search.at(_steps_within(search_by, name, share))
-    for number, (name, decibels) in enumerate((quality or {}).items()):
-        progress("qualities", number, len(quality or {}))
+    for number, (name, decibels) in enumerate(reached.items()):
+        progress("qualities", number, len(reached))
         chosen[name] = _of_quality(search, search_by, name, decibels)
     progress("held-out generations", 0, len(chosen))
-    faster = _times_faster(predict_by, chosen, repeats)
-    tiers = {name: _tier(predict_by, candidate, faster[name]) for name, candidate in chosen.items()}
-    for name, decibels in (quality or {}).items():
-        reached = tiers[name].quality_db
-        if reached is not None and reached < decibels:
-            warnings.warn(
-                f"tier {name!r} reaches {decibels:g} dB on the generations that were searched by, and {reached:.1f} on "
-                "those held out: ask for more, or record more generations",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    counts = {name: len(candidate.computed) for name, candidate in chosen.items()}
-    return Tuned(tiers, counts, {name: predict_by.fewer_steps(count) for name, count in counts.items()})
+    tuned = _predicted(predict_by, chosen, repeats)
+    for name, decibels in reached.items():
+        _warn_of_quality(name, decibels, tuned.tiers[name].quality_db)
+    return tuned
 
 
-def _split(compiled: CompiledTransformer, generations: list[Generation], held_out: int | None) -> tuple[Trials, Trials]:
-    """Generations to search by, and others to predict by."""
-    apart = len(generations) // 2 if held_out is None else held_out
-    if len(generations) < LEAST or not 2 <= apart <= len(generations) - 2:
-        raise CallsError(
-            f"recording: {len(generations)} generations, of which held_out={apart}: tuning needs two to search by and "
-            "two held out; record more"
+def _predicted(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) -> Tuned:
+    """What the candidates reach on generations that they were not searched by."""
+    tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
+    seconds, in_time = {}, {}
+    machine = summary(describe_machine())
+    for name, candidate in chosen.items():  # one after another, so that no more is held in memory than by two requests
+        outcome = trials.outcome(candidate)
+        mean, seconds[name] = mean_quality(outcome.decibels), seconds_of(trials, candidate, repeats)
+        in_time[name] = _steps_in_time(trials.steps, len(candidate.computed), seconds[name].times_faster)
+        others = trials.fewer_steps(in_time[name])
+        tiers[name] = Tier(
+            trials.policy(candidate),
+            mean.value,
+            (mean.low, mean.high),
+            seconds[name].times_faster,
+            outcome.flops_share,
+            trials.steps,
+            machine,
         )
-    fitted = [Sampler.fit(generation, *latents_of(compiled)) for generation in generations]
-    parts = slice(None, -apart), slice(-apart, None)
-    searched, predicted = (Trials(compiled, generations[part], fitted[part]) for part in parts)
-    if searched.steps != predicted.steps:
-        raise CallsError(f"the recorded generations have {searched.steps} and {predicted.steps} steps: tune one number")
-    return searched, predicted
+        fewer[name] = mean_quality(trials.fewer_steps(len(candidate.computed)))
+        gain[name] = mean_quality([own - other for own, other in zip(outcome.decibels, others, strict=True)])
+    counts = {name: len(candidate.computed) for name, candidate in chosen.items()}
+    return Tuned(tiers, counts, fewer, in_time, gain, seconds)
+
+
+def _steps_in_time(steps: int, computed: int, times_faster: float) -> int:
+    """How many of the dense model's `steps` take as long as a tier, which takes at least that of those it computes."""
+    return min(max(computed, int(steps / times_faster)), steps)
+
+
+def _warn_of_quality(name: str, wanted: float, reached: float | None) -> None:
+    if reached is not None and reached < wanted:
+        warnings.warn(
+            f"tier {name!r} reaches {wanted:g} dB on the generations that were searched by, and {reached:.1f} on "
+            "those held out: ask for more, or record more generations",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _steps_within(trials: Trials, name: str, share: float) -> int:
     """How many steps may be computed for a share of the dense FLOPs."""
-    if not 0.0 < share < 1.0:
-        raise PolicyError(f"budget[{name!r}] is a share of the dense FLOPs between 0 and 1, not {share!r}")
     least = trials.outcome(Candidate((0,), 0)).flops_share
     a_step = (1.0 - least) / max(trials.steps - 1, 1)
     count = 1 + int((share - least) / a_step + 1e-6) if share >= least else 0
     if count < 1:
         raise PolicyError(f"budget[{name!r}] is {share:.0%} of the dense FLOPs: one computed step takes {least:.0%}")
-    return min(count, trials.steps - 1)
+    return min(count, trials.steps)
 
 
 def _of_quality(search: Search, trials: Trials, name: str, decibels: float) -> Candidate:
     found = search.for_quality(decibels)
     if found is None:
-        best = trials.outcome(search.at(trials.steps - 1)).mean
-        raise PolicyError(f"quality[{name!r}] is {decibels:g} dB: the best that reuse reaches here is {best:.1f} dB")
+        best = trials.outcome(search.at(trials.steps - 1))
+        raise PolicyError(
+            f"quality[{name!r}] is {decibels:g} dB: the best that reuse reaches here is {best.mean:.1f} dB, at "
+            f"{best.flops_share:.0%} of the dense FLOPs"
+        )
     return found
-
-
-def _tier(trials: Trials, candidate: Candidate, faster: float) -> Tier[Decider]:
-    outcome = trials.outcome(candidate)
-    mean, low, high = prediction(outcome.decibels)
-    machine = summary(describe_machine())
-    return Tier(trials.policy(candidate), mean, (low, high), faster, outcome.flops_share, trials.steps, machine)
-
-
-def _times_faster(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) -> dict[str, float]:
-    """Time of the dense model / that of each candidate, step by step in turns, on the first generation.
-
-    One candidate after another, so that no more is held in memory than by two requests.
-    """
-    dense, found = _calls(trials, "dense", Candidate(tuple(range(trials.steps)), 0)), {}
-    for name, candidate in chosen.items():
-        runs = {"this": _calls(trials, "this", candidate), "dense": dense}
-        end = partial(_end, trials.compiled, list(runs))
-        try:
-            seconds = interleaved(runs, repeats, 1, end)
-        finally:
-            end()
-        found[name] = float(np.median(seconds["dense"].sum(1) / seconds["this"].sum(1)))
-    return found
-
-
-def _calls(trials: Trials, name: str, candidate: Candidate) -> list[Call]:
-    compiled, policy, placed = trials.compiled, trials.policy(candidate), Placed(trials.compiled.device)
-
-    def made(arguments: Mapping[str, object], context: str) -> None:
-        with compiled.request(f"tuning {name}"), compiled.decided_by(policy), compiled.cache_context(context):
-            compiled(**arguments)
-
-    recorded, calls = trials.generations[0].calls, list[Call]()
-    for stage in trials.stages[0]:
-        for place, index in enumerate(stage.calls):
-            call = recorded[index]
-            calls.append(partial(made, placed.arguments(call), call.context or f"branch {place}"))
-    return calls
-
-
-def _end(compiled: CompiledTransformer, names: Sequence[str]) -> None:
-    for name in names:
-        with compiled.request(f"tuning {name}"):
-            compiled.reset()

@@ -52,7 +52,7 @@ def known(tuned: edit_compile.Tuned, name: str) -> tuple[str, ...]:
         f"{tier.flops_share:.0%}",
         f"{tier.times_faster:.2f}",
         f"{tier.quality_db:.1f} ({low:.1f} to {high:.1f})",
-        f"{tuned.fewer_steps[name]:.1f}",
+        f"{tuned.fewer_steps[name].value:.1f}",
     )
 
 
@@ -63,15 +63,17 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="draw quality against time as this image")
     given = parser.parse_args()
     model = load_model("dense")
     with TemporaryDirectory() as folder:
         recording = recorded(model, Path(folder), given.generations, given.rows)
-        first = recording[0].calls[0].arguments
-        compiled = edit_compile.compile(model, inputs=[first], engine=given.engine)
+        compiled = edit_compile.compile(model, inputs=recording, engine=given.engine)
         tuned = edit_compile.tune(compiled, list(recording), held_out=given.generations - 3)
     tuned.add_to(compiled)
     compiled.save(given.output)
+    if given.plot is not None:
+        tuned.plot(given.plot)
     headings = "tier", "steps computed", "FLOPs", "times faster", "dB (95%)", "dB, fewer steps", "accuracy", "distance"
     table = Table(*headings)
     table.add_row("dense", str(STEPS), "100%", "1.00", "-", "-", *judged(compiled, given.images))

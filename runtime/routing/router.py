@@ -131,6 +131,12 @@ class Router(nn.Module):
         self.gate.bias.fill_(OPEN_LOGIT)
         self.width.bias[-1] = OPEN_LOGIT
 
+    @property
+    def fully_open(self) -> bool:
+        """Whether its heads are as `open_fully` leaves them: it was never trained."""
+        closed = any(bool(head.weight.any()) for head in (self.gate, self.width))
+        return not closed and bool((self.gate.bias == OPEN_LOGIT).all()) and bool(self.width.bias[-1] == OPEN_LOGIT)
+
     def forward(self, states: Sequence[Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of one call.
 

@@ -1,0 +1,22 @@
+"""In which forms a model was called: its arguments by name, shapes, dtypes and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from runtime.face.arguments import flatten
+
+
+def one_of_each_form(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first of `calls` (keyword arguments) in each form, in order."""
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    for arguments in calls:
+        found.setdefault(_form(arguments), dict(arguments))
+    return list(found.values())
+
+
+def _form(arguments: Mapping[str, Any]) -> tuple[object, ...]:
+    tensors, constants = flatten(arguments)
+    shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items())
+    return tuple(shapes), tuple(sorted((name, type(value).__name__, value) for name, value in constants.items()))
