@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from edit_compile.elastic.transformer import ElasticTransformer as ElasticTransformer
     from edit_compile.elastic.transformer import elasticize as elasticize
     from edit_compile.measuring.benchmarking import benchmark as benchmark
+    from edit_compile.training.distil import distil as distil
+    from edit_compile.training.distil_task import Distillation as Distillation
+    from edit_compile.training.losses import Budget as Budget
+    from edit_compile.training.train import TrainConfig as TrainConfig
     from edit_compile.tuning.tune import tune as tune
     from edit_compile.tuning.tuned import Tuned as Tuned
     from edit_compile.widths.channel_order import order_channels as order_channels
@@ -68,6 +72,10 @@ _HOMES = {
     "edit_compile.calls.result_quality": ("mean_quality", "quality"),
     "edit_compile.calls.sampler": ("Sampler",),
     "edit_compile.elastic.storage": ("load_elastic",),
+    "edit_compile.training.distil": ("distil",),
+    "edit_compile.training.distil_task": ("Distillation",),
+    "edit_compile.training.losses": ("Budget",),
+    "edit_compile.training.train": ("TrainConfig",),
     "edit_compile.tuning.tune": ("tune",),
     "edit_compile.tuning.tuned": ("Tuned",),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),

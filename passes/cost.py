@@ -52,8 +52,15 @@ def hosted_flops(guarded: nn.Module, states: Mapping[int, Sequence[int]], run: R
 
     `states` are the positions of each block's states in its inputs.
     """
-    with _frozen(guarded), _counting() as counter, torch.no_grad(), answering(_skipping(states)):
+    with _frozen(guarded), counting() as counter, torch.no_grad(), answering(_skipping(states)):
         guarded(**run.kwargs)
+    return counter.get_total_flops() // run.batch
+
+
+def model_flops(model: nn.Module, run: Run) -> int:
+    """Floating-point operations of the whole model for one row; runs it once."""
+    with _frozen(model), counting() as counter, torch.no_grad():
+        model(**run.kwargs)
     return counter.get_total_flops() // run.batch
 
 
@@ -65,7 +72,7 @@ def count_flops(function: Callable[..., object], args: Sequence[Tensor]) -> int:
     counted = _counted_without_numbers(function, args)
     if counted is not None:
         return counted
-    with _counting() as counter, torch.no_grad():
+    with counting() as counter, torch.no_grad():
         function(*args)
     return counter.get_total_flops()
 
@@ -75,7 +82,7 @@ def _counted_without_numbers(function: Callable[..., object], args: Sequence[Ten
     sizes = ShapeEnv(allow_dynamic_output_shape_ops=False)
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes, static_shapes=True)
     try:
-        with fake as mode, _counting() as counter, torch.no_grad():
+        with fake as mode, counting() as counter, torch.no_grad():
             function(*(mode.from_tensor(value) for value in args))
     except (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode):
         return None
@@ -83,8 +90,8 @@ def _counted_without_numbers(function: Callable[..., object], args: Sequence[Ten
     return total if isinstance(total, int) else None
 
 
-def _counting() -> FlopCounterMode:
-    """torch's counter, which alone does not know the attention of CPUs."""
+def counting() -> FlopCounterMode:
+    """A context that counts (`get_total_flops`): torch's counter, which alone does not know the attention of CPUs."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
 

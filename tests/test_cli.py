@@ -33,7 +33,7 @@ def run(*arguments: object, code: int = 0) -> str:
 
 def test_help_names_every_command() -> None:
     text = run("--help")
-    for command in ("train", "record", "compile", "build", "inspect", "verify", "bench", "plot"):
+    for command in ("train", "distil", "record", "compile", "tune", "build", "inspect", "verify", "bench", "plot"):
         assert command in text
 
 

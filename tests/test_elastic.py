@@ -52,6 +52,19 @@ def made() -> tuple[ElasticTransformer, nn.Module, dict[str, Any]]:
     return undecided(elasticize(copy.deepcopy(model), inputs, config=CONFIG)).eval(), model, inputs
 
 
+def test_routers_are_drawn_alike_and_leave_random_numbers_alone():
+    model, inputs = flux_rows()
+    torch.manual_seed(5)
+    expected, made = torch.rand(3), []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        made.append(elasticize(copy.deepcopy(model), inputs, config=CONFIG))
+        if seed == 5:
+            assert torch.equal(torch.rand(3), expected)
+    one, other = (elastic.routers.state_dict() for elastic in made)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_a_new_elastic_model_is_the_dense_one(make):
     model, inputs = make()

@@ -11,6 +11,7 @@ numbers by least squares. r is what the sum does not explain: added noise, clipp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ NEGLIGIBLE = 1e-7
 """Of the latents' length: a remainder that small is not looked into, whatever their dtype."""
 RCOND = 1e-6
 """Directions of the columns, each of length 1, that are shorter than that part of the longest are rounding."""
+EXPLAINED = 0.5
+"""Part of what a step moves; where less of it is explained, a warning says so."""
 SAMPLE = 1 << 18
 """Numbers of a row that scalars are fitted to."""
 
@@ -101,6 +104,19 @@ class Sampler:
     def explained(self) -> tuple[float, ...]:
         """Of each step the part of |x' - x|^2 that is explained: 1, but for rounding, where nothing else is added."""
         return tuple(step.explained for step in self.steps)
+
+
+def warn_of_unexplained(samplers: Sequence[Sampler]) -> None:
+    """A RuntimeWarning where some generation's sampler does more than is known of it."""
+    least, number = min((min(sampler.explained), number) for number, sampler in enumerate(samplers))
+    if least < EXPLAINED:
+        step = samplers[number].explained.index(least)
+        warnings.warn(
+            f"recording[{number}]: of step {step} of its sampler only {least:.0%} is explained by what the model gave: "
+            "unless the rest is noise that the sampler adds, do not trust what is told or learned from it",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _step(generation: Generation, place: Place, stages: Sequence[Stage], number: int) -> Step:

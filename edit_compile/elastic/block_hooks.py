@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,7 @@ class BeforeDown:
 
 
 class AfterBlock:
-    """Gates what the block added: x' = x + g (B(x) - x) (equation 8)."""
+    """Gates what the block added: x' = x + r + g (B(x) - x - r), equation 8 where the rule has no residual r."""
 
     def __init__(self, elastic: ElasticTransformer, module: nn.Module, index: int, layout: BlockLayout) -> None:
         self.elastic, self.index, self.layout = elastic, index, layout
@@ -114,18 +115,26 @@ class AfterBlock:
             return None
         states, _ = self._inputs.of(args, kwargs)
         outputs, spec = pytree.tree_flatten(output)
-        gates = forward.decision(self.index).gate
-        for state, ((target, _), before) in enumerate(zip(self.layout.states, states, strict=True)):
-            after = outputs[target]
-            dim = self.layout.packing(state).dim
-            shape = [1] * after.ndim
-            shape[dim] = after.shape[dim]
-            g = gates.repeat_interleave(shape[dim] // len(gates)).reshape(shape)
+        targets, rows = [target for target, _ in self.layout.states], partial(self._rows, states)
+        gates, kept = forward.decision(self.index).gate, None
+        if forward.rule.keeps:
+            added = [(outputs[target] - before).detach() for target, before in zip(targets, states, strict=True)]
+            kept = forward.rule.residuals(self.index, added, rows)
+        for state, (target, before) in enumerate(zip(targets, states, strict=True)):
+            after, g = outputs[target], rows(state, gates)
+            other = before if kept is None else before + kept[state]
             if forward.hard:
-                outputs[target] = torch.where(g > 0.5, after, before)
+                outputs[target] = torch.where(g > 0.5, after, other)
             else:
-                outputs[target] = before + g.to(after.dtype) * (after - before)
+                outputs[target] = other + g.to(after.dtype) * (after - other)
         return pytree.tree_unflatten(outputs, spec)
+
+    def _rows(self, states: Sequence[Tensor], state: int, value: Tensor) -> Tensor:
+        """`value` (B,), spread over that state by how it holds the batch."""
+        like, dim = states[state], self.layout.packing(state).dim
+        shape = [1] * like.ndim
+        shape[dim] = like.shape[dim]
+        return value.repeat_interleave(shape[dim] // len(value)).reshape(shape)
 
 
 class _Inputs:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from edit_compile.elastic.layout import Layout
-from edit_compile.elastic.straight_through import Routing, choose_width, gate
+from edit_compile.elastic.rule import Rule
+from edit_compile.elastic.straight_through import Routing
 from passes.packing import Packing
-
-THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,10 @@ class Forward:
         kwargs: Mapping[str, Any],
         layout: Layout,
         hard: bool,
+        rule: Rule,
         taken: Mapping[int, Decision] | None = None,
     ) -> None:
-        self.owner, self.hard = owner, hard
+        self.owner, self.hard, self.rule = owner, hard, rule
         self.timestep = kwargs[layout.timestep]
         self._kwargs, self._layout, self._recorded = kwargs, layout, taken
         self._soft: dict[int, tuple[Tensor, Tensor]] = {}
@@ -59,7 +59,7 @@ class Forward:
     def again(self) -> Forward:
         """The same forward, parts of which will run again."""
         taken = self._taken if self._recorded is None else self._recorded
-        return Forward(self.owner, self._kwargs, self._layout, self.hard, taken)
+        return Forward(self.owner, self._kwargs, self._layout, self.hard, self.rule, taken)
 
     def per_sample(self, value: Tensor, packing: Packing) -> Tensor:
         """The rows of `value` with samples as dimension 0."""
@@ -72,8 +72,8 @@ class Forward:
     def decide(self, block: int, gate_logit: Tensor, width_logits: Tensor) -> None:
         """Note what block number `block` does, by its logits (B,) and (B, |S|)."""
         before = None if self._recorded is None else self._recorded[block]
-        p, g = gate(gate_logit, THRESHOLD, None if before is None else before.gate)
-        q, choice = choose_width(width_logits, None if before is None else before.choice)
+        p, g = self.rule.gate(block, gate_logit, None if before is None else before.gate)
+        q, choice = self.rule.width(block, width_logits, None if before is None else before.choice)
         self._soft[block], self._decided[block] = (p, q), Decision(g, choice, g.requires_grad)
         if before is None:
             self._taken[block] = self._decided[block].apart()

@@ -19,6 +19,7 @@ from edit_compile.elastic.forward import Forward
 from edit_compile.elastic.layout import ElasticError, Layout, fill_routers, find_layout
 from edit_compile.elastic.recomputation import active
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace
+from edit_compile.elastic.rule import Rule
 from edit_compile.elastic.straight_through import Routing
 from passes.experts import dense_experts
 from runtime.bundle.spec import RouterConfig
@@ -94,6 +95,7 @@ class ElasticTransformer(nn.Module):
         self.layout: Layout | None = None
         self.routing: Routing | None = None
         self.called_densely = False
+        self._rule = Rule()
         self._handles: list[RemovableHandle] = []
         self._hooked: list[nn.Module] = []
         self._experts: dict[str, nn.Module] = {}
@@ -147,6 +149,15 @@ class ElasticTransformer(nn.Module):
         finally:
             self._hook()
 
+    @contextmanager
+    def deciding(self, rule: Rule) -> Iterator[None]:
+        """Inside the ``with`` block forwards decide by `rule`."""
+        outer, self._rule = self._rule, rule
+        try:
+            yield
+        finally:
+            self._rule = outer
+
     def router_tensors(self) -> dict[str, Tensor]:
         """The routers' parameters, detached, keyed ``<block name>/<parameter name>``."""
         blocks = self.layout.blocks if self.layout else ()
@@ -196,7 +207,7 @@ class ElasticTransformer(nn.Module):
         assert self.layout is not None
         if list(self._places()) != self._hooked:
             self._hook()
-        forward = Forward(self, kwargs, self.layout, hard=not (self.training or torch.is_grad_enabled()))
+        forward = Forward(self, kwargs, self.layout, not (self.training or torch.is_grad_enabled()), self._rule)
         try:
             with active(forward), dense_experts(self._experts):
                 output = self.model(**kwargs)

@@ -47,7 +47,9 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         """Losses of one batch. "loss" (a scalar) is minimised; every other entry, scalar or vector, is only logged.
 
-        Draw all random numbers from torch's global generator: it is seeded for this step before the call.
+        Draw all random numbers from torch's global generator: it is seeded for this step before the call. A task with
+        a method `begin_step(step, steps)` is told before each optimizer step where the run is; one with an `identity`
+        (a string) only goes on from checkpoints of a task with the same.
         """
 
 
@@ -152,6 +154,7 @@ class _Run:
 
     def _optimizer_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         self.prepared.train()
+        getattr(self.task, "begin_step", lambda *_: None)(self.step, self.config.steps)
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
@@ -218,7 +221,7 @@ class _Run:
             self._on_main(self.module.state_dict()),
             self._on_main(self.ema.values),
             self._on_main(states_of(self.optimizer)),
-            _plain(self.config),
+            _plain(self.config) | {"task": self._identity},
         )
         if self.accelerator.is_main_process:
             save_checkpoint(self._folder, checkpoint, self.config.keep)
@@ -241,12 +244,19 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self._trim_metrics(checkpoint.step if checkpoint is not None else 0)
         if checkpoint is not None:
+            if checkpoint.config.get("task") != self._identity:
+                raise TrainingError(f"{self.config.output} holds a run of something else: give another output folder")
             before, now = checkpoint.config, json.loads(json.dumps(_plain(self.config)))
             changed = sorted(name for name in now if name in before and before[name] != now[name])
             if changed:
                 log.warning("%s goes on with other settings than it began with: %s", found[-1], ", ".join(changed))
             log.info("resumed %s at step %d", found[-1], checkpoint.step)
         return checkpoint
+
+    @property
+    def _identity(self) -> str | None:
+        """What the task says it is."""
+        return getattr(self.task, "identity", None)
 
     def _trim_metrics(self, step: int) -> None:
         """Drop the records of steps that will be run again."""

@@ -12,7 +12,7 @@ import torch
 from edit_compile.calls.generations import CallsError, Generation, Recording
 from edit_compile.calls.place import latents_of
 from edit_compile.calls.recorded_model import check_arguments
-from edit_compile.calls.sampler import Sampler
+from edit_compile.calls.sampler import Sampler, warn_of_unexplained
 from edit_compile.tuning.trials import Trials
 from edit_compile.tuning.work import Work
 from runtime.base.errors import PolicyError
@@ -20,8 +20,6 @@ from runtime.face.transformer import CompiledTransformer
 
 LEAST = 2
 """Generations to search by, and as many held out, that tuning needs."""
-EXPLAINED = 0.5
-"""Part of what a step of the sampler moves; where less of it is explained, a warning says so."""
 
 
 def check_tiers(budget: Mapping[str, float], quality: Mapping[str, float]) -> None:
@@ -110,13 +108,4 @@ def _warn(generations: Sequence[Generation], samplers: Sequence[Sampler]) -> Non
             RuntimeWarning,
             stacklevel=4,
         )
-    worst = [(min(sampler.explained), number) for number, sampler in enumerate(samplers)]
-    least, number = min(worst)
-    if least < EXPLAINED:
-        step = samplers[number].explained.index(least)
-        warnings.warn(
-            f"recording[{number}]: of step {step} of its sampler only {least:.0%} is explained by what the model gave: "
-            "unless the rest is noise that the sampler adds, do not trust what is predicted",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    warn_of_unexplained(samplers)
