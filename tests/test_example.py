@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edit_compile import order_channels
 from examples.fashion_mnist import data, evaluate, judge, task, width_curve
 from examples.fashion_mnist.model import WEIGHTS, dense_model, image_ids, inputs, load_model
-from examples.fashion_mnist.sample import sample, save_grid
+from examples.fashion_mnist.sample import FEW_STEPS, sample, save_grid
 
 needs_data = pytest.mark.skipif(not data.FOLDER.is_dir(), reason=f"needs the package {data.PACKAGE}")
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "elastic").is_dir(), reason="needs the trained weights")
@@ -187,12 +187,12 @@ def test_weights_in_the_repository_stay_small():
 def test_the_elastic_model_skips_and_narrows():
     model = load_model("elastic")
     recorder = evaluate.Recorder(model)
-    sample(recorder, torch.arange(10), steps=4, guidance=1.0)
-    decisions = recorder.decisions(branches=1, steps=4)
-    assert decisions.gate_rate == pytest.approx(0.5, abs=0.15)
-    assert decisions.mean_width == pytest.approx(0.6, abs=0.15)
+    sample(recorder, torch.arange(10), steps=FEW_STEPS)
+    decisions = recorder.decisions(branches=2, steps=FEW_STEPS)
+    assert 0.2 < decisions.gate_rate < 0.9
+    assert 0.2 < decisions.mean_width < 0.9
     assert len(decisions.blocks) == 9
-    assert len(decisions.rate_per_step) == 4
+    assert len(decisions.rate_per_step) == FEW_STEPS
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def compile_models(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, TOKENS, CHANNELS, generator=generator)
     example = inputs(x, torch.tensor([0.3, 0.7]), torch.tensor([len(CLASSES) - 1, NO_CLASS]))
-    for name in sorted({file.removesuffix(".edit") for file, _ in VARIANTS.values()}):
+    for name in sorted(file.removesuffix(".edit") for file in VARIANTS.values()):
         with console.status(f"compiling the {name} model"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*has no routers")
             warnings.filterwarnings("ignore", category=FutureWarning)  # torch copying its own pytree specs

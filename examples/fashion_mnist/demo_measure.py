@@ -21,20 +21,15 @@ from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.demo_reference import Reference, load_reference
 from examples.fashion_mnist.judge import Judge, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
-from examples.fashion_mnist.sample import STEPS, sample, save_grid
+from examples.fashion_mnist.sample import FEW_STEPS, sample, save_grid
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
-from runtime.routing.policy import Decider, RoutingPolicy
 
 BATCH = 50
 SHOWN = 30
 BASE = "dense, eager"
-REUSING = "elastic, with reuse"
-VARIANTS: dict[str, tuple[str, Decider | None]] = {
-    "dense, compiled": ("dense.edit", None),
-    "elastic, no reuse": ("elastic.edit", RoutingPolicy(margin=0.0, max_reuse=0)),
-    REUSING: ("elastic.edit", RoutingPolicy(margin=0.02, max_reuse=1)),
-}
+ELASTIC = "elastic, compiled"
+VARIANTS = {"dense, compiled": "dense.edit", ELASTIC: "elastic.edit"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Recorder(nn.Module):
 def time_variants(models: Mapping[str, nn.Module], repeats: int) -> dict[str, tuple[Spread, Spread]]:
     """(ms per step, ratio to `BASE`) of each model on the steps of one sampling, interleaved."""
     recorder = Recorder(models[BASE])
-    sample(recorder, torch.arange(len(CLASSES)))
+    sample(recorder, torch.arange(len(CLASSES)), steps=FEW_STEPS)
     steps = list(zip(recorder.calls[::2], recorder.calls[1::2], strict=True))
     runs: dict[str, list[Call]] = {
         name: [partial(_one_step, model, cond, uncond) for cond, uncond in steps] for name, model in models.items()
@@ -85,7 +80,8 @@ def time_variants(models: Mapping[str, nn.Module], repeats: int) -> dict[str, tu
 def draw(model: Callable[..., Any], images: int, on_step: Callable[[int, float], None]) -> Tensor:
     """Images (N, 28, 28), classes in turn; equal noise for every model."""
     labels = torch.arange(images) % len(CLASSES)
-    return torch.cat([sample(model, part, seed=i, on_step=on_step) for i, part in enumerate(labels.split(BATCH))])
+    batches = enumerate(labels.split(BATCH))
+    return torch.cat([sample(model, part, steps=FEW_STEPS, seed=i, on_step=on_step) for i, part in batches])
 
 
 def judge_images(images: Tensor, judge: Judge, reference: Reference) -> tuple[float, float]:
@@ -106,27 +102,27 @@ def measure(folder: Path, engine: str, images: int, repeats: int, progress: Prog
     """All figures; writes the pictures beside the bundles in `folder`."""
     judge, reference = load_judge(WEIGHTS / "judge.safetensors"), load_reference()
     models: dict[str, nn.Module] = {BASE: load_model("dense")}
-    for name, (file, policy) in VARIANTS.items():
-        models[name] = load(folder / file, engine=engine, policy=policy)
+    for name, file in VARIANTS.items():
+        models[name] = load(folder / file, engine=engine)
     timing = progress.add_task("timing ten classes at a time", total=None)
     times = time_variants(models, repeats)
     left = {name: flops_left(model) for name, model in models.items()}
     progress.update(timing, total=1, completed=1)
     rows, drawn = [], {}
     for name, model in models.items():
-        task = progress.add_task(f"drawing {images} images: {name}", total=STEPS * -(-images // BATCH))
+        task = progress.add_task(f"drawing {images} images: {name}", total=FEW_STEPS * -(-images // BATCH))
         drawn[name] = draw(model, images, lambda *_, task=task: progress.advance(task))
         grid = f"{name.replace(', ', '-').replace(' ', '-')}.png"
         save_grid(drawn[name][:SHOWN], folder / grid)
         rows.append(Row(name, *times[name], left[name], *judge_images(drawn[name], judge, reference), grid))
-    reusing = models[REUSING]
-    assert isinstance(reusing, CompiledTransformer)
-    save(router_heat_map(reusing.trace[-1], "cond"), folder / "router.png")
+    elastic = models[ELASTIC]
+    assert isinstance(elastic, CompiledTransformer)
+    save(router_heat_map(elastic.trace[-1], "cond"), folder / "router.png")
     save(latency_bars({row.name: row.ms for row in rows}), folder / "latency.png")
     return {
         "engine": engine,
         "images": images,
-        "steps": STEPS,
+        "steps": FEW_STEPS,
         "repeats": repeats,
         "largest_difference": float((drawn[BASE] - drawn["dense, compiled"]).abs().max()),
         "real": {"accuracy": reference.accuracy, "distance": reference.floors.get(images)},

@@ -7,6 +7,7 @@ elastic model how its gates and widths were decided. Models that are not named k
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,10 +85,14 @@ class Recorder(nn.Module):
         )
 
 
-def quality(model: Any, judge: Judge, images: int, guidance: float, batch: int = 100, seed: int = 0) -> Quality:
+def quality(
+    model: Any, judge: Judge, images: int, guidance: float, batch: int = 100, seed: int = 0, steps: int = STEPS
+) -> Quality:
     """Sample `images` images, classes in turn, `batch` at a time, and judge them."""
     labels = torch.arange(images) % len(CLASSES)
-    chunks = [sample(model, part, guidance=guidance, seed=seed + i) for i, part in enumerate(labels.split(batch))]
+    chunks = [
+        sample(model, part, guidance=guidance, seed=seed + i, steps=steps) for i, part in enumerate(labels.split(batch))
+    ]
     predicted, features = judged(judge, torch.cat(chunks))
     accuracy = (predicted == labels).float().mean().item()
     distance = frechet_distance(features, test_features(judge))
@@ -118,20 +123,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["dense", "elastic"], help="dense, elastic, or checkpoints")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
+    parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
     parser.add_argument("--judge", type=Path, default=WEIGHTS / "judge.safetensors")
     parser.add_argument("--output", type=Path, default=WEIGHTS / "quality.json")
     arguments = parser.parse_args()
     judge = load_judge(arguments.judge)
     floor = {"images": arguments.images, "distance": round(floor_distance(judge, arguments.images), 3)}
-    update(arguments.output, {"steps": STEPS, "torch": torch.__version__, "real_images": floor})
+    update(arguments.output, {"torch": torch.__version__, "real_images": floor})
     for name in arguments.models:
-        for guidance in arguments.guidance:
+        for guidance, steps in itertools.product(arguments.guidance, arguments.steps):
             model = load_model(name)
             called = Recorder(model) if isinstance(model, ElasticTransformer) else model
-            entry: dict[str, Any] = asdict(quality(called, judge, arguments.images, guidance)) | {"guidance": guidance}
+            entry: dict[str, Any] = asdict(quality(called, judge, arguments.images, guidance, steps=steps))
+            entry |= {"guidance": guidance, "steps": steps}
             if isinstance(called, Recorder):
-                entry["decisions"] = asdict(called.decisions(branches=1 if guidance == 1 else 2))
-            key = name if len(arguments.guidance) == 1 else f"{name} guidance {guidance:g}"
+                entry["decisions"] = asdict(called.decisions(1 if guidance == 1 else 2, steps))
+            key = f"{name}, {steps} steps" + (f", guidance {guidance:g}" if len(arguments.guidance) > 1 else "")
             print(key, json.dumps({k: v for k, v in entry.items() if k != "decisions"}), flush=True)
             if "decisions" in entry:
                 print(json.dumps(entry["decisions"]), flush=True)

@@ -1,7 +1,7 @@
 """Keep what a training made: python -m examples.fashion_mnist.publish dense runs/dense (or: elastic runs/elastic).
 
-Writes the averaged weights of the run's newest checkpoint to weights/ in half precision, and every `--every`-th line
-of its metrics to logs/.
+Writes the averaged weights of the run's newest checkpoint, or the elastic model that was distilled in it, to weights/
+in half precision, and every `--every`-th line of its metrics to logs/.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from edit_compile.elastic.storage import load_elastic
 from edit_compile.files import save_tensors_atomically, write_file_atomically
 from edit_compile.training.checkpoint import list_checkpoints, load_checkpoint
-from examples.fashion_mnist.model import WEIGHTS, load_model
+from examples.fashion_mnist.model import WEIGHTS
 
 LOGS = WEIGHTS.parent / "logs"
 
@@ -27,7 +28,7 @@ def publish(kind: str, run: Path, every: int) -> None:
         averaged = load_checkpoint(found[-1]).ema
         save_tensors_atomically(WEIGHTS / "dense.safetensors", {n: t.half() for n, t in averaged.items()})
     else:
-        load_model(str(found[-1])).save_pretrained(WEIGHTS / "elastic", dtype=torch.float16)
+        load_elastic(run / "elastic").save_pretrained(WEIGHTS / "elastic", dtype=torch.float16)
     LOGS.mkdir(exist_ok=True)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     kept = [line for number, line in enumerate(lines, 1) if number % every == 0 or number == len(lines)]

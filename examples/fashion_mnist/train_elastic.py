@@ -45,7 +45,9 @@ def main() -> None:
     )
     budget = replace(Budget.preset(arguments.budget), weight=arguments.budget_weight)
     task = ElasticTask(load_model(arguments.dense), budget, uniform_times=arguments.times == "uniform")
-    print(train(task, config))
+    last = train(task, config)
+    load_model(str(last)).save_pretrained(arguments.output / "elastic")
+    print(last)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import GUIDANCE, STEPS, sample_patches
 
 
-def recorded(model: torch.nn.Module, folder: Path, generations: int, rows: int) -> edit_compile.Recording:
+def recorded(
+    model: torch.nn.Module, folder: Path, generations: int, rows: int, first_seed: int = 1000
+) -> edit_compile.Recording:
     """Generations of `rows` images each, classes in turn."""
-    labels = torch.arange(generations * rows) % len(CLASSES)
+    parts = (torch.arange(generations * rows) % len(CLASSES)).split(rows)
     with edit_compile.record(model, folder) as recorder:
-        for seed, part in enumerate(labels.split(rows)):
+        for seed, part in list(enumerate(parts))[recorder.count :]:  # goes on where it stopped
             with recorder.generation():
-                recorder.result(sample_patches(model, part, seed=1000 + seed))
+                recorder.result(sample_patches(model, part, seed=first_seed + seed))
     return edit_compile.Recording(folder)
 
 
