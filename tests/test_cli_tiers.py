@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, load
 from edit_compile.bundles.tier_table import tier_table
+from edit_compile.loading import UserError
+from edit_compile.tuning.command import parse_named
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
 from tests import programs
@@ -76,3 +79,19 @@ def test_bench_runs_at_a_tier(bundle: Path, tmp_path: Path) -> None:
     assert all(list(block["widths"]) == ["0.25"] for block in blocks)
     assert "there are 'routed', 'planned'" in run(*arguments, "--tier", "draft", code=2)
     assert "give one of them" in run(*arguments, "--tier", "quarter", "--schedule", ".5,.5", code=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["fast"], "say name=number"),
+        (["fast=x"], "say name=number"),
+        (["=0.5"], "has no name"),
+        ([" =0.5"], "has no name"),
+        (["fast=.5", "fast=.4"], "'fast' is given twice"),
+    ],
+)
+def test_tiers_on_the_command_line(given: Sequence[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse_named(given)
+    assert parse_named(["a=.5", "b=1"]) == {"a": 0.5, "b": 1.0}

@@ -316,7 +316,7 @@ class Silent(nn.Module):
 
 
 def test_what_is_no_module_and_has_none(tmp_path: Path) -> None:
-    with pytest.raises(CallsError, match="pass the one to record"):
+    with pytest.raises(CallsError, match="say which one to record"):
         edit_compile.record(SimpleNamespace(transformer=Silent(), transformer_2=Silent()), tmp_path).__enter__()
     with pytest.raises(CallsError, match="has no transformer that could be recorded"):
         edit_compile.record(SimpleNamespace(unet=Silent()), tmp_path).__enter__()

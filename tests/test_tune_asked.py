@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from rich.console import Console
 import edit_compile
 from edit_compile import CallsError, CompiledTransformer, EditError, Generation, PolicyError, RecordedCall, Tuned
 from edit_compile.calls.result_quality import Mean
-from edit_compile.loading import UserError
-from edit_compile.tuning.command import against_fewer_steps, parse_named
+from edit_compile.tuning.command import against_fewer_steps
 from edit_compile.tuning.plot import quality_against_time
 from tests import programs
 from tests.models import tiny_plain
@@ -336,19 +335,3 @@ def test_plain_steps_have_the_time_that_the_tier_takes(tuned: Tuned) -> None:
         assert count <= in_time <= STEPS
         assert in_time == max(count, min(STEPS, int(STEPS / tuned.seconds[name].times_faster)))
     assert tuned.gain["full"] == Mean(0.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["fast"], "say name=number"),
-        (["fast=x"], "say name=number"),
-        (["=0.5"], "has no name"),
-        ([" =0.5"], "has no name"),
-        (["fast=.5", "fast=.4"], "'fast' is given twice"),
-    ],
-)
-def test_tiers_on_the_command_line(given: Sequence[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        parse_named(given)
-    assert parse_named(["a=.5", "b=1"]) == {"a": 0.5, "b": 1.0}

@@ -8,7 +8,6 @@ import matplotlib.axes
 from matplotlib.figure import Figure
 
 from edit_compile.calls.result_quality import Mean
-from edit_compile.tuning.trials import BEST
 from edit_compile.tuning.tuned import Tuned
 
 Point = tuple[str, float, Mean]
@@ -22,7 +21,7 @@ def quality_against_time(tuned: Tuned) -> Figure:
     """
     tiers, fewer = list[Point](), list[Point]()
     for name, tier in tuned.tiers.items():
-        if tier.quality_db is None or tier.quality_interval is None or tier.quality_db >= BEST:
+        if tier.quality_db is None or tier.quality_interval is None or tuned.computed_steps[name] == tier.steps:
             continue
         seconds = tuned.seconds[name]
         tiers.append((name, seconds.tier, Mean(tier.quality_db, *tier.quality_interval)))
