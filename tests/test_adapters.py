@@ -84,7 +84,10 @@ def check(elastic: ElasticTransformer, inputs: dict[str, Any], twin: nn.Module) 
     assert torch.equal(elastic.routing.choice, other.routing.choice)
 
 
-@pytest.mark.parametrize(("kind", "before"), [("LoRA", True), *((kind, False) for kind in KINDS)])
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [("LoRA", True), *(pytest.param(kind, False, marks=[] if kind == "LoRA" else pytest.mark.slow) for kind in KINDS)],
+)
 def test_it_is_narrowed_like_its_merged_self(kind: str, before: bool) -> None:
     model, inputs = model_and_inputs()
     plain = copy.deepcopy(model)

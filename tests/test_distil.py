@@ -186,7 +186,10 @@ def test_noise_opens_a_gate_with_its_probability_and_is_drawn_once() -> None:
     torch.testing.assert_close(chosen.mean(0), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("what", ["routers", "lora", "all"])
+SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora", "all")]
+
+
+@pytest.mark.parametrize("what", ["routers", *SLOW])
 def test_distilled_models_keep_the_budget_and_change_what_they_may(
     recording: Recording, tmp_path: Path, what: Any
 ) -> None:
@@ -303,6 +306,7 @@ def _halved(call: RecordedCall) -> RecordedCall:
     return replace(call, arguments=arguments, outputs=tuple(t.to(torch.bfloat16) for t in call.outputs))
 
 
+@pytest.mark.slow
 def test_the_papers_budgets_count_too(recording: Recording, tmp_path: Path) -> None:
     elastic = elastic_model()
     policy = RoutingPolicy(margin=0.0, max_reuse=0)

@@ -58,7 +58,7 @@ WAYS = {
         ("transformer", "transformer_2"),
     ),
 }
-QUICK = ("qwen", "wan_two_transformers")
+QUICK = ("qwen",)
 
 
 @pytest.fixture(autouse=True)
