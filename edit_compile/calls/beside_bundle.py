@@ -50,7 +50,7 @@ def steps_for(compiled: CompiledTransformer, recording: Recording) -> list[dict[
 
 def _check_model(compiled: CompiledTransformer, recording: Recording) -> None:
     kind = compiled.program.manifest.model
-    if recording.model.rpartition(" of ")[2] != kind:
+    if recording.model_class != kind:
         raise CallsError(
             f"{recording.folder} holds calls of {recording.model}, the bundle is of a {kind}: give its own"
         )

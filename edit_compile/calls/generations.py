@@ -103,6 +103,11 @@ class Recording:
             raise CallsError(f"{folder} holds no generation: record some first (edit_compile.record)")
         self.model = read_contents(self._paths[0]).model
 
+    @property
+    def model_class(self) -> str:
+        """Class of the model, whichever stood for it (see `recorded_model.name_of`)."""
+        return self.model.rpartition(" of ")[2]
+
     def __len__(self) -> int:
         return len(self._paths)
 

@@ -15,7 +15,7 @@ from edit_compile.calls.replaying import Placed, in_context
 
 def check_model(model: nn.Module, recording: Recording | Sequence[Generation]) -> None:
     """CallsError where the recording says that it is of another class than `model`, dense, elastic or compiled."""
-    if isinstance(recording, Recording) and recording.model.rpartition(" of ")[2] != type(model).__name__:
+    if isinstance(recording, Recording) and recording.model_class != type(model).__name__:
         raise CallsError(
             f"recording: {recording.folder} holds calls of {recording.model}, the model is a {type(model).__name__}"
         )

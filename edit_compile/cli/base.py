@@ -38,7 +38,7 @@ EngineOfBundle = Annotated[
     str | None, typer.Option(help="as for `compile`; default: that of the engines in the bundle, else onnxruntime")
 ]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
-Budget = Annotated[
+Schedule = Annotated[
     str | None,
     typer.Option("--schedule", help='decisions at random instead of routed: "gate,width", for example .5,.6'),
 ]

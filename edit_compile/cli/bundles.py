@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from edit_compile.cli.base import (
-    Budget,
     Bundle,
     Calls,
     EngineOfBundle,
     Inputs,
     ModelName,
+    Schedule,
     Steps,
     app,
     console,
@@ -136,7 +136,7 @@ def bench(
     engine: EngineOfBundle = None,
     steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    schedule: Budget = None,
+    schedule: Schedule = None,
     tier: Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")] = None,
     dispatch: Annotated[str, typer.Option(help="where decisions are taken: host or device")] = "host",
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,

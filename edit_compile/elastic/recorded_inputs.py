@@ -21,6 +21,10 @@ class RecordedCalls(Protocol):
 
     model: str
 
+    @property
+    def model_class(self) -> str:
+        """Class of the model, whichever stood for it."""
+
     def inputs(self) -> list[dict[str, Any]]:
         """Keyword arguments of one call of each form, on the CPU."""
 
@@ -33,7 +37,7 @@ def inputs_for(model: nn.Module, given: Inputs | RecordedCalls) -> Inputs:
     if not isinstance(given, RecordedCalls):
         return given
     kind = type(model).__name__
-    if given.model.rpartition(" of ")[2] != kind:
+    if given.model_class != kind:
         raise InputError(f"inputs: these are calls of {given.model}, the model is a {kind}: record its own")
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device

@@ -11,8 +11,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from edit_compile.calls.generations import Generation, Recording
-from edit_compile.calls.recorded_model import check_arguments
+from edit_compile.calls.generations import Generation, RecordedCall, Recording
 from edit_compile.calls.repeated_calls import arguments_for, check_model
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.training.checkpoint import load_checkpoint
@@ -66,17 +65,16 @@ def distil(
     if config.shard or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("distil trains in one process: leave out shard and torchrun")
     check_model(elastic.model, calls)
-    windows = Windows(calls, settings.rollout, settings.stride)
-    for generation in calls:
-        check_arguments(elastic, generation)
-    inputs = arguments_for(elastic, calls[0].calls[0])
+    windows = Windows(elastic, calls, settings.rollout, settings.stride)
+    first = calls[0].calls[0]
+    inputs = arguments_for(elastic, first)
     if elastic.layout is None:
         with torch.no_grad():
             elastic(**inputs)
     policy = _trained_policy(policy or elastic.policy or RoutingPolicy(), settings)
     shares = block_shares(elastic, inputs)
     check_budget(budget, shares)
-    identity = _identity(elastic, calls, (train, budget, policy, settings))
+    identity = _identity(elastic, first, (len(calls), train, budget, policy, settings))
     with trained(elastic, train, settings.rank):
         task = DistilTask(elastic, windows, budget, shares, policy, settings, identity)
         last = load_checkpoint(run_training(task, config))
@@ -90,12 +88,9 @@ def _trained_policy(policy: RoutingPolicy, settings: Distillation) -> RoutingPol
     return replace(policy, max_reuse=min(policy.max_reuse, settings.rollout - 1))
 
 
-def _identity(
-    elastic: ElasticTransformer, calls: Sequence[Generation] | Recording, settings: tuple[object, ...]
-) -> str:
+def _identity(elastic: ElasticTransformer, first: RecordedCall, settings: tuple[object, ...]) -> str:
     """What a run is of: settings, the model that it begins with, the first call; by a few numbers of each tensor."""
-    digest = sha256(repr((settings, len(calls))).encode())
-    first = calls[0].calls[0]
+    digest = sha256(repr(settings).encode())
     for name, tensor in (*elastic.state_dict().items(), *((str(n), one) for n, one in enumerate(first.outputs))):
         digest.update(repr((name, tuple(tensor.shape), tensor.flatten()[:16].tolist())).encode())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from edit_compile.calls.generations import CallsError, Generation, Recording
+from edit_compile.calls.recorded_model import check_arguments
 from edit_compile.calls.sampler import Sampler, warn_of_unexplained
 from edit_compile.elastic.straight_through import Routing
 from edit_compile.elastic.transformer import ElasticTransformer
@@ -123,33 +124,43 @@ def joined(routings: Sequence[Routing]) -> Routing:
 class Windows(Dataset[dict[str, int]]):
     """Where rollouts of `length` steps, of `stride` recorded ones each, may begin: (generation, step) pairs.
 
-    All generations are read once. CallsError where there is none, their steps differ in number, there are fewer than a
-    rollout has, or steps of several recorded ones make no sense for the sampler.
+    All generations are read once. CallsError where there is none, `elastic` does not take their arguments, their steps
+    differ in number, there are fewer than a rollout has, or the sampler makes no sense of steps as long as several.
     """
 
-    def __init__(self, calls: Sequence[Generation] | Recording, length: int, stride: int = 1) -> None:
+    def __init__(
+        self, elastic: ElasticTransformer, calls: Sequence[Generation] | Recording, length: int, stride: int = 1
+    ) -> None:
         self.calls, self.length, self.stride = calls, length, stride
-        self.samplers = [Sampler.fit(generation) for generation in calls]
-        if not self.samplers:
-            raise CallsError("calls: there is no generation")
-        self.steps = len(self.samplers[0].steps)
-        for number, sampler in enumerate(self.samplers):
+        self.samplers: list[Sampler] = []
+        reaches_back = ended = False
+        for number, generation in enumerate(calls):
+            check_arguments(elastic, generation)
+            sampler = Sampler.fit(generation)
+            self.samplers.append(sampler)
+            reaches_back = reaches_back or (stride > 1 and _reaches_back(generation, sampler))
+            ended = generation.result is not None
             if len(sampler.steps) != self.steps:
                 raise CallsError(
                     f"calls[{number}] has {len(sampler.steps)} steps, calls[0] {self.steps}: record one number"
                 )
+        if not self.samplers:
+            raise CallsError("calls: there is no generation")
         if self.steps % stride:
-            known = "" if calls[0].result is not None else " (without a result, the last step leads nowhere)"
+            known = "" if ended else " (without a result, the last step leads nowhere)"
             raise CallsError(f"stride={stride}: it does not divide the {self.steps} steps that were recorded{known}")
         if self.steps // stride < length:
             raise CallsError(f"rollout={length}: there are {self.steps // stride} steps in a recorded generation")
-        if stride > 1 and any(
-            _reaches_back(generation, sampler) for generation, sampler in zip(calls, self.samplers, strict=True)
-        ):
+        if reaches_back:
             raise CallsError(
                 f"stride={stride}: the sampler looks back at earlier steps, so what a longer step does is not known"
             )
         warn_of_unexplained(self.samplers)
+
+    @property
+    def steps(self) -> int:
+        """How often each generation leads from latents to the next."""
+        return len(self.samplers[0].steps)
 
     def __len__(self) -> int:
         return len(self.samplers) * self._starts

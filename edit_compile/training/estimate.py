@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from edit_compile.elastic.layout import ElasticError
 from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from edit_compile.training.activations import Activations, measure
+from edit_compile.training.lora import adapted_linears
 from edit_compile.training.sharding import units
 
 FLOAT32 = 4
@@ -158,8 +159,7 @@ def _rows(
 
 def lora_parameters(block: nn.Module, rank: int) -> int:
     """Parameters of LoRA of `rank` on every linear inside `block`."""
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+    return sum(rank * (linear.in_features + linear.out_features) for linear in adapted_linears(block).values())
 
 
 def _on_meta(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

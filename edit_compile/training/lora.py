@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from edit_compile.elastic.adapters import is_adapter
 from edit_compile.elastic.layout import ElasticError
 from edit_compile.elastic.transformer import ElasticTransformer
 
 NAME = "edit_compile"
+
+
+def adapted_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """What of a block has an adapter, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 @contextmanager
@@ -21,17 +28,12 @@ def adapted(elastic: ElasticTransformer, rank: int) -> Iterator[None]:
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
     except ModuleNotFoundError as missing:
         raise ElasticError(f"adapters need {missing.name}: pip install peft") from None
-    if any(isinstance(module, BaseTunerLayer) for module in elastic.model.modules()):
+    if any(is_adapter(module) for module in elastic.model.modules()):
         raise ElasticError("the model has adapters already: merge them (fuse_lora, unload_lora) before it is distilled")
-    blocks = tuple(f"{block.name}." for block in elastic.layout.blocks) if elastic.layout else ()
-    targets = [
-        name
-        for name, module in elastic.model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(blocks)
-    ]
+    blocks = [block.name for block in elastic.layout.blocks] if elastic.layout else []
+    targets = [f"{block}.{name}" for block in blocks for name in adapted_linears(elastic.model.get_submodule(block))]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), elastic.model, NAME)
     for name, parameter in elastic.model.named_parameters():
         if parameter.requires_grad and NAME in name:
@@ -40,6 +42,7 @@ def adapted(elastic: ElasticTransformer, rank: int) -> Iterator[None]:
         yield
     finally:
         for name, module in list(elastic.model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                elastic.model.set_submodule(name, module.get_base_layer())
+            if is_adapter(module):
+                adapter: Any = module
+                adapter.merge()
+                elastic.model.set_submodule(name, adapter.get_base_layer())

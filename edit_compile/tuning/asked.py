@@ -76,7 +76,7 @@ def _check_compiled(compiled: object) -> None:
 
 def _check_class(compiled: CompiledTransformer, recording: Sequence[Generation] | Recording) -> None:
     kind = compiled.program.manifest.model
-    if isinstance(recording, Recording) and recording.model.rpartition(" of ")[2] != kind:
+    if isinstance(recording, Recording) and recording.model_class != kind:
         raise CallsError(f"{recording.folder} holds calls of {recording.model}, what is tuned is a {kind}: record that")
 
 

@@ -235,7 +235,11 @@ def main() -> None:
     chosen = finalists(tries, given.tuned)
     draws = {contestant.name: contestant.prepare() for _, contestant, _ in chosen}
     faster = times_faster({"dense": final.draw_dense} | draws, labels, given.repeats)
-    drawn = {one.name: final.result(one, 1.0, share, faster[one.name]) for _, one, share in track(chosen, "finalists")}
+    once = {contestant.name: (contestant, share) for _, contestant, share in chosen}  # some are best at several shares
+    drawn = {
+        name: final.result(contestant, 1.0, share, faster[name])
+        for name, (contestant, share) in track(list(once.items()), "finalists")
+    }
     results = [replace(drawn[contestant.name], at=at) for at, contestant, _ in chosen]
     results.sort(key=lambda one: (-one.at, -one.decibels))
     base = final.result(Contestant("dense", "28 steps", lambda: final.draw_dense), 1.0, 1.0, 1.0)
