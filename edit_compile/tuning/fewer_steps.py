@@ -5,16 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from edit_compile.calls.stages import Stage
+from edit_compile.tuning.schedules import even
 from runtime.face.transformer import CompiledTransformer
-
-
-def kept_steps(steps: int, count: int) -> list[int]:
-    """`count` of so many steps, spread evenly, the first among them."""
-    chosen: list[int] = np.linspace(0, steps, count, endpoint=False).round().astype(int).tolist()
-    return chosen
 
 
 class FewerSteps:
@@ -27,7 +20,7 @@ class FewerSteps:
     def __init__(self, compiled: CompiledTransformer, stages: tuple[Stage, ...], count: int) -> None:
         self._compiled, self.device = compiled, compiled.device
         self._places = [(number, branch) for number, stage in enumerate(stages) for branch in range(len(stage.calls))]
-        self._kept = set(kept_steps(len(stages), count))
+        self._kept = set(even(len(stages), count))
         self._given: dict[int, Any] = {}
         self._next = 0
 

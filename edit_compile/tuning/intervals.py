@@ -1,4 +1,11 @@
-"""What it costs in quality to reuse residuals for some steps on end, for all intervals between two computed steps."""
+"""What reusing residuals for some steps on end puts into the result, for all intervals between two computed steps.
+
+    error of a schedule = sum over its intervals of e(interval)
+    its square          = sum over pairs of intervals of <e(a), e(b)>
+
+Errors of neighbouring intervals point in like or opposite directions, so their products are needed and not their sizes
+alone: regular schedules are better than the sizes tell, since what one interval adds the next takes off again.
+"""
 
 from __future__ import annotations
 
@@ -18,50 +25,71 @@ from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import EXTRAPOLATE, REUSE
 from runtime.routing.schedule import ScheduledPolicy
 
-Costs = npt.NDArray[np.float64]
-"""costs[p, i, k]: the squared error in the end of reusing from step i + 1 to step k - 1 what was computed in step i,
-and before it in step p. Steps count from 0; k is their number where nothing is computed any more, p is i where i comes
-first or the order is 0. Infinite where it is not known."""
+Products = npt.NDArray[np.float32]
+"""(n, n): <e(a), e(b)> of `intervals`, in their order."""
+Interval = tuple[int, int, int]
+"""(p, i, k): steps i + 1 to k - 1 reuse what was computed in step i, extrapolated from what was in step p; as it was,
+where p is i. Steps count from 0; k is their number where nothing is computed any more."""
+SKETCH = 8192
+"""Numbers that an error is kept in: longer ones are folded, each number added to one of them with a random sign, so
+that products stay the same on average and within about 1% of the sizes multiplied (a count sketch)."""
+
+
+def intervals(steps: int, reach: int) -> list[Interval]:
+    """All intervals of up to `reach` steps in which something is reused."""
+    return [
+        (before, start, end)
+        for before, start in computed_pairs(steps, reach)
+        for end in range(start + 2, min(steps, start + reach) + 1)
+    ]
+
+
+def computed_pairs(steps: int, reach: int) -> list[tuple[int, int]]:
+    """(p, i) of `intervals`, and of such in which nothing is reused."""
+    return [(before, step) for step in range(steps) for before in range(max(step - reach, 0), step + 1)]
 
 
 @torch.no_grad()
-def interval_costs(
+def error_products(
     compiled: CompiledTransformer,
     generation: Generation,
     sampler: Sampler,
-    order: int,
     reach: int,
     advance: Callable[[], object] = lambda: None,
-) -> Costs:
-    """Costs of intervals of up to `reach` steps, in which the model is given what was recorded.
+) -> Products:
+    """Products of the errors of `intervals`, in which the model is given what was recorded.
 
     So a step's error is that of its residuals alone. `advance` is called once for each of `computed_pairs`.
     """
     influence, place = Influence.of(generation, sampler), sampler.place
     count = len(influence.stages)
-    costs = np.full((count, count, count + 1), np.inf)
-    for before, start in computed_pairs(count, order, reach):
+    found = list[Tensor]()
+    for before, start in computed_pairs(count, reach):
         computed = [before, start] if before < start else [start]
         steps = [*computed, *range(start + 1, min(count, start + reach))]
         stages = [influence.stages[step] for step in steps]
-        given = _given(compiled, generation, place.output, stages, _table(compiled, len(steps), len(computed), order))
-        costs[before, start, start + 1], error = 0.0, [torch.zeros(1)] * len(influence.weights)
+        given = _given(compiled, generation, place.output, stages, _table(compiled, len(steps), len(computed)))
+        error = torch.zeros(())
         for step, outputs in zip(steps, given, strict=True):
             if step <= start:
                 continue
             off = {call: place.rows(now) - place.rows(generation.calls[call].outputs[place.output])
                    for call, now in outputs.items()}  # fmt: skip
-            error = [a + b for a, b in zip(error, influence.error(off), strict=True)]
-            costs[before, start, step + 1] = sum(float(one.square().sum()) for one in error)
+            error = error + _folded(torch.cat(influence.error(off)))
+            found.append(error)
         advance()
-    return costs
+    errors = torch.stack(found) if found else torch.zeros(0, 1)
+    return (errors @ errors.T).numpy()
 
 
-def computed_pairs(steps: int, order: int, reach: int) -> list[tuple[int, int]]:
-    """(p, i) of `interval_costs`."""
-    if order == 0:
-        return [(step, step) for step in range(steps)]
-    return [(0, 0)] + [(before, step) for step in range(1, steps) for before in range(max(step - reach, 0), step)]
+def _folded(error: Tensor) -> Tensor:
+    """`error` (numbers,) in at most SKETCH numbers, the same way each time."""
+    if len(error) <= SKETCH:
+        return error.float()
+    generator = torch.Generator().manual_seed(0)
+    place = torch.randint(SKETCH, error.shape, generator=generator)
+    sign = torch.randint(2, error.shape, generator=generator) * 2 - 1
+    return torch.zeros(SKETCH).index_add_(0, place, error.float() * sign)
 
 
 def _given(
@@ -79,9 +107,9 @@ def _given(
             yield outputs
 
 
-def _table(compiled: CompiledTransformer, steps: int, computed: int, order: int) -> ScheduledPolicy:
-    """The first `computed` of `steps` are computed, those after them reused."""
-    table = np.full((steps, len(compiled.program.manifest.blocks)), EXTRAPOLATE if order else REUSE)
+def _table(compiled: CompiledTransformer, steps: int, computed: int) -> ScheduledPolicy:
+    """The first `computed` of `steps` are computed, those after them reused; extrapolated where two are computed."""
+    table = np.full((steps, len(compiled.program.manifest.blocks)), EXTRAPOLATE if computed > 1 else REUSE)
     table[:computed] = 1.0
     return ScheduledPolicy(table, routed=False)
 

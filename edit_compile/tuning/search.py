@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
-from edit_compile.tuning.intervals import Costs, computed_pairs, interval_costs
-from edit_compile.tuning.schedules import best_steps
-from edit_compile.tuning.trials import Candidate, Trials
+from edit_compile.tuning.intervals import computed_pairs, error_products, intervals
+from edit_compile.tuning.schedules import Schedule, even, predicted_best
+from edit_compile.tuning.trials import Trials
 
-ORDERS = (0, 1)
+KEPT = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How much of the products of two intervals counts (see `predicted_best`): each proposes schedules, replays choose."""
+PROPOSED = 2
+"""How many of each are replayed."""
 
 
 class Search:
-    """Schedules for `trials`: by dynamic programming over intervals, then by moving one computed step at a time.
+    """Schedules for `trials`: proposed by the errors of their intervals, chosen by replays.
 
-    What dynamic programming adds up leaves out what the model gives for latents that are off; replays do not.
+    What errors of intervals add up to leaves out what the model gives for latents that are off; replays do not.
     """
 
     def __init__(self, trials: Trials, reach: int, rounds: int, advance: Callable[[], object]) -> None:
-        self._trials, self._rounds = trials, rounds
-        self._planned: Mapping[int, Mapping[int, tuple[int, ...]]] = {
-            order: best_steps(_costs(trials, order, reach, advance)) for order in ORDERS
-        }
+        self._trials, self._reach, self._rounds = trials, reach, rounds
+        self._products = _products(trials, reach, advance)
 
     @staticmethod
     def work(steps: int, generations: int, reach: int) -> int:
         """How often `advance` is called."""
-        return generations * sum(len(computed_pairs(steps, order, reach)) for order in ORDERS)
+        return generations * len(computed_pairs(steps, reach))
 
-    def at(self, count: int) -> Candidate:
+    def at(self, count: int) -> Schedule:
         """The best that was found with `count` computed steps."""
-        best = max(self._begun(count), key=self._reached)
+        best = max(dict.fromkeys(self._begun(count)), key=self._reached)
         for _ in range(self._rounds):
-            better = max((best, *_moved(best, self._trials.steps)), key=self._reached)
+            better = max((best, *best.moved(self._trials.steps, 1)), key=self._reached)
             if better == best:
                 break
             best = better
         return best
 
-    def for_quality(self, decibels: float) -> Candidate | None:
+    def for_quality(self, decibels: float) -> Schedule | None:
         """The one with the fewest computed steps that reaches so many dB; None where none does but computing all."""
         low, high, found = 1, self._trials.steps - 1, None
         while low <= high:
@@ -53,34 +55,25 @@ class Search:
                 low = count + 1
         return found
 
-    def _begun(self, count: int) -> Iterator[Candidate]:
-        even = tuple(np.linspace(0, self._trials.steps, count, endpoint=False).round().astype(int).tolist())
-        for order in ORDERS:
-            yield Candidate(even, order)
-            for planned in self._planned.values():
-                if count in planned:
-                    yield Candidate(planned[count], order)
+    def _begun(self, count: int) -> Iterator[Schedule]:
+        steps = self._trials.steps
+        for order in (0, 1):
+            yield Schedule.of(even(steps, count), order)
+        for kept in KEPT:
+            yield from predicted_best(self._products, steps, self._reach, count, kept)[:PROPOSED]
 
-    def _reached(self, candidate: Candidate) -> float:
-        return self._trials.outcome(candidate).mean
-
-
-def _moved(candidate: Candidate, steps: int) -> Iterator[Candidate]:
-    """The candidate with one of its computed steps, but the first, moved by one."""
-    for index, step in enumerate(candidate.computed[1:], start=1):
-        for other in (step - 1, step + 1):
-            if 0 < other < steps and other not in candidate.computed:
-                moved = sorted({*candidate.computed[:index], other, *candidate.computed[index + 1 :]})
-                yield Candidate(tuple(moved), candidate.order)
+    def _reached(self, schedule: Schedule) -> float:
+        return self._trials.outcome(schedule).mean
 
 
-def _costs(trials: Trials, order: int, reach: int, advance: Callable[[], object]) -> Costs:
-    found = []
+def _products(trials: Trials, reach: int, advance: Callable[[], object]) -> npt.NDArray[np.float64]:
+    """Those of all generations, added up."""
+    pairs, count = computed_pairs(trials.steps, reach), len(intervals(trials.steps, reach))
+    total = np.zeros((count, count))
     for generation, sampler, key in zip(trials.generations, trials.samplers, trials.keys, strict=True):
-        make = partial(interval_costs, trials.compiled, generation, sampler, order, reach, advance)
-        costs, there = trials.work.costs(key, order, reach, make)
-        for _ in computed_pairs(trials.steps, order, reach) if there else ():
+        make = partial(error_products, trials.compiled, generation, sampler, reach, advance)
+        products, there = trials.work.products(key, reach, make)
+        for _ in pairs if there else ():
             advance()
-        found.append(costs)
-    total: Costs = np.sum(found, axis=0)
+        total += products
     return total

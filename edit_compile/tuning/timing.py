@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from edit_compile.calls.replaying import Placed
 from edit_compile.measuring.timing import Call, interleaved
-from edit_compile.tuning.fewer_steps import kept_steps
-from edit_compile.tuning.trials import Candidate, Trials
+from edit_compile.tuning.schedules import Schedule, even
+from edit_compile.tuning.trials import Trials
 from runtime.face.transformer import CompiledTransformer
 
 
@@ -27,16 +27,16 @@ class Seconds:
     times_faster: float
 
 
-def seconds_of(trials: Trials, candidate: Candidate, repeats: int) -> Seconds:
+def seconds_of(trials: Trials, schedule: Schedule, repeats: int) -> Seconds:
     """Step by step in turns with the dense model, on the first generation."""
-    runs = {"this": _calls(trials, "this", candidate), "dense": _calls(trials, "dense", trials.everything())}
+    runs = {"this": _calls(trials, "this", schedule), "dense": _calls(trials, "dense", trials.everything())}
     end = partial(_end, trials.compiled, list(runs))
     try:
         taken = interleaved(runs, repeats, 1, end)
     finally:
         end()
     this, dense = taken["this"].sum(1), taken["dense"].sum(1)
-    fewer = taken["dense"][:, _in_steps(trials, kept_steps(trials.steps, len(candidate.computed)))].sum(1)
+    fewer = taken["dense"][:, _in_steps(trials, even(trials.steps, len(schedule.computed)))].sum(1)
     return Seconds(*(float(np.median(one)) for one in (this, dense, fewer, dense / this)))
 
 
@@ -45,8 +45,8 @@ def _in_steps(trials: Trials, steps: Sequence[int]) -> npt.NDArray[np.bool_]:
     return np.array([number in steps for number, stage in enumerate(trials.stages[0]) for _ in stage.calls])
 
 
-def _calls(trials: Trials, name: str, candidate: Candidate) -> list[Call]:
-    compiled, policy, placed = trials.compiled, trials.policy(candidate), Placed(trials.compiled.device)
+def _calls(trials: Trials, name: str, schedule: Schedule) -> list[Call]:
+    compiled, policy, placed = trials.compiled, trials.policy(schedule), Placed(trials.compiled.device)
 
     def made(arguments: Mapping[str, object], context: str) -> None:
         with compiled.request(f"tuning {name}"), compiled.decided_by(policy), compiled.cache_context(context):

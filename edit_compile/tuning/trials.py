@@ -14,7 +14,7 @@ from edit_compile.calls.replaying import replay
 from edit_compile.calls.result_quality import quality
 from edit_compile.calls.sampler import Sampler
 from edit_compile.tuning.fewer_steps import FewerSteps
-from edit_compile.tuning.schedules import schedule
+from edit_compile.tuning.schedules import Schedule
 from edit_compile.tuning.work import Replay, Work
 from runtime.base.errors import InputError
 from runtime.face.transformer import CompiledTransformer
@@ -24,14 +24,6 @@ BEST = 200.0
 """dB that stand for what was recorded itself."""
 WORST = 20.0
 """dB that the compiled transformer reaches at least, all computed, if the recorded calls are its model's."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule: the steps that are computed, and the `order` of the residuals that are reused in others."""
-
-    computed: tuple[int, ...]
-    order: int
 
 
 @dataclass(frozen=True)
@@ -67,18 +59,19 @@ class Trials:
         (self.steps,) = counts
         self.blocks = len(compiled.program.manifest.blocks)
 
-    def everything(self) -> Candidate:
+    def everything(self) -> Schedule:
         """All steps computed."""
-        return Candidate(tuple(range(self.steps)), 0)
+        return Schedule.of(tuple(range(self.steps)), 0)
 
-    def policy(self, candidate: Candidate) -> ScheduledPolicy:
-        """The policy of a candidate."""
-        return schedule(candidate.computed, self.steps, self.blocks, candidate.order)
+    def policy(self, schedule: Schedule) -> ScheduledPolicy:
+        """The policy of a schedule."""
+        return schedule.policy(self.steps, self.blocks)
 
-    def outcome(self, candidate: Candidate) -> Outcome:
-        """What a candidate reaches."""
-        name = f"order {candidate.order}, steps {' '.join(map(str, candidate.computed))} of {self.steps}"
-        replays = self._replays(name, self.policy(candidate), lambda _: self.compiled)
+    def outcome(self, schedule: Schedule) -> Outcome:
+        """What a schedule reaches."""
+        orders = "".join(map(str, schedule.orders))
+        name = f"steps {' '.join(map(str, schedule.computed))} of {self.steps}, orders {orders}"
+        replays = self._replays(name, self.policy(schedule), lambda _: self.compiled)
         share = sum(one.flops for one in replays) / max(sum(one.dense_flops for one in replays), 1)
         return Outcome(tuple(one.decibels for one in replays), min(share, 1.0))
 

@@ -11,9 +11,10 @@ from edit_compile.calls.generations import Generation, Recording
 from edit_compile.calls.result_quality import Mean, mean_quality
 from edit_compile.measuring.machine import describe_machine, summary
 from edit_compile.tuning.asked import check_tiers, split
+from edit_compile.tuning.schedules import Schedule
 from edit_compile.tuning.search import Search
 from edit_compile.tuning.timing import seconds_of
-from edit_compile.tuning.trials import Candidate, Trials
+from edit_compile.tuning.trials import Trials
 from edit_compile.tuning.tuned import Tuned
 from runtime.base.errors import PolicyError
 from runtime.bundle.tiers import Tier
@@ -41,8 +42,8 @@ def tune(
 ) -> Tuned:
     """Find in which steps to compute and in which to reuse residuals, for each tier that is asked for.
 
-    Which steps are best is first told by what each interval of reuse costs on its own (`interval_costs`), by dynamic
-    programming; then by replays of whole generations. Routers are left out: all blocks of a step are computed, or none.
+    Schedules are proposed by what each interval of reuse puts into the result (`error_products`), and chosen by replays
+    of whole generations. Routers and widths are left out: all blocks of a step are computed in full, or none.
 
     Args:
         compiled: what was recorded, compiled.
@@ -73,7 +74,7 @@ def tune(
     search_by.check_model()
     total, done = Search.work(search_by.steps, len(search_by.generations), reach), itertools.count(1)
     search = Search(search_by, reach, rounds, lambda: progress("intervals", next(done), total))
-    chosen: dict[str, Candidate] = {}
+    chosen: dict[str, Schedule] = {}
     for number, (name, share) in enumerate(wanted.items()):
         progress("budgets", number, len(wanted))
         chosen[name] = search.at(_steps_within(search_by, name, share))
@@ -87,18 +88,18 @@ def tune(
     return tuned
 
 
-def _predicted(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) -> Tuned:
+def _predicted(trials: Trials, chosen: Mapping[str, Schedule], repeats: int) -> Tuned:
     """What the candidates reach on generations that they were not searched by."""
     tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
     seconds, in_time = {}, {}
     machine = summary(describe_machine())
-    for name, candidate in chosen.items():  # one after another, so that no more is held in memory than by two requests
-        outcome = trials.outcome(candidate)
-        mean, seconds[name] = mean_quality(outcome.decibels), seconds_of(trials, candidate, repeats)
-        in_time[name] = _steps_in_time(trials.steps, len(candidate.computed), seconds[name].times_faster)
+    for name, schedule in chosen.items():  # one after another, so that no more is held in memory than by two requests
+        outcome = trials.outcome(schedule)
+        mean, seconds[name] = mean_quality(outcome.decibels), seconds_of(trials, schedule, repeats)
+        in_time[name] = _steps_in_time(trials.steps, len(schedule.computed), seconds[name].times_faster)
         others = trials.fewer_steps(in_time[name])
         tiers[name] = Tier(
-            trials.policy(candidate),
+            trials.policy(schedule),
             mean.value,
             (mean.low, mean.high),
             seconds[name].times_faster,
@@ -106,9 +107,9 @@ def _predicted(trials: Trials, chosen: Mapping[str, Candidate], repeats: int) ->
             trials.steps,
             machine,
         )
-        fewer[name] = mean_quality(trials.fewer_steps(len(candidate.computed)))
+        fewer[name] = mean_quality(trials.fewer_steps(len(schedule.computed)))
         gain[name] = mean_quality([own - other for own, other in zip(outcome.decibels, others, strict=True)])
-    counts = {name: len(candidate.computed) for name, candidate in chosen.items()}
+    counts = {name: len(schedule.computed) for name, schedule in chosen.items()}
     return Tuned(tiers, counts, fewer, in_time, gain, seconds)
 
 
@@ -129,7 +130,7 @@ def _warn_of_quality(name: str, wanted: float, reached: float | None) -> None:
 
 def _steps_within(trials: Trials, name: str, share: float) -> int:
     """How many steps may be computed for a share of the dense FLOPs."""
-    least = trials.outcome(Candidate((0,), 0)).flops_share
+    least = trials.outcome(Schedule.of((0,), 0)).flops_share
     a_step = (1.0 - least) / max(trials.steps - 1, 1)
     count = 1 + int((share - least) / a_step + 1e-6) if share >= least else 0
     if count < 1:
@@ -137,7 +138,7 @@ def _steps_within(trials: Trials, name: str, share: float) -> int:
     return min(count, trials.steps)
 
 
-def _of_quality(search: Search, trials: Trials, name: str, decibels: float) -> Candidate:
+def _of_quality(search: Search, trials: Trials, name: str, decibels: float) -> Schedule:
     found = search.for_quality(decibels)
     if found is None:
         best = trials.outcome(search.at(trials.steps - 1))

@@ -1,7 +1,7 @@
 """What tuning has found out so far, in a folder, so that a run that was killed goes on where it was.
 
-`work.json` says of which bundle. Of each generation, told by its contents, there are what intervals cost
-(`<generation>-order0-reach8.safetensors`) and what whole replays reached (`<generation>.json`).
+`work.json` says of which bundle. Of each generation, told by its contents, there are products of the errors of
+intervals (`<generation>-reach8.safetensors`) and what whole replays reached (`<generation>.json`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from edit_compile.calls.generations import Generation
 from edit_compile.files import save_tensors_atomically, write_file_atomically
-from edit_compile.tuning.intervals import Costs
+from edit_compile.tuning.intervals import Products
 from runtime.base.errors import EditError
 from runtime.face.arguments import flatten
 from runtime.face.transformer import CompiledTransformer
 
-FORMAT = 1
+FORMAT = 2
 STATE = "work.json"
 
 
@@ -43,7 +43,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Work:
-    """Costs and replays by generation; without a `folder` in memory alone.
+    """Products of errors and replays by generation; without a `folder` in memory alone.
 
     EditError where the folder holds the work of another bundle, or cannot be read.
     """
@@ -59,18 +59,18 @@ class Work:
         """What `generation` is called here."""
         return str(id(generation)) if self._folder is None else generation_digest(generation)
 
-    def costs(self, key: str, order: int, reach: int, make: Callable[[], Costs]) -> tuple[Costs, bool]:
+    def products(self, key: str, reach: int, make: Callable[[], Products]) -> tuple[Products, bool]:
         """Those of a generation, and whether they were there; else made, and kept."""
         if self._folder is None:
             return make(), False
-        path = self._folder / f"{key}-order{order}-reach{reach}.safetensors"
+        path = self._folder / f"{key}-reach{reach}.safetensors"
         if path.exists():
             try:
-                return load_file(path)["costs"].numpy(), True
+                return load_file(path)["products"].numpy(), True
             except (OSError, SafetensorError, KeyError) as error:
                 raise _damaged(path, error) from error
         made = make()
-        save_tensors_atomically(path, {"costs": torch.from_numpy(made)})
+        save_tensors_atomically(path, {"products": torch.from_numpy(made)})
         return made, False
 
     def replay(self, key: str, name: str, make: Callable[[], Replay]) -> Replay:
