@@ -4,13 +4,15 @@ Every setting of every rival (see `contestants`) is tried on a few images; of ea
 of the dense FLOPs goes into the final, with the tiers of the bundle, and, since tiers are compiled, with fewer steps of
 the compiled model: dB to the dense model's images from the same noise, accuracy and Frechet distance of --images
 images, and times faster than the dense model in eager mode, measured interleaved. All in batches of --rows: FirstBlock-
-Cache and DBCache decide for a batch. Intervals are of 95%, by bootstrap over the images.
+Cache and DBCache decide for a batch. Intervals are of 95%, by bootstrap over the images. Last, the interval that tuning
+predicted for each tier, and how many means of --grouped batches lie in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +22,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import bootstrap
 from torch import Tensor
 
 import edit_compile
@@ -29,15 +30,11 @@ from edit_compile.measuring.machine import describe_machine, summary
 from edit_compile.measuring.timing import interleaved
 from examples.fashion_mnist.contestants import Contestant, Draw, everyone
 from examples.fashion_mnist.data import CLASSES, from_patches
-from examples.fashion_mnist.evaluate import test_features
-from examples.fashion_mnist.judge import frechet_of_gaussians, gaussian, judged, load_judge
-from examples.fashion_mnist.model import WEIGHTS, load_model
+from examples.fashion_mnist.finals import Final, Held, Result, decibels
 from examples.fashion_mnist.sample import STEPS, sample_patches
 from passes.cost import counting
 
 SHARES = (0.5, 0.36, 0.25, 0.15)
-RESAMPLED = 200
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -47,27 +44,6 @@ class Tried:
     contestant: Contestant
     flops_share: float
     decibels: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode."""
-
-    who: str
-    settings: str
-    at: float
-    flops_share: float
-    times_faster: float
-    decibels: float
-    decibels_interval: Interval
-    distance: float
-    distance_interval: Interval
-    accuracy: float
-
-
-def decibels(found: Tensor, dense: Tensor) -> Tensor:
-    """PSNR (B,) of images of range 2."""
-    return 10 * torch.log10(4 / (found - dense).flatten(1).square().mean(1).clamp(min=1e-20))
 
 
 def flops_of(draw: Draw, labels: Tensor) -> int:
@@ -90,6 +66,7 @@ def trials(
     contestants: Sequence[Contestant], labels: Tensor, dense: Sequence[Tensor], whole: int, path: Path
 ) -> list[Tried]:
     """All settings, tried once and kept in the file `path`, for the same images alone."""
+    taken = {"machine": describe_machine(), "commit": commit()}
     of = f"{len(labels)} rows, {len(dense)} batches, {float(dense[0].double().sum()):.3f}"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     known: dict[str, tuple[float, float]] = kept.get(of, {})
@@ -100,7 +77,7 @@ def trials(
             made = tried(one, labels, dense, whole)
             known[name] = made.flops_share, made.decibels
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(path, json.dumps({of: known}, indent=1) + "\n")
+            write_file_atomically(path, json.dumps(taken | {of: known}, indent=1) + "\n")
         found.append(Tried(one, *known[name]))
     return found
 
@@ -141,55 +118,6 @@ def compiled_ones(bundle: Path) -> Iterator[tuple[Contestant, float]]:
         yield Contestant("tier", name, lambda name=name: prepare(name)), tier.flops_share or 1.0  # type: ignore[misc]
 
 
-class Final:
-    """Finalists on many images, in batches of `rows`."""
-
-    def __init__(self, dense: str, images: int, rows: int) -> None:
-        self.dense = load_model(dense)
-        self.judge = load_judge(WEIGHTS / "judge.safetensors")
-        self.labels = (torch.arange(images) % len(CLASSES)).split(rows)
-        self.target, _ = self.drawn(self.draw_dense)
-        self.real = gaussian(test_features(self.judge))
-
-    def draw_dense(self, labels: Tensor, seed: int) -> Tensor:
-        """The dense model's own."""
-        return sample_patches(self.dense, labels, seed=seed)
-
-    def drawn(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """All images, and whether each is taken for what was asked for, by features of the judge."""
-        images = torch.cat([from_patches(draw(part, 5000 + seed)) for seed, part in enumerate(self.labels)])
-        return images, torch.cat(list(self.labels))
-
-    def result(self, contestant: Contestant, at: float, share: float, faster: float) -> Result:
-        """A finalist's figures."""
-        images, labels = self.drawn(contestant.prepare())
-        predicted, features = judged(self.judge, images.clamp(-1, 1))
-        own = decibels(images, self.target).numpy()
-        known = bootstrap((own,), np.mean, n_resamples=2000, random_state=0).confidence_interval
-        return Result(
-            who=contestant.who,
-            settings=contestant.settings,
-            at=at,
-            flops_share=share,
-            times_faster=faster,
-            decibels=float(own.mean()),
-            decibels_interval=(float(known.low), float(known.high)),
-            distance=frechet_of_gaussians(gaussian(features), self.real),
-            distance_interval=self._distances(features),
-            accuracy=float((predicted == labels).float().mean()),
-        )
-
-    def _distances(self, features: Tensor) -> Interval:
-        """The distance grows with what is drawn twice, so the interval is moved back by how much it does."""
-        drawn = np.random.default_rng(0).integers(0, len(features), (RESAMPLED, len(features)))
-        found = np.array(
-            [frechet_of_gaussians(gaussian(features[torch.from_numpy(rows)]), self.real) for rows in drawn]
-        )
-        shift = found.mean() - frechet_of_gaussians(gaussian(features), self.real)
-        low, high = np.percentile(found - shift, (2.5, 97.5))
-        return float(low), float(high)
-
-
 def times_faster(draws: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, float]:
     """Of each the seconds of "dense" over its own, medians over rounds in which all are drawn."""
     runs: dict[str, list[Callable[[], object]]] = {
@@ -216,6 +144,22 @@ def table_of(results: Sequence[Result], caption: str) -> Table:
     return table
 
 
+def held_table(held: Sequence[Held]) -> Table:
+    """What tuning predicted, beside what came."""
+    table = Table("tier", "predicted dB of a generation", "found", "means in the interval")
+    for one in held:
+        low, high = one.interval
+        predicted = f"{one.predicted:.1f} ({low:.1f} to {high:.1f})"
+        table.add_row(one.tier, predicted, f"{one.found:.1f}", f"{one.within:.0%} of those of {one.grouped}")
+    return table
+
+
+def commit() -> str:
+    """The commit that this is run from, "+" where files differ from it; "" outside of a repository."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuned", type=Path, default=Path("tuned.edit"), help="bundle with tiers of the dense model")
@@ -224,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="images per batch, in the trials and when timed")
     parser.add_argument("--batches", type=int, default=2, help="batches in the trials")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rivals.json"))
     given = parser.parse_args()
     labels = torch.arange(given.rows) % len(CLASSES)
@@ -243,13 +188,22 @@ def main() -> None:
     results = [replace(drawn[contestant.name], at=at) for at, contestant, _ in chosen]
     results.sort(key=lambda one: (-one.at, -one.decibels))
     base = final.result(Contestant("dense", "28 steps", lambda: final.draw_dense), 1.0, 1.0, 1.0)
+    tiers = edit_compile.load(given.tuned, engine="torch").tiers
+    held = [
+        final.held(contestant.settings, tiers[contestant.settings], contestant.prepare(), given.grouped)
+        for contestant, _ in once.values()
+        if contestant.who == "tier"
+    ]
     machine = describe_machine()
-    written = {"machine": machine, "images": given.images, "rows": given.rows, "tried": len(tries)}
-    written["results"] = [asdict(one) for one in (base, *results)]
+    written: dict[str, object] = {"machine": machine, "commit": commit(), "images": given.images, "rows": given.rows}
+    written |= {"seeds": "5000 to " + str(4999 + len(final.labels)), "tried": len(tries)}
+    written |= {"results": [asdict(one) for one in (base, *results)], "held_out": [asdict(one) for one in held]}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(given.output, json.dumps(written, indent=1, default=str) + "\n")
     caption = f"{given.images} images, timed by {given.rows}; {summary(machine)}"
-    Console(width=160).print(table_of((base, *results), caption))
+    console = Console(width=160)
+    console.print(table_of((base, *results), caption))
+    console.print(held_table(held))
 
 
 if __name__ == "__main__":

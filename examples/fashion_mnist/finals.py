@@ -1,0 +1,123 @@
+"""The finalists' figures: quality on many images, with intervals, and what tuning predicted of tiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from examples.fashion_mnist.contestants import Contestant, Draw
+from examples.fashion_mnist.data import CLASSES, from_patches
+from examples.fashion_mnist.evaluate import test_features
+from examples.fashion_mnist.judge import frechet_of_gaussians, gaussian, judged, load_judge
+from examples.fashion_mnist.model import WEIGHTS, load_model
+from examples.fashion_mnist.sample import sample_patches
+from runtime.bundle.tiers import Tier
+from runtime.routing.policy import Decider
+
+RESAMPLED = 200
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode."""
+
+    who: str
+    settings: str
+    at: float
+    flops_share: float
+    times_faster: float
+    decibels: float
+    decibels_interval: Interval
+    distance: float
+    distance_interval: Interval
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tier's predicted dB per generation, with the interval that the mean of as many others should lie in; the mean
+    of all batches, and the share of means of `grouped` batches that do lie in it."""
+
+    tier: str
+    predicted: float
+    interval: Interval
+    found: float
+    grouped: int
+    within: float
+
+
+def decibels(found: Tensor, dense: Tensor) -> Tensor:
+    """PSNR (B,) of images of range 2."""
+    return 10 * torch.log10(4 / (found - dense).flatten(1).square().mean(1).clamp(min=1e-20))
+
+
+def generation_decibels(found: Tensor, dense: Tensor) -> float:
+    """PSNR of a batch as one, against the range of the dense one: what `edit_compile.quality` gives."""
+    error = (found - dense).double().square().mean()
+    return float(10 * torch.log10((dense.max() - dense.min()).double() ** 2 / error))
+
+
+class Final:
+    """Finalists on many images, in batches of `rows`."""
+
+    def __init__(self, dense: str, images: int, rows: int) -> None:
+        self.dense = load_model(dense)
+        self.judge = load_judge(WEIGHTS / "judge.safetensors")
+        self.labels = (torch.arange(images) % len(CLASSES)).split(rows)
+        self.target, _ = self.drawn(self.draw_dense)
+        self.real = gaussian(test_features(self.judge))
+
+    def draw_dense(self, labels: Tensor, seed: int) -> Tensor:
+        """The dense model's own."""
+        return sample_patches(self.dense, labels, seed=seed)
+
+    def drawn(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """All images, and whether each is taken for what was asked for, by features of the judge."""
+        images = torch.cat([from_patches(draw(part, 5000 + seed)) for seed, part in enumerate(self.labels)])
+        return images, torch.cat(list(self.labels))
+
+    def result(self, contestant: Contestant, at: float, share: float, faster: float) -> Result:
+        """A finalist's figures."""
+        images, labels = self.drawn(contestant.prepare())
+        predicted, features = judged(self.judge, images.clamp(-1, 1))
+        own = decibels(images, self.target).numpy()
+        known = bootstrap((own,), np.mean, n_resamples=2000, random_state=0).confidence_interval
+        return Result(
+            who=contestant.who,
+            settings=contestant.settings,
+            at=at,
+            flops_share=share,
+            times_faster=faster,
+            decibels=float(own.mean()),
+            decibels_interval=(float(known.low), float(known.high)),
+            distance=frechet_of_gaussians(gaussian(features), self.real),
+            distance_interval=self._distances(features),
+            accuracy=float((predicted == labels).float().mean()),
+        )
+
+    def held(self, name: str, tier: Tier[Decider], draw: Draw, grouped: int) -> Held:
+        """What tuning predicted of a tier, and what batches that it never saw give, by the measure it predicts."""
+        images, _ = self.drawn(draw)
+        sizes = [len(part) for part in self.labels]
+        pairs = zip(images.split(sizes), self.target.split(sizes), strict=True)
+        found = np.array([generation_decibels(own, dense) for own, dense in pairs])
+        assert tier.quality_interval is not None and tier.quality_db is not None
+        low, high = tier.quality_interval
+        means = found[: len(found) // grouped * grouped].reshape(-1, grouped).mean(1)
+        within = float(((means >= low) & (means <= high)).mean())
+        return Held(name, tier.quality_db, (low, high), float(found.mean()), grouped, within)
+
+    def _distances(self, features: Tensor) -> Interval:
+        """The distance grows with what is drawn twice, so the interval is moved back by how much it does."""
+        drawn = np.random.default_rng(0).integers(0, len(features), (RESAMPLED, len(features)))
+        found = np.array(
+            [frechet_of_gaussians(gaussian(features[torch.from_numpy(rows)]), self.real) for rows in drawn]
+        )
+        shift = found.mean() - frechet_of_gaussians(gaussian(features), self.real)
+        low, high = np.percentile(found - shift, (2.5, 97.5))
+        return float(low), float(high)
