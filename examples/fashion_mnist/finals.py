@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -121,3 +123,9 @@ class Final:
         shift = found.mean() - frechet_of_gaussians(gaussian(features), self.real)
         low, high = np.percentile(found - shift, (2.5, 97.5))
         return float(low), float(high)
+
+
+def commit() -> str:
+    """The commit that this is run from, "+" where files differ from it; "" outside of a repository."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()

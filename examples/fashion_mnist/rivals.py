@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from edit_compile.measuring.machine import describe_machine, summary
 from edit_compile.measuring.timing import interleaved
 from examples.fashion_mnist.contestants import Contestant, Draw, everyone
 from examples.fashion_mnist.data import CLASSES, from_patches
-from examples.fashion_mnist.finals import Final, Held, Result, decibels
+from examples.fashion_mnist.finals import Final, Held, Result, commit, decibels
 from examples.fashion_mnist.sample import STEPS, sample_patches
 from passes.cost import counting
 
@@ -152,12 +151,6 @@ def held_table(held: Sequence[Held]) -> Table:
         predicted = f"{one.predicted:.1f} ({low:.1f} to {high:.1f})"
         table.add_row(one.tier, predicted, f"{one.found:.1f}", f"{one.within:.0%} of those of {one.grouped}")
     return table
-
-
-def commit() -> str:
-    """The commit that this is run from, "+" where files differ from it; "" outside of a repository."""
-    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ Frechet distance of so many images.
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,16 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 import edit_compile
+from edit_compile.files import write_file_atomically
 from edit_compile.measuring.machine import describe_machine, summary
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.evaluate import quality
+from examples.fashion_mnist.finals import commit
 from examples.fashion_mnist.judge import load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import GUIDANCE, STEPS, sample_patches
 
+FIRST_SEED = 1000
+
 
 def recorded(
-    model: torch.nn.Module, folder: Path, generations: int, rows: int, first_seed: int = 1000
+    model: torch.nn.Module, folder: Path, generations: int, rows: int, first_seed: int = FIRST_SEED
 ) -> edit_compile.Recording:
     """Generations of `rows` images each, classes in turn."""
     parts = (torch.arange(generations * rows) % len(CLASSES)).split(rows)
@@ -44,18 +50,37 @@ def judged(compiled: edit_compile.CompiledTransformer, images: int) -> tuple[str
     return f"{found.accuracy:.1%}", f"{found.distance:.1f}"
 
 
-def known(tuned: edit_compile.Tuned, name: str) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Known:
     """What tuning tells of a tier."""
-    tier = tuned.tiers[name]
-    assert tier.quality_interval is not None
-    low, high = tier.quality_interval
-    return (
-        str(tuned.computed_steps[name]),
-        f"{tier.flops_share:.0%}",
-        f"{tier.times_faster:.2f}",
-        f"{tier.quality_db:.1f} ({low:.1f} to {high:.1f})",
-        f"{tuned.fewer_steps[name].value:.1f}",
-    )
+
+    tier: str
+    steps_computed: int
+    flops_share: float
+    times_faster: float
+    decibels: float
+    interval: tuple[float, float]
+    fewer_steps_decibels: float
+
+    @staticmethod
+    def of(tuned: edit_compile.Tuned, name: str) -> Known:
+        """Of the tier `name`."""
+        tier = tuned.tiers[name]
+        assert tier.quality_db and tier.quality_interval and tier.flops_share and tier.times_faster
+        fewer, count = tuned.fewer_steps[name].value, tuned.computed_steps[name]
+        return Known(name, count, tier.flops_share, tier.times_faster, tier.quality_db, tier.quality_interval, fewer)
+
+    def row(self) -> tuple[str, ...]:
+        """As text."""
+        low, high = self.interval
+        return (
+            self.tier,
+            str(self.steps_computed),
+            f"{self.flops_share:.0%}",
+            f"{self.times_faster:.2f}",
+            f"{self.decibels:.1f} ({low:.1f} to {high:.1f})",
+            f"{self.fewer_steps_decibels:.1f}",
+        )
 
 
 def main() -> None:
@@ -65,6 +90,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="write the table's figures as this JSON file")
     parser.add_argument("--plot", type=Path, help="draw quality against time as this image")
     given = parser.parse_args()
     model = load_model("dense")
@@ -79,11 +105,17 @@ def main() -> None:
     headings = "tier", "steps computed", "FLOPs", "times faster", "dB (95%)", "dB, fewer steps", "accuracy", "distance"
     table = Table(*headings)
     table.add_row("dense", str(STEPS), "100%", "1.00", "-", "-", *judged(compiled, given.images))
-    for compiled.tier in tuned.tiers:
-        name = compiled.tier or ""
-        table.add_row(name, *known(tuned, name), *judged(compiled, given.images))
-    table.caption = f"{given.engine}; {given.images} images; {summary(describe_machine())}"
+    found = [Known.of(tuned, name) for name in tuned.tiers]
+    for one in found:
+        compiled.tier = one.tier
+        table.add_row(*one.row(), *judged(compiled, given.images))
+    machine = describe_machine()
+    table.caption = f"{given.engine}; {given.images} images; {summary(machine)}"
     Console(width=140).print(table)
+    if given.results is not None:
+        written = {"machine": machine, "commit": commit(), "engine": given.engine, "first_seed": FIRST_SEED}
+        written |= {"generations": given.generations, "rows": given.rows, "tiers": [asdict(one) for one in found]}
+        write_file_atomically(given.results, json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
