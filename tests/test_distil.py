@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,10 +68,15 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
         yield Recording(folder)
 
 
-def elastic_model() -> ElasticTransformer:
+@functools.cache
+def _analysed() -> ElasticTransformer:
     model, inputs = model_and_inputs()
     torch.manual_seed(0)
     return elasticize(model, inputs, config=CONFIG).eval()
+
+
+def elastic_model() -> ElasticTransformer:
+    return copy.deepcopy(_analysed())
 
 
 def window(generation: Generation, start: int = 0, length: int = STEPS) -> Window:
