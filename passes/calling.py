@@ -19,6 +19,7 @@ from passes.adapt import joined_leaves, split_leaves
 from passes.graph import BlockGraph, BlockSite, States
 from passes.packing import Adapter, Samples
 from passes.real import as_real
+from passes.uncompiled import WRAPPER
 from runtime.base.errors import InnerShapeError
 from runtime.base.guard import ANY, guard
 
@@ -123,6 +124,10 @@ def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | N
         block = copy.copy(original)
         block.forward = one
         known[id(original)] = block
+        outer, _, last = one.name.rpartition(".")
+        while last == WRAPPER:  # what torch.compile gave would call the block itself
+            known[id(model.get_submodule(outer))] = block
+            outer, _, last = outer.rpartition(".")
     twin = copy.deepcopy(model, known)
     if samples is not None and any(calling.adapter for one in guards for _, calling in one.ways):
         twin.register_forward_pre_hook(_Counting(samples), with_kwargs=True)

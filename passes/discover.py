@@ -1,9 +1,4 @@
-"""Find the transformer blocks of a model by running it.
-
-A *block* is an entry of a ``nn.ModuleList``, called exactly once per forward, that has parameters,
-is more than a single layer, and returns a float tensor of tokens of the shape and dtype of one of its
-inputs. Tokens have three or more dimensions; where nothing in the model has, two: rows of samples.
-Lists inside a block are its own affair; lists inside an entry that is no block are looked at.
+"""Find the transformer blocks of a model by running it, among the candidates that its lists of modules hold.
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
@@ -28,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
+from passes.candidates import find_candidates
 from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.kept import Attributes, find_kept
 from passes.packing import Samples
-from passes.record import Glimpse, record, survey, undisturbed
+from passes.record import record, undisturbed
 from passes.weightless import changed_by, hollow, same
 from runtime.base.errors import EditError
 
@@ -74,7 +70,7 @@ def discover(
         raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
     with undisturbed(model):
         before = Attributes.of(model)
-        watched, refused = _blocks(model, buckets[0])
+        watched, refused = find_candidates(model, buckets[0])
         kept = find_kept(model, buckets[0], step, before)
         if kept is not None:
             raise DiscoveryError(kept)
@@ -104,78 +100,6 @@ def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
         if all(name in kwargs for kwargs in buckets):
             return name
     raise DiscoveryError(f"no argument is called any of {', '.join(_STEP_NAMES)}: say which one is with timestep=")
-
-
-def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, nn.Module], list[Refusal]]:
-    """Modules to record, by name, and the candidates refused."""
-    candidates = dict(_candidates(model, ""))
-    if not candidates:
-        return {}, [Refusal(type(model).__name__, "has no nn.ModuleList, among whose entries blocks are looked for")]
-    glimpses = survey(model, kwargs, candidates)
-    dims = 3 if any(_keeps_shape(glimpse, 3) for seen in glimpses.values() for glimpse in seen) else 2
-    watched: dict[str, nn.Module] = {}
-    refused: list[Refusal] = []
-    settled: list[str] = []
-    for name, module in candidates.items():
-        if any(name.startswith(f"{outer}.") for outer in settled):
-            continue
-        seen = glimpses[name]
-        if not any(_keeps_shape(glimpse, dims) for glimpse in seen):
-            reason = "returns no tensor of tokens shaped like an input" if seen else "was not called"
-            refused.append(Refusal(name, reason))
-            continue
-        settled.append(name)
-        objection = _objection(module, seen)
-        if objection:
-            refused.append(Refusal(name, objection))
-        else:
-            watched[name] = module
-    return watched, refused
-
-
-def _candidates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every entry of every module list under `module`, outer ones first, each module once."""
-    seen: set[nn.Module] = set()
-    for name, entry in module.named_modules(prefix=prefix):
-        for key, child in entry.named_children() if isinstance(entry, nn.ModuleList) else ():
-            if child not in seen:
-                seen.add(child)
-                yield f"{name}.{key}" if name else key, child
-
-
-def _keeps_shape(glimpse: Glimpse, dims: int) -> bool:
-    return any(
-        len(shape) >= dims and dtype.is_floating_point and (shape, dtype) in glimpse.inputs
-        for shape, dtype in glimpse.outputs
-    )
-
-
-def _objection(module: nn.Module, seen: Sequence[Glimpse]) -> str | None:
-    """Why a module that keeps a shape is still no block."""
-    if len(seen) != 1:
-        return f"called {len(seen)} times in one forward: its calls would share one bank"
-    if seen[0].wrote_inputs:
-        return "writes into its inputs"
-    if next(module.parameters(), None) is None:
-        return "has no parameters"
-    if type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None:
-        return "is a single layer"
-    for name, inner in module.named_modules():
-        reason = _tampered(inner)
-        if reason:
-            return f"{name or 'it'} {reason}"
-    return None
-
-
-def _tampered(module: nn.Module) -> str | None:
-    """What makes calling `module` do more than its class says."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "carries forward hooks, which a graph would freeze or lose"
-    if "forward" in vars(module):
-        return "has had its forward replaced (offloading, caching or quantisation hooks)"
-    if type(module).__module__.partition(".")[0] == "peft":
-        return "is an adapter layer: merge the adapter into the weights first"
-    return None
 
 
 def _observe(

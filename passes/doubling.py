@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from passes.packing import Samples
+from runtime.face.arguments import as_plain
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def entries_alone(given: object, doubled: object, batch: int) -> bool:
 
 def opaque(kwargs: Mapping[str, object]) -> Iterator[str]:
     """What no pass can double: arguments that hold an object which is neither a tensor nor plain data."""
-    plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    plain = (Tensor, complex, bytes, type(None))
     for name, value in kwargs.items():
-        strange = [type(leaf).__name__ for leaf in pytree.tree_leaves(value) if not isinstance(leaf, plain)]
+        leaves = (leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, plain))
+        strange = [type(leaf).__name__ for leaf in leaves if as_plain(leaf) is None]
         if strange:
             yield f"{name} holds a {strange[0]}"
 

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -29,13 +30,13 @@ from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.guards import fits_any
 from passes.plain import CONSTANT, PlainError, plain
-from passes.record import undisturbed
+from passes.record import stopping_quietly, undisturbed
 from passes.weightless import hollow
 from runtime.base.errors import EditError
 from runtime.base.rows import one_row
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
 
 
 class ExportError(EditError):
@@ -240,7 +241,8 @@ class _Flat(nn.Module):
         for at, value in zip(self._tensors, inputs, strict=True):
             leaves[at] = value
         args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
-        results = pytree.tree_leaves(self.block(*args, **kwargs))
+        with stopping_quietly():
+            results = pytree.tree_leaves(self.block(*args, **kwargs))
         return tuple(results[at] for at in self._outputs)
 
 

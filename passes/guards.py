@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from passes.graph import Refusal, Report, Run
+from passes.record import stopping_quietly
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
 from runtime.face.arguments import flatten
@@ -216,7 +217,8 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
-        outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
+        with stopping_quietly():
+            outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
         self.note(_output_names(outputs, _wraps(self.model)))
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 

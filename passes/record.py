@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.graph import Call
+from passes.uncompiled import uncompiled
 
 Sight = tuple[tuple[int, ...], torch.dtype]
 
@@ -34,15 +35,28 @@ class Glimpse:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate `model` without gradients inside the ``with`` block; every training flag returns."""
+    """Evaluate `model` without gradients, uncompiled, inside the ``with`` block; every training flag returns."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+@contextmanager
+def stopping_quietly() -> Iterator[None]:
+    """Inside the ``with`` block what stops an export is a StoppedError, for which torch prints no graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StoppedError(str(error)) from error
+
+
+class StoppedError(Exception):
+    """A RuntimeError, its cause, in code that was being exported."""
 
 
 def survey(

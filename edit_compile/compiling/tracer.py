@@ -30,6 +30,7 @@ from passes.pipeline import Analysis, analyse, loosened
 from passes.plans import plan_groups
 from passes.preview import preview_glue
 from passes.record import undisturbed
+from passes.uncompiled import unwrapped
 from passes.weightless import UNCHECKED, weightless
 from runtime.base.errors import EditError
 from runtime.bundle.program import Program
@@ -55,7 +56,7 @@ class Tracer:
         self, model: nn.Module, widths: tuple[float, ...], timestep: str | None, policy: Decider | None = None
     ) -> None:
         self.elastic = model if isinstance(model, ElasticTransformer) else None
-        self.model = self.elastic.model if self.elastic is not None else model
+        self.model = unwrapped(self.elastic.model if self.elastic is not None else model)
         self.widths = widths
         self.timestep = timestep or (self.elastic.timestep if self.elastic is not None else None)
         self.policy = policy if isinstance(policy, RoutingPolicy) else self._own_policy()
@@ -294,7 +295,7 @@ def _attributes(model: nn.Module) -> dict[str, bool | int | float | str | None]:
 
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:
     reasons = [f"{refusal.where}: {refusal.reason}" for report in reports for refusal in report.refused]
-    return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no ModuleList")
+    return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no list of modules")
 
 
 def _log(reports: Sequence[Any]) -> None:
