@@ -26,7 +26,7 @@ def find_candidates(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dic
         return {}, [
             Refusal(
                 type(model).__name__,
-                "has no list of modules (nn.ModuleList, ModuleDict, Sequential) to look for blocks in",
+                "has no nn.ModuleList, ModuleDict or Sequential to look for blocks in",
             )
         ]
     glimpses = survey(model, kwargs, candidates)

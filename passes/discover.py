@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
 from passes.candidates import find_candidates
 from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
+from passes.given import Given
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.kept import Attributes, find_kept
 from passes.packing import Samples
@@ -78,11 +79,16 @@ def discover(
         refused += [Refusal(name, "was no block when the model was first traced") for name in strange]
         watched = {name: module for name, module in watched.items() if name not in strange}
         runs, seen = _observe(model, buckets, step, watched)
+        given = Given.of(seen[0].calls.values())
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
         probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
     samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
+        objection = given.objection(watched[name], seen[0].calls[name])
+        if objection:
+            refused.append(Refusal(name, objection))
+            continue
         calls = tuple(observation.calls.get(name) for observation in (*seen, _Observation(probe, None)))
         site = _site(name, watched[name], calls, runs, samples)
         if isinstance(site, Refusal):

@@ -46,19 +46,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-@contextmanager
-def stopping_quietly() -> Iterator[None]:
-    """Inside the ``with`` block what stops an export is a StoppedError, for which torch prints no graph."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise StoppedError(str(error)) from error
-
-
-class StoppedError(Exception):
-    """A RuntimeError, its cause, in code that was being exported."""
-
-
 def survey(
     model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module]
 ) -> dict[str, list[Glimpse]]:
@@ -67,12 +54,12 @@ def survey(
     versions: list[list[int]] = []
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
-        versions.append([_version(tensor) for tensor in tensors_in((args, kwargs))])
+        versions.append([version(tensor) for tensor in tensors_in((args, kwargs))])
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: object, kwargs: object, output: object) -> None:
             inputs = tensors_in((args, kwargs))
-            wrote = versions.pop() != [_version(tensor) for tensor in inputs]
+            wrote = versions.pop() != [version(tensor) for tensor in inputs]
             seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote))
 
         return hook
@@ -107,7 +94,7 @@ def _record(
             return leaf
         if copy:
             return leaf.detach().clone()
-        versions.append((leaf, _version(leaf)))
+        versions.append((leaf, version(leaf)))
         return leaf.detach()
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
@@ -123,7 +110,7 @@ def _record(
 
     with watching(watched, before, after):
         output = model(**own(kwargs))
-    stale = any(_version(tensor) != version for tensor, version in versions)
+    stale = any(version(tensor) != seen for tensor, seen in versions)
     return calls, output, stale
 
 
@@ -155,7 +142,8 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, where that is counted."""
     return 0 if tensor.is_inference() else tensor._version
 
 

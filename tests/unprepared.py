@@ -39,8 +39,9 @@ class Block(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(x))))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = x + self.attend(x + c[:, None])
+    def forward(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`seen` are the tokens that attention sees instead."""
+        x = x + self.attend((x if seen is None else seen) + c[:, None])
         return x + self.mlp(x)
 
 
