@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
+from passes.adapt import adapted, check_alone, find_adapter, leads, leads_in_runs, lone, unpacked
 from passes.candidates import find_candidates
 from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.given import Given
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.kept import Attributes, find_kept
-from passes.packing import Samples
+from passes.naming import told_of_structure
+from passes.packing import Adapter, Samples
 from passes.record import record, undisturbed
 from passes.weightless import changed_by, hollow, same
 from runtime.base.errors import EditError
@@ -143,7 +144,7 @@ def _double_run(
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        different = _difference(first, second)
+        different = _difference(first, second, batch)
         if different is None:
             return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
         reasons.append(different)
@@ -186,12 +187,12 @@ def _samples(runs: Sequence[Run]) -> Samples | None:
     return next((place for place in first if all(place in other for other in others)), None)
 
 
-def _difference(first: _Observation, second: _Observation) -> str | None:
+def _difference(first: _Observation, second: _Observation, batch: int) -> str | None:
     """Where the leading rows of the doubled run are not those of the given run."""
     for name, call in first.calls.items():
         if name not in second.calls:
             return f"{name} was not called"
-        if not _leads(call.outputs, second.calls[name].outputs):
+        if not _leads(call.outputs, second.calls[name].outputs, batch):
             return f"rows of one sample changed at {name} when other samples joined the batch"
     if first.calls and not any(_grew(call.outputs, second.calls[name].outputs) for name, call in first.calls.items()):
         return "no block saw a larger batch"
@@ -205,10 +206,13 @@ def _grew(given: Sequence[object], doubled: Sequence[object]) -> bool:
     return any(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape for a, b in pairs)
 
 
-def _leads(given: Sequence[object], doubled: Sequence[object]) -> bool:
-    """Whether each float tensor of `given` equals the leading part of its counterpart."""
+def _leads(given: Sequence[object], doubled: Sequence[object], batch: int = 0) -> bool:
+    """Whether each float tensor of `given` equals the leading part of its counterpart.
+
+    That of each run over the samples will do, where it holds them several times.
+    """
     return len(given) <= len(doubled) and all(
-        isinstance(large, Tensor) and leads(small, large)
+        isinstance(large, Tensor) and (leads(small, large) or (bool(batch) and leads_in_runs(small, large, batch)))
         for small, large in zip(given, doubled, strict=False)
         if isinstance(small, Tensor) and small.is_floating_point()
     )
@@ -222,24 +226,33 @@ def _site(
     if len(whole) != len(runs):
         return Refusal(name, "was called in some shape buckets only")
     if any(call.spec != whole[0].spec or call.output_spec != whole[0].output_spec for call in (*whole, probe)):
-        return Refusal(name, "is called with other arguments in another run (other shapes, batch or timestep)")
-    adapter = find_adapter(whole, runs)
-    if isinstance(adapter, str):
-        return Refusal(name, adapter)
-    if not adapter.plain:
-        if samples is None:
-            return Refusal(name, "holds several rows per sample, and no argument of the model tells how many samples")
-        whole = [unpacked(adapter, call, run.batch) for call, run in zip(whole, runs, strict=True)]
-        probe = unpacked(adapter, probe, runs[0].batch)
-        module = adapted(module, adapter)
-        objection = check_alone(module, adapter, whole[-1], runs[-1].batch)
-        if objection:
-            return Refusal(name, objection)
+        return Refusal(name, told_of_structure(module, (*whole, probe)))
+    found = _seen_per_sample(module, whole, runs, samples, offsets=True)
+    if isinstance(found, str) and not isinstance(other := _seen_per_sample(module, whole, runs, samples), str):
+        found = other
+    if isinstance(found, str):
+        return Refusal(name, found)
+    adapter, module, whole = found
+    probe = probe if adapter.plain else unpacked(adapter, probe, runs[0].batch)
     batch_dims = {at: dim for at, dim in enumerate(adapter.dims) if dim is not None}
     if not _batched_tokens(whole[0], batch_dims):
         return Refusal(name, "returns no tokens that carry the batch")
     time = next((at for at in _times(whole[0], probe) if batch_dims.get(at) == 0), None)
     return BlockSite(name, module, tuple(whole), batch_dims, time, None if adapter.plain else adapter)
+
+
+def _seen_per_sample(
+    module: nn.Module, calls: list[Call], runs: Sequence[Run], samples: Samples | None, offsets: bool = False
+) -> tuple[Adapter, nn.Module, list[Call]] | str:
+    """How a block holds the batch, and the block and its calls as seen per sample; or why that cannot be told."""
+    adapter = find_adapter(module, calls, runs, offsets)
+    if isinstance(adapter, str) or adapter.plain:
+        return adapter if isinstance(adapter, str) else (adapter, module, calls)
+    if samples is None:
+        return "holds several rows per sample, and no argument of the model tells how many samples"
+    alone = adapted(module, adapter)
+    seen = [unpacked(adapter, call, run.batch) for call, run in zip(calls, runs, strict=True)]
+    return check_alone(alone, adapter, seen[-1], runs[-1].batch) or (adapter, alone, seen)
 
 
 def _times(call: Call, probe: Call) -> Iterator[int]:

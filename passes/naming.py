@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,17 @@ def argument_names(module: nn.Module, call: Call) -> list[tuple[str, ...]]:
 def spoken(module: nn.Module, call: Call, at: int) -> str:
     """Leaf `at` of a call as a message names it: ``argument 'rope'``, ``argument 'cache.k'``."""
     return f"argument {'.'.join(argument_names(module, call)[at])!r}"
+
+
+def told_of_structure(module: nn.Module, calls: Sequence[Call]) -> str:
+    """What differs between calls that are made of other leaves, or return other ones."""
+    names = [{".".join(name) for name in argument_names(module, call)} for call in calls]
+    different = sorted({name for own in names for name in own if not all(name in other for other in names)})
+    if not different:
+        return "is called with other arguments in another run (other shapes, batch or timestep)"
+    where = different[0].partition(".")[0]
+    told = f"is called with other arguments in another run: argument {where!r} has other entries there"
+    return told + (" (one for each sample? pass a tensor instead)" if "." in different[0] else "")
 
 
 def held_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def guarded(model: nn.Module, kwargs: Any, *others: Any) -> CompiledTransformer:
             wanted = elastic(**given)
             if width < 1:
                 assert not torch.allclose(wanted, model(**given), atol=1e-4), "no width was masked"
-            with compiled.decided_by(ScheduledPolicy(np.full((1, blocks), width))):
+            with compiled.request(), compiled.decided_by(ScheduledPolicy(np.full((1, blocks), width))):
                 close(compiled(**given), wanted)
     return compiled
 
