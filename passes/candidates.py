@@ -12,24 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from passes.graph import Refusal
+from passes.cost import tallying
+from passes.graph import Refusal, Work
 from passes.record import Glimpse, survey
 from passes.uncompiled import WRAPPER, only_compiled, unwrapped
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def find_candidates(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, nn.Module], list[Refusal]]:
-    """Modules to record, by name, and the candidates refused."""
+def find_candidates(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, nn.Module], list[Refusal], Work]:
+    """Modules to record, by name, the candidates refused, and the work of all."""
     candidates = dict(_candidates(model, ""))
     if not candidates:
-        return {}, [
-            Refusal(
-                type(model).__name__,
-                "has no nn.ModuleList, ModuleDict or Sequential to look for blocks in",
-            )
-        ]
-    glimpses = survey(model, kwargs, candidates)
+        reason = "has no nn.ModuleList, ModuleDict or Sequential to look for blocks in"
+        return {}, [Refusal(type(model).__name__, reason)], Work()
+    with tallying(model) as flops:
+        glimpses = survey(model, kwargs, candidates, flops)
+        work = Work(flops(), {name: sum(one.flops for one in seen) for name, seen in glimpses.items()})
     dims = 3 if any(_keeps_shape(glimpse, 3) for seen in glimpses.values() for glimpse in seen) else 2
     watched: dict[str, nn.Module] = {}
     refused: list[Refusal] = []
@@ -48,7 +47,7 @@ def find_candidates(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dic
             refused.append(Refusal(name, objection))
         else:
             watched[name] = module
-    return watched, refused
+    return watched, refused, work
 
 
 def _candidates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

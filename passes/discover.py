@@ -72,7 +72,7 @@ def discover(
         raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
     with undisturbed(model):
         before = Attributes.of(model)
-        watched, refused = find_candidates(model, buckets[0])
+        watched, refused, work = find_candidates(model, buckets[0])
         kept = find_kept(model, buckets[0], step, before)
         if kept is not None:
             raise DiscoveryError(kept)
@@ -99,7 +99,7 @@ def discover(
     done = tuple(_sentence(site) for site in sites)
     if lone(runs):
         done = ("the inputs are taken as one sample, since nothing in them can be doubled", *done)
-    return Discovery(model, runs, tuple(sites), step, samples), Report("discover", done, tuple(refused))
+    return Discovery(model, runs, tuple(sites), step, samples, work), Report("discover", done, tuple(refused))
 
 
 def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:

@@ -72,6 +72,14 @@ class BlockSite:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one forward of a model, and of each candidate for a block among its modules."""
+
+    total: int = 0
+    candidates: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Discovery:
     """Blocks of a model in execution order, with the runs in which they were seen.
 
@@ -84,6 +92,7 @@ class Discovery:
     blocks: tuple[BlockSite, ...]
     timestep: str
     samples: Samples | None = None
+    work: Work = Work()
 
     @property
     def buckets(self) -> tuple[tuple[Run, Run], ...]:

@@ -27,8 +27,6 @@ from passes.states import find_states
 from passes.streams import check_names, choose_sites
 from passes.weightless import weightless
 
-ORDER = ("discover", "states", "dedupe", "export", "real", "heads", "mlp", "streams", "widths", "guards", "lower")
-
 
 @dataclass(frozen=True)
 class Group:
@@ -124,7 +122,8 @@ def _export_group(
     states, told = find_states(first, discovery.blocks)
     reports.append(told)
     if not states.pairs:
-        reports.append(Report("states", refused=tuple(Refusal(s.name, f"as {first.name}") for s in others)))
+        reason = told.refused[0].reason
+        reports.append(Report("states", refused=tuple(Refusal(site.name, reason) for site in others)))
         return []
     try:
         free = None if memory is None else memory.free(first)

@@ -26,11 +26,12 @@ Sight = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class Glimpse:
-    """One call without its tensors: shapes and dtypes of the tensors that went in and came out."""
+    """One call without its tensors: shapes and dtypes of those that went in and came out, and its work."""
 
     inputs: tuple[Sight, ...]
     outputs: tuple[Sight, ...]
     wrote_inputs: bool
+    flops: int = 0
 
 
 @contextmanager
@@ -47,20 +48,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def survey(
-    model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module]
+    model: nn.Module,
+    kwargs: Mapping[str, object],
+    watched: Mapping[str, nn.Module],
+    flops: Callable[[], int] = lambda: 0,
 ) -> dict[str, list[Glimpse]]:
-    """Run ``model(**kwargs)`` once and note every call of the `watched` modules, in order of return."""
+    """Run ``model(**kwargs)`` once and note every call of the `watched` modules, in order of return.
+
+    `flops` tells the work that was done so far.
+    """
     seen: dict[str, list[Glimpse]] = {name: [] for name in watched}
-    versions: list[list[int]] = []
+    begun: list[tuple[list[int], int]] = []
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
-        versions.append([version(tensor) for tensor in tensors_in((args, kwargs))])
+        begun.append(([version(tensor) for tensor in tensors_in((args, kwargs))], flops()))
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: object, kwargs: object, output: object) -> None:
             inputs = tensors_in((args, kwargs))
-            wrote = versions.pop() != [version(tensor) for tensor in inputs]
-            seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote))
+            versions, before = begun.pop()
+            wrote = versions != [version(tensor) for tensor in inputs]
+            seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote, flops() - before))
 
         return hook
 

@@ -186,3 +186,46 @@ def test_other_lengths_are_right() -> None:
     compiled = edit_compile.compile(elastic, inputs=masked(2, 7, 5), engine="torch")
     for lengths in ((7, 5), (5, 7), (6, 6), (9, 2)):
         close(compiled(**masked(2, *lengths)), model(**masked(2, *lengths)))
+
+
+class Refined(Net):
+    """Has a block that is understood before the two that give what is no residual."""
+
+    class block(Block):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(x, c)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner = nn.ModuleList([Block()])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y, c = self.start(x, t)
+        for block in [*self.refiner, *self.blocks]:
+            y = block(y, c)
+        return self.head(y)
+
+
+def test_what_is_left_unguarded_is_said_with_its_share() -> None:
+    said = r"guards 3\d% of the FLOPs of Refined; always computed: blocks \(6\d%\): output 0 is not an input"
+    model = Refined().eval()
+    with pytest.warns(UserWarning, match=f"elasticize {said}"):
+        elastic = edit_compile.elasticize(model, inputs())
+    with pytest.warns(UserWarning, match=f"compile {said}"):
+        edit_compile.compile(elastic, inputs=inputs(), engine="torch")
+    report = dry(Refined(), inputs())
+    assert report.coverage is not None
+    assert [(part.name, part.count) for part in report.coverage.left] == [("blocks", 2)]
+    assert "always computed" in str(report)
+
+
+def test_nothing_is_said_where_all_is_guarded(recwarn: pytest.WarningsRecorder) -> None:
+    elastic = edit_compile.elasticize(Net().eval(), inputs())
+    edit_compile.compile(elastic, inputs=inputs(), engine="torch")
+    assert not [one for one in recwarn if "of the FLOPs" in str(one.message)]
+
+
+def test_a_dry_run_of_what_is_understood_tells_what_would_be_gained() -> None:
+    said = str(dry(Net(), inputs()))
+    assert "2 blocks are guarded, 9" in said and "FLOPs left at width 0.25 everywhere: " in said
+    assert "left alone" not in said

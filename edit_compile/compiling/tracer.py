@@ -24,6 +24,7 @@ from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.assemble import Source, assemble, numbered_routers
 from passes.check import CheckError, check_equal, masked
+from passes.coverage import Coverage
 from passes.graph import MlpSite, Report
 from passes.memory import Memory
 from passes.pipeline import Analysis, analyse, loosened
@@ -85,6 +86,9 @@ class Tracer:
         if not analysis.groups:
             _log(analysis.reports)
             raise CompileError(_nothing(self.model, analysis.reports))
+        warning = Coverage.of(analysis).warning
+        if warning is not None:
+            warnings.warn(f"compile {warning}", stacklevel=2)
         if self.elastic is not None:
             self._give_routers(self.elastic, analysis)
             self._check_routers(self.elastic, analysis)
