@@ -30,6 +30,7 @@ from passes.lower import Files, lower_glue, lower_plan
 from passes.memory import Memory, grown_plan
 from passes.pipeline import Analysis
 from passes.plans import Planned, costs_of, dtype_name
+from passes.progress import tell
 from passes.weightless import hollow
 from runtime.bundle.program import Program
 from runtime.bundle.spec import (
@@ -176,6 +177,7 @@ class _Growth:
         """A glue for every form of call that has none."""
         guarded = guarded_copy(self.discovery.model, self.guards, self.discovery.samples)
         for bucket, (given, doubled) in enumerate(self.discovery.buckets):
+            tell("exporting the model around its blocks", bucket, len(self.discovery.buckets))
             costs = costs_of(self.planned, bucket)
             there = self._there(given)
             if there is None:

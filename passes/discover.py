@@ -30,6 +30,7 @@ from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.kept import Attributes, find_kept
 from passes.naming import told_of_structure
 from passes.packing import Adapter, Samples
+from passes.progress import tell
 from passes.record import record, undisturbed
 from passes.weightless import changed_by, hollow, same
 from runtime.base.errors import EditError
@@ -81,6 +82,7 @@ def discover(
         watched = {name: module for name, module in watched.items() if name not in strange}
         runs, seen = _observe(model, buckets, step, watched)
         given = Given.of(seen[0].calls.values())
+        tell("running the model", len(buckets), len(buckets) + 1)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
         probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
     samples = _samples(runs)
@@ -116,6 +118,7 @@ def _observe(
     given: list[tuple[Run, _Observation]] = []
     doubled: list[tuple[Run, _Observation]] = []
     for index, kwargs in enumerate(buckets):
+        tell("running the model", index, len(buckets) + 1)
         first = _Observation(*record(model, kwargs, watched))
         run, twice, second = _double_run(model, kwargs, index, step, watched, first)
         given.append((run, first))

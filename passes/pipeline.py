@@ -21,6 +21,7 @@ from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Rep
 from passes.heads import one_head
 from passes.memory import Known, Memory, computes
 from passes.mlp import find_sites
+from passes.progress import tell
 from passes.real import complex_to_real
 from passes.settled import settled_leaves
 from passes.states import find_states
@@ -92,7 +93,9 @@ def _grouped(
     serving: bool = True,
 ) -> Analysis:
     grouped: list[tuple[Group, list[BlockSite]]] = []
-    for sites in group_blocks(discovery.blocks):
+    kinds = group_blocks(discovery.blocks)
+    for number, sites in enumerate(kinds):
+        tell("exporting blocks", number, len(kinds))
         for known, members in memory.serving(sites) if memory is not None and serving else ():
             grouped.append((Group(known.graph.block, known.states, known.sites, (), known), members))
         served = {site.name for _, members in grouped for site in members}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.adapters import adapters_aside
+from edit_compile.progress import shown
 from passes.adapt import packings_within
 from passes.coverage import Coverage
 from passes.experts import dense_experts
@@ -118,7 +119,7 @@ def find_layout(
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    with adapters_aside(model):
+    with adapters_aside(model), shown(f"finding the blocks of {type(model).__name__}"):
         analysis = analyse(model, inputs, timestep, narrow)
         layout = layout_of(analysis, time_dim)
     warning = Coverage.of(analysis).warning
