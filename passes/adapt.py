@@ -4,10 +4,13 @@ Along one dimension, a tensor of a batch of B samples may have
 
     B rows              one per sample                                       plain
     k B rows, k > 1     k per sample, those of one sample together           seen as (B, k)
+                        k per sample, B apart: the batch k times             seen as (B, k), by strides
     k B + r rows        those of the samples, and r rows that all share      seen as a pair (rows, shared)
+    k B + 1 integers    that rise from 0: offsets in the tokens of all       seen as (B, k), from the sample's start
 
 A given run and its doubled run tell which: k = (size(2B) - size(B)) / B and r = 2 size(B) - size(2B). Numbers
-decide: the samples' rows of the given run lead those of the doubled run, the shared rows are the same in both.
+decide: the samples' rows of the given run lead those of the doubled run, the shared rows are the same in both. Where
+they leave open whether rows are together or apart (masks that all samples share), the block's other tensors say.
 k may differ between shape buckets, r may not. Where nothing can be doubled (passes.doubling), the model takes one
 sample whose tokens are rows (L, D): B = 1, and k = L for whatever a block returns in the shape that it came in.
 
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.graph import Call, Discovery, Run
+from passes.naming import spoken
 from passes.packing import Adapter, Packing
 from passes.record import record, undisturbed
 from passes.weightless import hollow
@@ -52,10 +56,22 @@ def leads(small: Tensor, large: Tensor) -> bool:
     return torch.allclose(lead, small, rtol=0, atol=float(TOLERANCE[small.dtype] * scale), equal_nan=True)
 
 
-def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
+def leads_in_runs(small: Tensor, large: Tensor, batch: int) -> bool:
+    """Whether `small` holds `batch` samples several times, and each of these runs leads that of twice as many."""
+    dims = [dim for dim, (size, other) in enumerate(zip(small.shape, large.shape, strict=False)) if size != other]
+    if small.ndim != large.ndim or len(dims) != 1:
+        return False
+    size, more = small.shape[dims[0]], large.shape[dims[0]]
+    runs = Packing(dims[0], folded=True, strided=True)
+    fits = more == 2 * size and size > batch and size % batch == 0
+    return fits and leads(*(runs.per_sample(tensor, n)[0] for tensor, n in ((small, batch), (large, 2 * batch))))
+
+
+def find_adapter(block: nn.Module, calls: Sequence[Call], runs: Sequence[Run], offsets: bool = False) -> Adapter | str:
     """How the arguments and results of a block hold the batch, or why that cannot be told.
 
-    `calls` are those of the given runs, then those of the doubled ones; so are `runs`.
+    `calls` are those of the given runs, then those of the doubled ones; so are `runs`. With `offsets`, integers that
+    rise from 0 are taken as such.
     """
     half = len(calls) // 2
     batches = [run.batch for run in runs[:half]]
@@ -64,12 +80,12 @@ def find_adapter(calls: Sequence[Call], runs: Sequence[Run]) -> Adapter | str:
     for at, leaves in enumerate(zip(*(call.leaves for call in calls), strict=True)):
         if len({isinstance(leaf, Tensor) for leaf in leaves}) > 1:
             return (
-                f"leaf {at} of its arguments is a tensor for some of the given inputs only: give all a tensor (a mask "
-                "that hides nothing, say), or none"
+                f"{spoken(block, calls[0], at)} is a tensor for some of the given inputs only: give all a tensor "
+                "(a mask that hides nothing, say), or none"
             )
-    inputs = _packings([call.leaves for call in calls], batches)
+    inputs = _packings([call.leaves for call in calls], batches, offsets=offsets)
     if isinstance(inputs, int):
-        return f"leaf {inputs} of its arguments does not hold one row per sample in one dimension"
+        return f"{spoken(block, calls[0], inputs)} does not hold as many rows for each sample in one dimension"
     outputs = _packings([call.outputs for call in calls], batches, strict=False)
     assert not isinstance(outputs, int)
     if any(packing is not None and packing.shared for packing in outputs):
@@ -149,8 +165,15 @@ def check_alone(block: nn.Module, adapter: Adapter, call: Call, samples: int) ->
         return f"does not run on one sample of a batch: {type(error).__name__}: {error}"
     for value, whole, packing in zip(alone, call.outputs, adapter.outputs, strict=True):
         if packing is not None and not leads(value, whole.narrow(packing.dim, samples - 1, 1)):  # type: ignore[attr-defined]
-            return "does not give a sample alone what it gives it in a batch"
+            flat = [at for at, leaf in enumerate(call.leaves) if _is_flat(leaf) and adapter.dims[at] is not None]
+            names = " or ".join(spoken(block, call, at) for at in flat)
+            told = f": {names} may speak of the whole batch (offsets must rise from 0)" if flat else ""
+            return f"does not give a sample alone what it gives it in a batch{told}"
     return None
+
+
+def _is_flat(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim <= 2 and not leaf.is_floating_point()
 
 
 def _split(adapter: Adapter, leaves: Sequence[object], samples: int) -> Any:
@@ -205,49 +228,73 @@ def _whole(leaf: object, streams: set[torch.Size]) -> Packing | None:
 
 
 def _packings(
-    runs: Sequence[Sequence[object]], batches: Sequence[int], strict: bool = True
+    runs: Sequence[Sequence[object]], batches: Sequence[int], strict: bool = True, offsets: bool = False
 ) -> tuple[Packing | None, ...] | int:
     """Packing of each leaf of `runs` (None where it holds no batch); the position of the first that has none.
 
     Not `strict`, leaves that cannot be told hold no batch.
     """
+    ways = [_ways(leaves, batches, offsets) for leaves in zip(*runs, strict=True)]
+    settled = {one.strided for found in ways if len(found) == 1 for one in found if one is not None and one.folded}
+    packings: list[Packing | None] = []
+    for at, found in enumerate(ways):
+        folded = {one.strided for one in found if one is not None and one.folded}
+        if len(folded) > 1 and settled:
+            found = [one for one in found if one is not None and one.strided in settled]
+            found = found if len(settled) == 1 else []
+        if not found and strict:
+            return at
+        packings.append(found[0] if found else None)
+    return tuple(packings)
+
+
+def _ways(leaves: Sequence[object], batches: Sequence[int], offsets: bool) -> list[Packing | None]:
+    """How one leaf may hold the batch, likeliest first, by its values in the given runs, then in the doubled ones."""
     half = len(batches)
-    found: list[Packing | None] = []
-    for at, leaf in enumerate(runs[0]):
-        told: set[Packing | str | None] = {None}
-        if isinstance(leaf, Tensor):
-            pairs = zip(runs[:half], runs[half:], batches, strict=True)
-            told = {_packing(given[at], doubled[at], batch) for given, doubled, batch in pairs}
-        if Packing in map(type, told):  # k may be 1 in some bucket
-            folded = any(isinstance(packing, Packing) and packing.folded for packing in told)
-            told = {replace(packing, folded=folded) if isinstance(packing, Packing) else packing for packing in told}
-        (packing, *others) = told
-        if others or isinstance(packing, str):
-            if strict:
-                return at
-            packing = None
-        found.append(packing)
-    return tuple(found)
+    if not isinstance(leaves[0], Tensor):
+        return [None]
+    told = [_packing(*pair, offsets) for pair in zip(leaves[:half], leaves[half:], batches, strict=True)]
+    if any(one is not None and one.folded for found in told for one in found):  # k may be 1 in some bucket
+        told = [[order for one in found for order in _orders(one)] for found in told]
+    return [one for one in told[0] if all(one in found for found in told[1:])]
 
 
-def _packing(given: object, doubled: object, batch: int) -> Packing | str | None:
-    """How one tensor holds a batch of `batch` samples; a word where it cannot be told."""
+def _orders(packing: Packing | None) -> list[Packing | None]:
+    """One row per sample, where other runs have several, is together and apart alike."""
+    if packing is None or packing.folded or packing.offsets:
+        return [packing]
+    whole = replace(packing, folded=True)
+    return [whole] if packing.shared else [whole, replace(whole, strided=True)]
+
+
+def _packing(given: object, doubled: object, batch: int, offsets: bool) -> list[Packing | None]:
+    """How one tensor may hold a batch of `batch` samples, likeliest first; empty where it cannot be told."""
     if not isinstance(given, Tensor) or not isinstance(doubled, Tensor) or given.ndim != doubled.ndim:
-        return "odd"
+        return []
     changed = [dim for dim in range(given.ndim) if given.shape[dim] != doubled.shape[dim]]
     if not changed:
-        return None
+        return [None]
     (dim, *others) = changed
     size, more = given.shape[dim], doubled.shape[dim] - given.shape[dim]
     shared = size - more
     if others or more <= 0 or more % batch or shared < 0:
-        return "odd"
+        return []
     packing = Packing(dim, folded=more > batch, shared=shared)
     if packing.plain:
-        return packing
+        return [packing]
+    if offsets and shared == 1 and _are_offsets(given) and _are_offsets(doubled):
+        return [Packing(dim, offsets=True)]
     orders = [packing] if not shared else [packing, replace(packing, leading=True)]
-    proven = [order for order in orders if _same_rows(order, given, doubled, batch)]
-    return proven[0] if proven else "odd"
+    if packing.folded and not shared:
+        orders.append(replace(packing, strided=True))
+    return [order for order in orders if _same_rows(order, given, doubled, batch)]
+
+
+def _are_offsets(tensor: Tensor) -> bool:
+    """Whether `tensor` holds integers that rise from zero."""
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool or hollow(tensor):
+        return False
+    return int(tensor[0]) == 0 and bool((tensor.diff() >= 0).all()) and int(tensor[-1]) > 0
 
 
 def _same_rows(packing: Packing, given: Tensor, doubled: Tensor, batch: int) -> bool:

@@ -20,7 +20,7 @@ from torch.fx import Interpreter
 
 from passes.adapt import lone
 from passes.calling import Calling, Guard, guarded_copy
-from passes.check import check_open, glue_outputs, hosted_outputs
+from passes.check import CheckError, check_open, glue_outputs, hosted_outputs
 from passes.cost import glue_flops, hosted_flops
 from passes.export import weight_values
 from passes.graph import BlockSite, PlanGraph, Report, Run
@@ -30,6 +30,7 @@ from passes.lower import Files, lower_glue, lower_plan
 from passes.memory import Memory, grown_plan
 from passes.pipeline import Analysis
 from passes.plans import Planned, costs_of, dtype_name
+from passes.progress import tell
 from passes.weightless import hollow
 from runtime.bundle.program import Program
 from runtime.bundle.spec import (
@@ -128,6 +129,7 @@ class _Growth:
         held = next(iter((*program.weights.values(), *self.discovery.model.parameters())))
         self.device = held.device
         self._open: dict[int, tuple[PlanGraph, Form]] = {}
+        self._answered: set[int] = set()
 
     def add_blocks(self) -> None:
         """Every block with its own weights, cut as its plan reads them, and its guard."""
@@ -175,6 +177,7 @@ class _Growth:
         """A glue for every form of call that has none."""
         guarded = guarded_copy(self.discovery.model, self.guards, self.discovery.samples)
         for bucket, (given, doubled) in enumerate(self.discovery.buckets):
+            tell("exporting the model around its blocks", bucket, len(self.discovery.buckets))
             costs = costs_of(self.planned, bucket)
             there = self._there(given)
             if there is None:
@@ -190,6 +193,7 @@ class _Growth:
 
     def _add_glue(self, guarded: nn.Module, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> None:
         name, model = str(len(self.glues)), self.discovery.model
+        self._answered.clear()
         try:
             graph, shown, report = guard_glue(guarded, given, doubled, self._fits, name)
         except GuardError as error:
@@ -210,6 +214,9 @@ class _Growth:
             made = _standalone(graph, name, shown, costs, keys)
             self.makers[f"glue/{name}.pt2"] = partial(lower_glue, replace(graph, weights={}))
             self.reports.append(report)
+        missed = [one.name for one in self.guards if one.index not in self._answered]
+        if missed:
+            raise CheckError(f"{missed[0]} is called past its guard: something keeps a reference of its own to it")
         other = given if shown is doubled else doubled
         tensors = dict(zip(*tensor_arguments(shown.kwargs), strict=True))
         batched = None if lone(self.discovery.runs) else carrying_batch(shown.kwargs, other.kwargs)
@@ -228,6 +235,7 @@ class _Growth:
     def _answer(self, index: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         """Guards answered in full, by the plan of the form of call that is being added."""
         graph, own = self._open[index]
+        self._answered.add(index)
         return graph.block.run(
             graph.variants[-1], [self.weights[key].to(inputs[0].device) for key in own.weights], inputs
         )

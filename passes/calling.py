@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,7 @@ from passes.adapt import joined_leaves, split_leaves
 from passes.graph import BlockGraph, BlockSite, States
 from passes.packing import Adapter, Samples
 from passes.real import as_real
+from passes.uncompiled import WRAPPER
 from runtime.base.errors import InnerShapeError
 from runtime.base.guard import ANY, guard
 
@@ -32,7 +34,8 @@ class Calling:
 
     `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and (value,) of every other;
     `spec` is their structure. `leaves` and `states` are those of the graph (passes.graph.BlockGraph), `targets` the
-    positions of the states among `outputs`, which hold what the block returns beside them.
+    positions of the states among `outputs`, which hold what the block returns beside them. `read` are (leaf, dimension
+    of the batch, numbers) of leaves of the block's own call that must hold these numbers, in every row.
     """
 
     spec: pytree.TreeSpec
@@ -43,12 +46,14 @@ class Calling:
     outputs: tuple[object, ...]
     output_spec: pytree.TreeSpec
     adapter: Adapter | None
+    read: tuple[tuple[int, int | None, tuple[float, ...]], ...] = ()
 
     @staticmethod
     def of(site: BlockSite, graph: BlockGraph, states: States) -> Calling:
         """How `site` was called when it was recorded."""
         call, adapter = site.calls[0], site.adapter
         own = call.leaves if adapter is None else tuple(joined_leaves(adapter, call.leaves))
+        origins = range(len(own)) if adapter is None else adapter.origins
         return Calling(
             call.spec if adapter is None else adapter.spec,
             tuple(map(_kind, own)),
@@ -58,11 +63,25 @@ class Calling:
             tuple(None if isinstance(output, Tensor) else output for output in call.outputs),
             call.output_spec,
             adapter,
+            tuple((origins[at], site.batch_dims.get(at), _numbers(value)) for at, value in graph.read.items()),
         )
 
     def fits(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> bool:
-        """Whether a call is of this structure; its sizes do not matter."""
-        return spec == self.spec and tuple(map(_kind, leaves)) == self.kinds
+        """Whether a call is of this structure, with the numbers that were read; its sizes do not matter."""
+        return (
+            spec == self.spec
+            and tuple(map(_kind, leaves)) == self.kinds
+            and all(_holds(leaves[at], dim, numbers) for at, dim, numbers in self.read)
+        )
+
+    def check_constants(self, leaves: Sequence[object], name: str) -> None:
+        """GuardError where a call, while it is exported, holds a number in which its plan was not seen.
+
+        Numbers of a graph that is being made are symbols where values of the model's inputs set them.
+        """
+        for leaf, kind in zip(leaves, self.kinds, strict=False):
+            if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) and leaf.node.maybe_as_int() != kind[0]:
+                raise InnerShapeError(f"{name} is given a number that values of the model's inputs set")
 
     def inputs(self, leaves: Sequence[object]) -> list[Tensor]:
         """What the plan takes, of the leaves of the block's own call."""
@@ -83,6 +102,14 @@ def _kind(leaf: object) -> tuple[object, ...]:
     return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)
 
 
+def _numbers(value: Tensor) -> tuple[float, ...]:
+    return tuple(value.flatten().tolist())
+
+
+def _holds(leaf: Any, dim: int | None, numbers: tuple[float, ...]) -> bool:
+    return all(_numbers(row) == numbers for row in ([leaf] if dim is None else leaf.split(1, dim)))
+
+
 @dataclass(frozen=True)
 class Guard:
     """Answers the calls of block `index` through the guard operator; takes and gives what the block does.
@@ -100,6 +127,8 @@ class Guard:
         """Called with the block's arguments; gives the block's output structure."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         form, calling = self._chosen(leaves, spec) if self.hosted else self.ways[0]
+        if not self.hosted:
+            calling.check_constants(leaves, self.name)
         return calling.result(guard(calling.inputs(leaves), calling.states, self.index, form))
 
     def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
@@ -114,15 +143,21 @@ class Guard:
 def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
     """The model with the forward of every block that has one of `guards` replaced by it.
 
-    Shares all parameters and buffers and leaves the model itself alone. A guarded block keeps its
-    children, since a model's forward may reach into them. `samples` tells the batch, for adapted blocks.
+    Shares all parameters and buffers, and modules that blocks are given; leaves the model itself alone. A guarded block
+    keeps its children, since a model's forward may reach into them. `samples` tells the batch, for adapted blocks.
     """
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for one in guards:
+        given = (kind[0] for _, calling in one.ways for kind in calling.kinds)
+        known |= {id(module): module for module in given if isinstance(module, nn.Module)}
         original = model.get_submodule(one.name)
         block = copy.copy(original)
         block.forward = one
         known[id(original)] = block
+        outer, _, last = one.name.rpartition(".")
+        while last == WRAPPER:  # what torch.compile gave would call the block itself
+            known[id(model.get_submodule(outer))] = block
+            outer, _, last = outer.rpartition(".")
     twin = copy.deepcopy(model, known)
     if samples is not None and any(calling.adapter for one in guards for _, calling in one.ways):
         twin.register_forward_pre_hook(_Counting(samples), with_kwargs=True)

@@ -64,6 +64,13 @@ def model_flops(model: nn.Module, run: Run) -> int:
     return counter.get_total_flops() // run.batch
 
 
+@contextmanager
+def tallying(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Inside the ``with`` block, a function that gives the floating-point operations so far."""
+    with _frozen(model), counting() as counter, torch.no_grad():
+        yield counter.get_total_flops
+
+
 def count_flops(function: Callable[..., object], args: Sequence[Tensor]) -> int:
     """Floating-point operations of ``function(*args)``.
 

@@ -73,11 +73,16 @@ def _structure(call: Call) -> tuple[object, ...]:
 
 
 def _leaf(leaf: object) -> object:
-    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else _constant(leaf)
 
 
 def _kind(leaf: object) -> object:
-    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else _constant(leaf)
+
+
+def _constant(leaf: object) -> object:
+    """A module is itself alone; all else is what it says."""
+    return id(leaf) if isinstance(leaf, nn.Module) else repr(leaf)
 
 
 def _canonical(graph: fx.Graph) -> str:

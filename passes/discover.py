@@ -1,9 +1,4 @@
-"""Find the transformer blocks of a model by running it.
-
-A *block* is an entry of a ``nn.ModuleList``, called exactly once per forward, that has parameters,
-is more than a single layer, and returns a float tensor of tokens of the shape and dtype of one of its
-inputs. Tokens have three or more dimensions; where nothing in the model has, two: rows of samples.
-Lists inside a block are its own affair; lists inside an entry that is no block are looked at.
+"""Find the transformer blocks of a model by running it, among the candidates that its lists of modules hold.
 
 Runs, for S shape buckets of batch B_s: a survey of bucket 0 (which also warms lazy caches), every
 bucket as given, every bucket with its batch doubled (passes.doubling), and bucket 0 with another
@@ -27,12 +22,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.adapt import adapted, check_alone, find_adapter, leads, lone, unpacked
+from passes.adapt import adapted, check_alone, find_adapter, leads, leads_in_runs, lone, unpacked
+from passes.candidates import find_candidates
 from passes.doubling import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
+from passes.given import Given
 from passes.graph import BlockSite, Call, Discovery, Refusal, Report, Run
 from passes.kept import Attributes, find_kept
-from passes.packing import Samples
-from passes.record import Glimpse, record, survey, undisturbed
+from passes.naming import told_of_structure
+from passes.packing import Adapter, Samples
+from passes.progress import tell
+from passes.record import record, undisturbed
 from passes.weightless import changed_by, hollow, same
 from runtime.base.errors import EditError
 
@@ -74,7 +73,7 @@ def discover(
         raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
     with undisturbed(model):
         before = Attributes.of(model)
-        watched, refused = _blocks(model, buckets[0])
+        watched, refused, work = find_candidates(model, buckets[0])
         kept = find_kept(model, buckets[0], step, before)
         if kept is not None:
             raise DiscoveryError(kept)
@@ -82,11 +81,17 @@ def discover(
         refused += [Refusal(name, "was no block when the model was first traced") for name in strange]
         watched = {name: module for name, module in watched.items() if name not in strange}
         runs, seen = _observe(model, buckets, step, watched)
+        given = Given.of(seen[0].calls.values())
+        tell("running the model", len(buckets), len(buckets) + 1)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
         probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
     samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
+        objection = given.objection(watched[name], seen[0].calls[name])
+        if objection:
+            refused.append(Refusal(name, objection))
+            continue
         calls = tuple(observation.calls.get(name) for observation in (*seen, _Observation(probe, None)))
         site = _site(name, watched[name], calls, runs, samples)
         if isinstance(site, Refusal):
@@ -96,7 +101,7 @@ def discover(
     done = tuple(_sentence(site) for site in sites)
     if lone(runs):
         done = ("the inputs are taken as one sample, since nothing in them can be doubled", *done)
-    return Discovery(model, runs, tuple(sites), step, samples), Report("discover", done, tuple(refused))
+    return Discovery(model, runs, tuple(sites), step, samples, work), Report("discover", done, tuple(refused))
 
 
 def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
@@ -106,78 +111,6 @@ def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
     raise DiscoveryError(f"no argument is called any of {', '.join(_STEP_NAMES)}: say which one is with timestep=")
 
 
-def _blocks(model: nn.Module, kwargs: Mapping[str, object]) -> tuple[dict[str, nn.Module], list[Refusal]]:
-    """Modules to record, by name, and the candidates refused."""
-    candidates = dict(_candidates(model, ""))
-    if not candidates:
-        return {}, [Refusal(type(model).__name__, "has no nn.ModuleList, among whose entries blocks are looked for")]
-    glimpses = survey(model, kwargs, candidates)
-    dims = 3 if any(_keeps_shape(glimpse, 3) for seen in glimpses.values() for glimpse in seen) else 2
-    watched: dict[str, nn.Module] = {}
-    refused: list[Refusal] = []
-    settled: list[str] = []
-    for name, module in candidates.items():
-        if any(name.startswith(f"{outer}.") for outer in settled):
-            continue
-        seen = glimpses[name]
-        if not any(_keeps_shape(glimpse, dims) for glimpse in seen):
-            reason = "returns no tensor of tokens shaped like an input" if seen else "was not called"
-            refused.append(Refusal(name, reason))
-            continue
-        settled.append(name)
-        objection = _objection(module, seen)
-        if objection:
-            refused.append(Refusal(name, objection))
-        else:
-            watched[name] = module
-    return watched, refused
-
-
-def _candidates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every entry of every module list under `module`, outer ones first, each module once."""
-    seen: set[nn.Module] = set()
-    for name, entry in module.named_modules(prefix=prefix):
-        for key, child in entry.named_children() if isinstance(entry, nn.ModuleList) else ():
-            if child not in seen:
-                seen.add(child)
-                yield f"{name}.{key}" if name else key, child
-
-
-def _keeps_shape(glimpse: Glimpse, dims: int) -> bool:
-    return any(
-        len(shape) >= dims and dtype.is_floating_point and (shape, dtype) in glimpse.inputs
-        for shape, dtype in glimpse.outputs
-    )
-
-
-def _objection(module: nn.Module, seen: Sequence[Glimpse]) -> str | None:
-    """Why a module that keeps a shape is still no block."""
-    if len(seen) != 1:
-        return f"called {len(seen)} times in one forward: its calls would share one bank"
-    if seen[0].wrote_inputs:
-        return "writes into its inputs"
-    if next(module.parameters(), None) is None:
-        return "has no parameters"
-    if type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None:
-        return "is a single layer"
-    for name, inner in module.named_modules():
-        reason = _tampered(inner)
-        if reason:
-            return f"{name or 'it'} {reason}"
-    return None
-
-
-def _tampered(module: nn.Module) -> str | None:
-    """What makes calling `module` do more than its class says."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "carries forward hooks, which a graph would freeze or lose"
-    if "forward" in vars(module):
-        return "has had its forward replaced (offloading, caching or quantisation hooks)"
-    if type(module).__module__.partition(".")[0] == "peft":
-        return "is an adapter layer: merge the adapter into the weights first"
-    return None
-
-
 def _observe(
     model: nn.Module, buckets: Sequence[Mapping[str, object]], step: str, watched: Mapping[str, nn.Module]
 ) -> tuple[tuple[Run, ...], list[_Observation]]:
@@ -185,6 +118,7 @@ def _observe(
     given: list[tuple[Run, _Observation]] = []
     doubled: list[tuple[Run, _Observation]] = []
     for index, kwargs in enumerate(buckets):
+        tell("running the model", index, len(buckets) + 1)
         first = _Observation(*record(model, kwargs, watched))
         run, twice, second = _double_run(model, kwargs, index, step, watched, first)
         given.append((run, first))
@@ -213,7 +147,7 @@ def _double_run(
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        different = _difference(first, second)
+        different = _difference(first, second, batch)
         if different is None:
             return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
         reasons.append(different)
@@ -256,12 +190,12 @@ def _samples(runs: Sequence[Run]) -> Samples | None:
     return next((place for place in first if all(place in other for other in others)), None)
 
 
-def _difference(first: _Observation, second: _Observation) -> str | None:
+def _difference(first: _Observation, second: _Observation, batch: int) -> str | None:
     """Where the leading rows of the doubled run are not those of the given run."""
     for name, call in first.calls.items():
         if name not in second.calls:
             return f"{name} was not called"
-        if not _leads(call.outputs, second.calls[name].outputs):
+        if not _leads(call.outputs, second.calls[name].outputs, batch):
             return f"rows of one sample changed at {name} when other samples joined the batch"
     if first.calls and not any(_grew(call.outputs, second.calls[name].outputs) for name, call in first.calls.items()):
         return "no block saw a larger batch"
@@ -275,10 +209,13 @@ def _grew(given: Sequence[object], doubled: Sequence[object]) -> bool:
     return any(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape for a, b in pairs)
 
 
-def _leads(given: Sequence[object], doubled: Sequence[object]) -> bool:
-    """Whether each float tensor of `given` equals the leading part of its counterpart."""
+def _leads(given: Sequence[object], doubled: Sequence[object], batch: int = 0) -> bool:
+    """Whether each float tensor of `given` equals the leading part of its counterpart.
+
+    That of each run over the samples will do, where it holds them several times.
+    """
     return len(given) <= len(doubled) and all(
-        isinstance(large, Tensor) and leads(small, large)
+        isinstance(large, Tensor) and (leads(small, large) or (bool(batch) and leads_in_runs(small, large, batch)))
         for small, large in zip(given, doubled, strict=False)
         if isinstance(small, Tensor) and small.is_floating_point()
     )
@@ -292,24 +229,33 @@ def _site(
     if len(whole) != len(runs):
         return Refusal(name, "was called in some shape buckets only")
     if any(call.spec != whole[0].spec or call.output_spec != whole[0].output_spec for call in (*whole, probe)):
-        return Refusal(name, "is called with other arguments in another run (other shapes, batch or timestep)")
-    adapter = find_adapter(whole, runs)
-    if isinstance(adapter, str):
-        return Refusal(name, adapter)
-    if not adapter.plain:
-        if samples is None:
-            return Refusal(name, "holds several rows per sample, and no argument of the model tells how many samples")
-        whole = [unpacked(adapter, call, run.batch) for call, run in zip(whole, runs, strict=True)]
-        probe = unpacked(adapter, probe, runs[0].batch)
-        module = adapted(module, adapter)
-        objection = check_alone(module, adapter, whole[-1], runs[-1].batch)
-        if objection:
-            return Refusal(name, objection)
+        return Refusal(name, told_of_structure(module, (*whole, probe)))
+    found = _seen_per_sample(module, whole, runs, samples, offsets=True)
+    if isinstance(found, str) and not isinstance(other := _seen_per_sample(module, whole, runs, samples), str):
+        found = other
+    if isinstance(found, str):
+        return Refusal(name, found)
+    adapter, module, whole = found
+    probe = probe if adapter.plain else unpacked(adapter, probe, runs[0].batch)
     batch_dims = {at: dim for at, dim in enumerate(adapter.dims) if dim is not None}
     if not _batched_tokens(whole[0], batch_dims):
         return Refusal(name, "returns no tokens that carry the batch")
     time = next((at for at in _times(whole[0], probe) if batch_dims.get(at) == 0), None)
     return BlockSite(name, module, tuple(whole), batch_dims, time, None if adapter.plain else adapter)
+
+
+def _seen_per_sample(
+    module: nn.Module, calls: list[Call], runs: Sequence[Run], samples: Samples | None, offsets: bool = False
+) -> tuple[Adapter, nn.Module, list[Call]] | str:
+    """How a block holds the batch, and the block and its calls as seen per sample; or why that cannot be told."""
+    adapter = find_adapter(module, calls, runs, offsets)
+    if isinstance(adapter, str) or adapter.plain:
+        return adapter if isinstance(adapter, str) else (adapter, module, calls)
+    if samples is None:
+        return "holds several rows per sample, and no argument of the model tells how many samples"
+    alone = adapted(module, adapter)
+    seen = [unpacked(adapter, call, run.batch) for call, run in zip(calls, runs, strict=True)]
+    return check_alone(alone, adapter, seen[-1], runs[-1].batch) or (adapter, alone, seen)
 
 
 def _times(call: Call, probe: Call) -> Iterator[int]:

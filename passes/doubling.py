@@ -10,7 +10,7 @@ Which dimensions to double is guessed and proven by the run (passes.discover). G
     the same, but no list of B bare numbers
     any of these, but for one argument, which equals B by accident: it stays as it is, or takes its
         second dimension of size B, or is a list of one entry per sample
-    the second guess, and dimension 0 wherever it is k B: several rows per sample
+    the second guess, and dimension 0 wherever it is k B: several rows per sample, together or B apart
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from passes.packing import Samples
+from runtime.face.arguments import as_plain
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Pick:
 
     dim: Callable[[Tensor, int], int | None]
     numbers: bool = True  # whether a list of B bare numbers is one per sample
+    runs: bool = False  # whether k B rows are the batch k times
 
 
 def batches_of(kwargs: Mapping[str, object], timestep: str) -> list[int]:
@@ -44,12 +46,14 @@ def batches_of(kwargs: Mapping[str, object], timestep: str) -> list[int]:
 def doublings(kwargs: Mapping[str, object], timestep: str, batch: int) -> Iterator[dict[str, object]]:
     """Ways to double the batch, likeliest first; each other way of the same shapes is left out."""
     seen: set[tuple[object, ...]] = set()
+    given = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
     for picks in _guesses([*(name for name in kwargs if name != timestep), timestep]):
         found = {name: double(value, batch, picks[name]) if name in picks else value for name, value in kwargs.items()}
         if timestep in picks:
             found[timestep] = _double_steps(kwargs[timestep], batch, picks[timestep])
         leaves, spec = pytree.tree_flatten(found)
-        shapes = (str(spec), *(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves))
+        runs = any(pick.runs for pick in picks.values()) and any(_is_several(value, batch) for value in given)
+        shapes = (str(spec), runs, *(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves))
         if shapes not in seen:
             seen.add(shapes)
             yield found
@@ -60,7 +64,10 @@ def double(value: object, batch: int, pick: Pick | None = None) -> object:
     pick = pick or Pick(_first)
     if isinstance(value, Tensor):
         dim = pick.dim(value, batch)
-        return value if dim is None else torch.cat([value, disturbed(value)], dim)
+        if dim is None:
+            return value
+        parts = [value.unflatten(dim, (-1, batch)), disturbed(value).unflatten(dim, (-1, batch))] if pick.runs else ()
+        return torch.cat(parts, dim + 1).flatten(dim, dim + 1) if parts else torch.cat([value, disturbed(value)], dim)
     if isinstance(value, Mapping):
         return {key: double(item, batch, pick) for key, item in value.items()}
     if type(value) is tuple:
@@ -121,9 +128,10 @@ def entries_alone(given: object, doubled: object, batch: int) -> bool:
 
 def opaque(kwargs: Mapping[str, object]) -> Iterator[str]:
     """What no pass can double: arguments that hold an object which is neither a tensor nor plain data."""
-    plain = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    plain = (Tensor, complex, bytes, type(None))
     for name, value in kwargs.items():
-        strange = [type(leaf).__name__ for leaf in pytree.tree_leaves(value) if not isinstance(leaf, plain)]
+        leaves = (leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, plain))
+        strange = [type(leaf).__name__ for leaf in leaves if as_plain(leaf) is None]
         if strange:
             yield f"{name} holds a {strange[0]}"
 
@@ -139,6 +147,7 @@ def _guesses(names: list[str]) -> Iterator[dict[str, Pick]]:
         yield others | {name: Pick(_second)}
         yield others | {name: Pick(_no_dim)}
     yield dict.fromkeys(names, Pick(_several))
+    yield dict.fromkeys(names, Pick(_several, runs=True))
 
 
 def _first(value: Tensor, batch: int) -> int | None:
@@ -160,6 +169,10 @@ def _no_dim(value: Tensor, batch: int) -> int | None:
 def _several(value: Tensor, batch: int) -> int | None:
     found = _any(value, batch)
     return 0 if found is None and value.ndim and value.shape[0] % batch == 0 else found
+
+
+def _is_several(value: Tensor, batch: int) -> bool:
+    return value.shape[0] > batch and value.shape[0] % batch == 0 and _any(value, batch) is None
 
 
 def _dims(value: Tensor, batch: int) -> list[int]:

@@ -12,15 +12,12 @@ the graph of all experts (passes.experts); else the export is refused.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from passes.adapt import lone
 from passes.constant import known_counts
@@ -28,26 +25,27 @@ from passes.experts import dense_experts, find_experts
 from passes.flex import dense_attention
 from passes.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.guards import fits_any
+from passes.naming import argument_names, spoken
 from passes.plain import CONSTANT, PlainError, plain
-from passes.record import undisturbed
+from passes.tracing import ExportError, ReadError, check_constants, is_known, trace
 from passes.weightless import hollow
-from runtime.base.errors import EditError
 from runtime.base.rows import one_row
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
-
-
-class ExportError(EditError):
-    """A block that has no faithful graph; the message says why."""
 
 
 def export_block(
-    site: BlockSite, states: States, runs: Sequence[Run], free: Mapping[int, Collection[int]] | None = None
+    site: BlockSite,
+    states: States,
+    runs: Sequence[Run],
+    free: Mapping[int, Collection[int]] | None = None,
+    settled: Callable[[], Collection[int]] = tuple,
 ) -> tuple[BlockGraph, Report]:
     """The graph of `site`, for any batch and for every size that differed between `runs`.
 
     Dimensions of leaves in `free`, which were seen with other sizes elsewhere, are left free where the code lets them.
+    `settled` gives the leaves whose numbers are the same in all calls of a form (passes.settled), asked for where the
+    code reads numbers in a way that no graph holds.
 
     ``graph.module.meta["constants"]`` holds the tensors that are neither parameters nor buffers, by
     the names they have in ``graph.weights`` (they start with ``constant.``).
@@ -62,7 +60,7 @@ def export_block(
         raise ExportError(f"{site.name}: not every tensor it returns is known to continue an input")
     if any(at not in site.batch_dims for _, at in states.pairs):
         raise ExportError(f"{site.name}: a state does not carry the batch")
-    _check_constants(site)
+    check_constants(site)
     tensors = [at for at, leaf in enumerate(site.calls[0].leaves) if isinstance(leaf, Tensor)]
     moving = {at: tuple(sorted({*_moving_dims(site, at), *(free or {}).get(at, ())})) for at in tensors}
     example = _example(site, runs)
@@ -70,26 +68,55 @@ def export_block(
         graph, flex = _faithful(site, states, example, moving)
     except ExportError as error:
         if free:
-            return export_block(site, states, runs)
-        graph, flex = _without_routing(site, states, example, moving, error)
+            return export_block(site, states, runs, settled=settled)
+        if isinstance(error, ReadError):
+            graph, flex = _reading(site, states, example, moving, settled(), error)
+        else:
+            graph, flex = _without_routing(site, states, example, moving, error)
     operators = sum(node.op == "call_function" for node in graph.module.graph.nodes)
     done = f"{site.name}: {operators} operators, {len(graph.weights)} weights, inputs {', '.join(graph.inputs)}"
     done += "" if graph.row_dims is None else ", one row per call, since its code pins the batch"
+    read = [spoken(site.module, site.calls[0], at) for at in graph.read]
+    done += f", with the numbers of {' and '.join(read)}" if read else ""
     done += f", all experts of {', '.join(graph.experts)} on every token" if graph.experts else ""
     return graph, Report("export", (done, *(f"{site.name}: {line}" for line in flex)))
 
 
 def _faithful(
-    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]
+    site: BlockSite,
+    states: States,
+    call: Call,
+    moving: Mapping[int, tuple[int, ...]],
+    settled: Collection[int] | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The validated graph of `call`, and what was done to its attention."""
-    graph, flex = _graph(site, states, call, moving)
+    graph, flex = _graph(site, states, call, moving, settled)
     try:
         _check_batch(graph, site)
         validate(graph, site)
     except ExportError as error:
-        return _row_graph(site, states, call, moving, error)
+        return _row_graph(site, states, call, moving, error, settled)
     return graph, flex
+
+
+def _reading(
+    site: BlockSite,
+    states: States,
+    call: Call,
+    moving: Mapping[int, tuple[int, ...]],
+    settled: Collection[int],
+    error: ReadError,
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """The validated graph of `call` with numbers that are always the same read out; else its reason."""
+    try:
+        return _faithful(site, states, call, moving, settled)
+    except ReadError as other:
+        if any(site.batch_dims.get(at) is not None for at in settled):
+            with suppress(ReadError):
+                return _row_graph(site, states, call, moving, other, settled)
+        return _without_routing(site, states, call, moving, other)
+    except ExportError:
+        return _without_routing(site, states, call, moving, error)
 
 
 def _check_batch(graph: BlockGraph, site: BlockSite) -> None:
@@ -119,10 +146,17 @@ def _without_routing(
 
 
 def _graph(
-    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]
+    site: BlockSite,
+    states: States,
+    call: Call,
+    moving: Mapping[int, tuple[int, ...]],
+    settled: Collection[int] | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
-    """The graph of `call`, not validated, and what was done to what it read from tensors and to its attention."""
-    program = _trace(site, states, call, moving)
+    """The graph of `call`, not validated, and what was done to what it read from tensors and to its attention.
+
+    With `settled`, numbers are known of the tensors that the block holds, and of these leaves where no dimension moves.
+    """
+    program, read = trace(site, states, call, moving, settled)
     try:
         counts = known_counts(program.graph_module)
     except Exception as error:
@@ -136,18 +170,25 @@ def _graph(
         raise ExportError(f"{site.name}: {error}") from error
     inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
     positions = tuple(list(moving).index(at) for _, at in states.pairs)
-    return BlockGraph(module, weights, inputs, tuple(moving), positions), (*counts, *flex.done)
+    return BlockGraph(module, weights, inputs, tuple(moving), positions, read=read), (*counts, *flex.done)
 
 
 def _row_graph(
-    site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]], error: ExportError
+    site: BlockSite,
+    states: States,
+    call: Call,
+    moving: Mapping[int, tuple[int, ...]],
+    error: ExportError,
+    settled: Collection[int] | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The validated graph of one row of `call`; where there is none, `error`: the batch was not what its code pins."""
     free = {at: tuple(dim for dim in dims if dim != site.batch_dims.get(at)) for at, dims in moving.items()}
     try:
-        graph, flex = _graph(site, states, _first_row(site, states, call), free)
+        graph, flex = _graph(site, states, _row(site, states, call, 0), free, settled)
         graph = replace(graph, row_dims=tuple(site.batch_dims.get(at) for at in moving))
         validate(graph, site)
+    except ReadError as other:
+        raise other from error
     except ExportError as other:
         raise ExportError(f"{error} (nor is there a graph of a row alone: {other})") from error
     return graph, flex
@@ -167,53 +208,34 @@ def weight_values(graph: BlockGraph, module: nn.Module) -> list[Tensor]:
 
 
 def validate(graph: BlockGraph, site: BlockSite) -> None:
-    """Run `graph` with the weights of `site` on each recorded call, and on one row of the last.
+    """Run `graph` with the weights of `site` on each recorded call, and on the last row of the last.
 
     `site` is the exported block or one of its group. Raises ExportError on the first mismatch.
     """
+    for at, value in graph.read.items():
+        if not is_known(site, at, value):
+            raise ExportError(f"{site.name}: {spoken(site.module, site.calls[0], at)} holds other numbers elsewhere")
     weights = weight_values(graph, site.module)
     with torch.no_grad():
         for index, call in enumerate(site.calls):
             _compare(site, f"run {index}", graph, weights, call)
         states = States(tuple((k, graph.leaves[index]) for k, index in enumerate(graph.states)))
-        _compare(site, "a single row", graph, weights, _first_row(site, states, site.calls[-1]))
+        _compare(site, "a single row", graph, weights, _row(site, states, site.calls[-1], -1))
 
 
 def leaf_names(site: BlockSite) -> list[str]:
     """A name for each tensor leaf of the block's call, from its place among the arguments."""
     call = site.calls[0]
-    parameters = list(inspect.signature(type(site.module).forward).parameters)[1:]
-    tree = pytree.tree_unflatten(call.leaves, call.spec)
-    names = []
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, Tensor):
-            whole, first, *rest = (_key(key) for key in path)
-            if whole == "0" and int(first) < len(parameters):
-                first = parameters[int(first)]
-            names.append("_".join([first, *rest]))
-    return names
-
-
-def _key(key: object) -> str:
-    return str(next(getattr(key, field) for field in ("idx", "key", "name") if hasattr(key, field)))
-
-
-def _check_constants(site: BlockSite) -> None:
-    """Every leaf that is no tensor must be a plain value, and the same in all runs."""
-    for at, leaf in enumerate(site.calls[0].leaves):
-        if isinstance(leaf, Tensor):
-            continue
-        if not isinstance(leaf, _BAKEABLE):
-            raise ExportError(f"{site.name}: argument leaf {at} is a {type(leaf).__name__}")
-        if any(call.leaves[at] != leaf for call in site.calls):
-            raise ExportError(f"{site.name}: argument leaf {at} ({leaf!r}) is no tensor and differs between runs")
+    names = argument_names(site.module, call)
+    return ["_".join(name) for name, leaf in zip(names, call.leaves, strict=True) if isinstance(leaf, Tensor)]
 
 
 def _moving_dims(site: BlockSite, at: int) -> tuple[int, ...]:
     """Dimensions of leaf `at` that differ between runs (the batch always does)."""
     shapes = [leaf.shape for leaf in (call.leaves[at] for call in site.calls) if isinstance(leaf, Tensor)]
     if len({len(shape) for shape in shapes}) != 1:
-        raise ExportError(f"{site.name}: argument leaf {at} has another number of dimensions in another run")
+        name = spoken(site.module, site.calls[0], at)
+        raise ExportError(f"{site.name}: {name} has another number of dimensions in another run")
     return tuple(dim for dim in range(len(shapes[0])) if len({shape[dim] for shape in shapes}) > 1)
 
 
@@ -223,45 +245,11 @@ def _example(site: BlockSite, runs: Sequence[Run]) -> Call:
     return max(calls, key=lambda call: sum(leaf.numel() for leaf in call.leaves if isinstance(leaf, Tensor)))
 
 
-class _Flat(nn.Module):
-    """The block as a function of its tensor leaves."""
-
-    def __init__(self, block: nn.Module, call: Call, tensors: Sequence[int], outputs: Sequence[int]) -> None:
-        super().__init__()
-        self.block = block
-        self._call = Call(
-            tuple(None if at in tensors else leaf for at, leaf in enumerate(call.leaves)), call.spec, (), call.spec
-        )
-        self._tensors = tuple(tensors)
-        self._outputs = tuple(outputs)
-
-    def forward(self, *inputs: Tensor) -> tuple[object, ...]:
-        leaves = list(self._call.leaves)
-        for at, value in zip(self._tensors, inputs, strict=True):
-            leaves[at] = value
-        args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
-        results = pytree.tree_leaves(self.block(*args, **kwargs))
-        return tuple(results[at] for at in self._outputs)
-
-
-def _trace(site: BlockSite, states: States, call: Call, moving: Mapping[int, tuple[int, ...]]) -> ExportedProgram:
-    flat = _Flat(site.module, call, list(moving), [output for output, _ in states.pairs])
-    example = tuple(leaf.clone() for leaf in (call.leaves[at] for at in moving) if isinstance(leaf, Tensor))
-    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) for dims in moving.values()),)
-    try:
-        with undisturbed(flat):
-            program = torch.export.export(flat, example, dynamic_shapes=dynamic, strict=False)
-            return program.run_decompositions({})
-    except Exception as error:
-        raise ExportError(
-            f"{site.name}: torch.export cannot follow its code: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _first_row(site: BlockSite, states: States, call: Call) -> Call:
-    """The call with the first row of the batch alone; outputs that are no states are dropped."""
-    leaves = one_row(call.leaves, [site.batch_dims.get(at) for at in range(len(call.leaves))])  # type: ignore[arg-type]
-    outputs = one_row(_states(call), [site.batch_dims[at] for _, at in states.pairs])
+def _row(site: BlockSite, states: States, call: Call, row: int) -> Call:
+    """The call with one row of the batch alone; outputs that are no states are dropped."""
+    dims = [site.batch_dims.get(at) for at in range(len(call.leaves))]
+    leaves = one_row(call.leaves, dims, row)  # type: ignore[arg-type]
+    outputs = one_row(_states(call), [site.batch_dims[at] for _, at in states.pairs], row)
     return Call(tuple(leaves), call.spec, tuple(outputs), call.output_spec)
 
 

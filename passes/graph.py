@@ -72,6 +72,14 @@ class BlockSite:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one forward of a model, and of each candidate for a block among its modules."""
+
+    total: int = 0
+    candidates: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Discovery:
     """Blocks of a model in execution order, with the runs in which they were seen.
 
@@ -84,6 +92,7 @@ class Discovery:
     blocks: tuple[BlockSite, ...]
     timestep: str
     samples: Samples | None = None
+    work: Work = Work()
 
     @property
     def buckets(self) -> tuple[tuple[Run, Run], ...]:
@@ -109,6 +118,7 @@ class BlockGraph:
     output k continues it. Nodes carry ``meta["val"]`` (fake tensors). Where `row_dims` is there the graph
     takes one row of the batch per call, and `row_dims` is the dimension of each input that carries it.
     `experts` names the modules inside the block whose routed experts it sums up (see passes.experts).
+    `read` are the numbers (of one row, where they carry the batch) that leaves must hold, since the code read them.
     """
 
     module: fx.GraphModule
@@ -118,6 +128,7 @@ class BlockGraph:
     states: tuple[int, ...]
     row_dims: tuple[int | None, ...] | None = None
     experts: tuple[str, ...] = ()
+    read: Mapping[int, Tensor] = field(default_factory=dict)
 
     def run(self, module: fx.GraphModule, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """The states that `module`, this graph in some form, gives for inputs of any batch."""

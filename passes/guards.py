@@ -28,6 +28,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from passes.exporting import exported, stopping_quietly, why
 from passes.graph import Refusal, Report, Run
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
@@ -118,10 +119,9 @@ def _export_glue(
     wrapper = _Positional(guarded, run.kwargs, returned.append)
     try:
         with torch.no_grad():
-            program = torch.export.export(wrapper, tuple(values), dynamic_shapes=(tuple(free),), strict=False)
-            program = program.run_decompositions({})
+            program = exported(wrapper, values, free)
     except Exception as error:
-        raise GuardError(f"the glue of {type(guarded).__name__} does not export: {_first_line(error)}") from error
+        raise GuardError(f"the glue of {type(guarded).__name__} does not export: {why(error)}") from error
     module, weights = _functional(program, name)
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
@@ -216,7 +216,8 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
-        outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
+        with stopping_quietly():
+            outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
         self.note(_output_names(outputs, _wraps(self.model)))
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
@@ -281,7 +282,3 @@ def fits_any(size: int | torch.SymInt) -> bool:
 
 def _count_guards(module: fx.GraphModule) -> int:
     return len(module.graph.find_nodes(op="call_function", target=guard))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

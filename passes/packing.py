@@ -15,19 +15,23 @@ from torch.utils._pytree import TreeSpec
 class Packing:
     """How a tensor holds the samples of a batch along dimension `dim` (see passes.adapt).
 
-    Each sample has one row, or several where `folded`. `shared` more rows belong to all samples; they
-    come first where `leading`, else last.
+    Each sample has one row, or several where `folded`: together, or one in each of several runs over the samples where
+    `strided`. `shared` more rows belong to all samples; they come first where `leading`, else last. Where they are
+    `offsets`, rows are the ends of a sample's segments in the tokens of the batch, after one zero; per sample, they
+    count from where the sample starts.
     """
 
     dim: int = 0
     folded: bool = False
     shared: int = 0
     leading: bool = False
+    strided: bool = False
+    offsets: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether it is one row per sample."""
-        return not self.folded and not self.shared
+        return not self.folded and not self.shared and not self.offsets
 
     @property
     def parts(self) -> int:
@@ -36,15 +40,31 @@ class Packing:
 
     def per_sample(self, tensor: Tensor, samples: int) -> tuple[Tensor, ...]:
         """Its rows as (samples, ...), or (samples, k, ...) where folded, at `dim`; then the shared rows, if any."""
+        if self.offsets:
+            ends, starts = (part.unflatten(0, (samples, -1)) for part in (tensor[1:], tensor[:-1]))
+            return (ends - starts[:, :1],)
         size = tensor.shape[self.dim] - self.shared
         start = self.shared if self.leading else 0
         rows = tensor.narrow(self.dim, start, size) if self.shared else tensor
-        if self.folded:
+        if self.strided:
+            rows = rows.unflatten(self.dim, (size // samples, samples)).transpose(self.dim, self.dim + 1)
+        elif self.folded:
             rows = rows.unflatten(self.dim, (samples, size // samples))
         return (rows, tensor.narrow(self.dim, 0 if self.leading else size, self.shared)) if self.shared else (rows,)
 
+    def spread(self, values: Tensor, size: int) -> Tensor:
+        """`values` (samples, ...) of samples, for each of `size` rows of such a tensor."""
+        each = size // len(values)
+        return values.repeat(each, *[1] * (values.ndim - 1)) if self.strided else values.repeat_interleave(each, 0)
+
     def packed(self, rows: Tensor, shared: Tensor | None = None) -> Tensor:
         """The tensor that `per_sample` made these of."""
+        if self.offsets:
+            lengths = rows[:, -1:]
+            ends = rows + lengths.cumsum(0, dtype=rows.dtype) - lengths
+            return torch.cat([torch.zeros_like(ends[:1, 0]), ends.flatten()])
+        if self.strided:
+            rows = rows.transpose(self.dim, self.dim + 1)
         rows = rows.flatten(self.dim, self.dim + 1) if self.folded else rows
         if shared is None:
             return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -20,12 +21,12 @@ from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Rep
 from passes.heads import one_head
 from passes.memory import Known, Memory, computes
 from passes.mlp import find_sites
+from passes.progress import tell
 from passes.real import complex_to_real
+from passes.settled import settled_leaves
 from passes.states import find_states
 from passes.streams import check_names, choose_sites
 from passes.weightless import weightless
-
-ORDER = ("discover", "states", "dedupe", "export", "real", "heads", "mlp", "streams", "widths", "guards", "lower")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def _grouped(
     serving: bool = True,
 ) -> Analysis:
     grouped: list[tuple[Group, list[BlockSite]]] = []
-    for sites in group_blocks(discovery.blocks):
+    kinds = group_blocks(discovery.blocks)
+    for number, sites in enumerate(kinds):
+        tell("exporting blocks", number, len(kinds))
         for known, members in memory.serving(sites) if memory is not None and serving else ():
             grouped.append((Group(known.graph.block, known.states, known.sites, (), known), members))
         served = {site.name for _, members in grouped for site in members}
@@ -122,11 +125,12 @@ def _export_group(
     states, told = find_states(first, discovery.blocks)
     reports.append(told)
     if not states.pairs:
-        reports.append(Report("states", refused=tuple(Refusal(s.name, f"as {first.name}") for s in others)))
+        reason = told.refused[0].reason
+        reports.append(Report("states", refused=tuple(Refusal(site.name, reason) for site in others)))
         return []
     try:
         free = None if memory is None else memory.free(first)
-        graph, exported = export_block(first, states, discovery.runs, free)
+        graph, exported = export_block(first, states, discovery.runs, free, partial(_settled, discovery, first))
     except ExportError as error:
         reports.append(Report("export", refused=tuple(Refusal(site.name, str(error)) for site in sites)))
         return []
@@ -149,6 +153,16 @@ def _export_group(
     chosen, streams = choose_sites(graph, mlps, narrow)
     reports += [_within(first, narrowed), _within(first, streams)]
     return [(Group(graph, states, chosen, ()), members), *apart]
+
+
+def _settled(discovery: Discovery, site: BlockSite) -> list[int]:
+    """The leaves of `site` whose numbers none of the model's arguments sets, as its own call holds them."""
+    own = settled_leaves(discovery).get(site.name, frozenset())
+    if site.adapter is None:
+        return sorted(own)
+    packings = site.adapter.inputs
+    plain = {at for at in own if (packing := packings[at]) is None or packing.plain}
+    return [at for at, origin in enumerate(site.adapter.origins) if origin in plain]
 
 
 def _within(site: BlockSite, report: Report) -> Report:

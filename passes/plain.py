@@ -42,7 +42,8 @@ def plain(program: ExportedProgram, prefix: str, names: Iterable[str]) -> tuple[
     _clean(program.graph)
     qualified = _qualified(program, prefix)
     module, weights = _renamed(program.graph, qualified, names)
-    constants = {f"{CONSTANT}{name.removeprefix(prefix)}": value for name, value in program.constants.items()}
+    held = {**program.state_dict, **program.constants}
+    constants = {f"{CONSTANT}{name.removeprefix(prefix)}": value for name, value in held.items()}
     module.meta["constants"] = {name: constants[name] for name in weights.values() if name in constants}
     return module, weights
 
@@ -75,7 +76,8 @@ def _qualified(program: ExportedProgram, prefix: str) -> dict[str, str]:
     found = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            found[spec.arg.name] = str(spec.target).removeprefix(prefix)
+            name = str(spec.target)
+            found[spec.arg.name] = name.removeprefix(prefix) if name.startswith(prefix) else f"{CONSTANT}{name}"
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             found[spec.arg.name] = f"{CONSTANT}{str(spec.target).removeprefix(prefix)}"
         elif spec.kind != InputKind.USER_INPUT:

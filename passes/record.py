@@ -19,26 +19,28 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.graph import Call
+from passes.uncompiled import uncompiled
 
 Sight = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
 class Glimpse:
-    """One call without its tensors: shapes and dtypes of the tensors that went in and came out."""
+    """One call without its tensors: shapes and dtypes of those that went in and came out, and its work."""
 
     inputs: tuple[Sight, ...]
     outputs: tuple[Sight, ...]
     wrote_inputs: bool
+    flops: int = 0
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate `model` without gradients inside the ``with`` block; every training flag returns."""
+    """Evaluate `model` without gradients, uncompiled, inside the ``with`` block; every training flag returns."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for module, flag in flags.items():
@@ -46,20 +48,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def survey(
-    model: nn.Module, kwargs: Mapping[str, object], watched: Mapping[str, nn.Module]
+    model: nn.Module,
+    kwargs: Mapping[str, object],
+    watched: Mapping[str, nn.Module],
+    flops: Callable[[], int] = lambda: 0,
 ) -> dict[str, list[Glimpse]]:
-    """Run ``model(**kwargs)`` once and note every call of the `watched` modules, in order of return."""
+    """Run ``model(**kwargs)`` once and note every call of the `watched` modules, in order of return.
+
+    `flops` tells the work that was done so far.
+    """
     seen: dict[str, list[Glimpse]] = {name: [] for name in watched}
-    versions: list[list[int]] = []
+    begun: list[tuple[list[int], int]] = []
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
-        versions.append([_version(tensor) for tensor in tensors_in((args, kwargs))])
+        begun.append(([version(tensor) for tensor in tensors_in((args, kwargs))], flops()))
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: object, kwargs: object, output: object) -> None:
             inputs = tensors_in((args, kwargs))
-            wrote = versions.pop() != [_version(tensor) for tensor in inputs]
-            seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote))
+            versions, before = begun.pop()
+            wrote = versions != [version(tensor) for tensor in inputs]
+            seen[name].append(Glimpse(_sights(inputs), _sights(tensors_in(output)), wrote, flops() - before))
 
         return hook
 
@@ -93,7 +102,7 @@ def _record(
             return leaf
         if copy:
             return leaf.detach().clone()
-        versions.append((leaf, _version(leaf)))
+        versions.append((leaf, version(leaf)))
         return leaf.detach()
 
     def before(_module: nn.Module, args: object, kwargs: object) -> None:
@@ -109,7 +118,7 @@ def _record(
 
     with watching(watched, before, after):
         output = model(**own(kwargs))
-    stale = any(_version(tensor) != version for tensor, version in versions)
+    stale = any(version(tensor) != seen for tensor, seen in versions)
     return calls, output, stale
 
 
@@ -141,7 +150,8 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, where that is counted."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -212,7 +212,7 @@ def test_shared_rows_are_a_part_of_their_own(leading: bool) -> None:
     assert site.time == 1
 
 
-def test_rows_that_count_on_their_place_in_the_batch_are_refused() -> None:
+def test_rows_that_count_on_their_place_in_the_batch() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,7 +231,14 @@ def test_rows_that_count_on_their_place_in_the_batch_are_refused() -> None:
         def forward(self, x: Tensor, ends: Tensor) -> Tensor:
             return x + self.inner(x) * (ends[1:] - ends[:-1])[:, None, None]
 
-    found, refused = around(Lengths(), call)
+    (site,), _ = around(Lengths(), call)
+    assert site.adapter.inputs[1] == Packing(offsets=True), "lengths are differences, wherever a sample starts"
+
+    class Between(Packed):
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return x + self.inner(x) * (ends[1:] * ends[:-1])[:, None, None]
+
+    found, refused = around(Between(), call)
     assert found == ()
     assert "alone what it gives it in a batch" in refused[0]
 
@@ -252,7 +259,7 @@ def test_other_forms_are_refused(odd: Callable[[Tensor], Tensor]) -> None:
 
     found, refused = around(Reads(), lambda block, x, vector: block(x, vector, odd(vector)))
     assert found == ()
-    assert "leaf 2 of its arguments does not hold one row per sample" in refused[0]
+    assert "argument 'mask' does not hold as many rows for each sample" in refused[0]
 
 
 def test_shared_rows_in_a_result_are_refused() -> None:
@@ -275,18 +282,18 @@ def test_buckets_agree_in_shared_rows_but_not_in_the_fold() -> None:
 
     def held(size: Callable[[int, int], int]) -> object:
         whole = noise(100, 3)
-        return find_adapter([call_of(whole[: size(run.batch, run.bucket)]) for run in runs], runs)
+        return find_adapter(nn.Module(), [call_of(whole[: size(run.batch, run.bucket)]) for run in runs], runs)
 
     assert held(lambda batch, bucket: batch * (1 + bucket)).inputs == (Packing(folded=True),)
     assert held(lambda batch, bucket: batch * (2 + bucket)).inputs == (Packing(folded=True),)
-    assert "one row per sample" in held(lambda batch, bucket: batch + bucket)
-    assert "one row per sample" in held(lambda batch, bucket: batch * bucket + 1)
+    assert "as many rows for each sample" in held(lambda batch, bucket: batch + bucket)
+    assert "as many rows for each sample" in held(lambda batch, bucket: batch * bucket + 1)
 
 
 def test_an_argument_that_is_a_tensor_in_one_bucket_only_is_named() -> None:
     runs = [Run({}, batch, bucket) for batch in (2, 4) for bucket in (0, 1)]
     calls = [call_of(noise(run.batch, 3), noise(run.batch, 3) if run.bucket else None) for run in runs]
-    assert "leaf 1 of its arguments is a tensor for some of the given inputs only" in find_adapter(calls, runs)
+    assert "argument '1' is a tensor for some of the given inputs only" in find_adapter(nn.Module(), calls, runs)
 
 
 def test_leading_rows_may_hold_infinity() -> None:

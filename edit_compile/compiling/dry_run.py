@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from rich.table import Table
 from edit_compile.elastic.layout import layout_of
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.cost import count_flops, variant_cost
+from passes.coverage import Coverage
 from passes.graph import Refusal, Report
-from passes.pipeline import ORDER, Analysis
+from passes.pipeline import Analysis
 from passes.plans import Planned
 from passes.widths import site_rows
 from runtime.routing.router import Router
@@ -40,7 +41,7 @@ class DryRun:
     """What `compile(..., dry_run=True)` gives; ``print(report)`` shows it as tables.
 
     `router_parameters` counts one router's parameters, on average over the blocks (0 without routers). `unchecked` says
-    what was not compared by numbers, since the model has no weights.
+    what was not compared by numbers, since the model has no weights. `coverage` tells the lists and their work.
     """
 
     model: str
@@ -50,6 +51,7 @@ class DryRun:
     router_flops: int
     reports: tuple[Report, ...]
     unchecked: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
     @property
     def refused(self) -> tuple[tuple[str, Refusal], ...]:
@@ -78,13 +80,18 @@ class DryRun:
             router_parameters=parameters // max(len(routers), 1),
             router_flops=_router_flops(planned, routers),
             reports=tuple(reports),
+            coverage=Coverage.of(analysis),
         )
 
     def __str__(self) -> str:
         console = Console(width=120, force_terminal=False)
         with console.capture() as captured:
-            console.print(f"{self.model}: {self.blocks} blocks; passes {' -> '.join(ORDER)}")
-            console.print(self._plan_table())
+            share = self.coverage.share if self.coverage else 0.0
+            console.print(f"{self.model}: {self.blocks} blocks are guarded, {share:.0%} of the FLOPs", highlight=False)
+            if self.coverage is not None and (self.coverage.guarded or self.coverage.left):
+                console.print(self._coverage_table(self.coverage))
+            if self.plans:
+                console.print(self._plan_table())
             if self.router_parameters:
                 console.print(f"a router: {self.router_parameters:,} parameters, {self.router_flops / 1e6:.3f} MFLOP")
             for line in self._lines():
@@ -97,13 +104,37 @@ class DryRun:
             yield "no block can be guarded"
         else:
             yield "glue: standalone" if self.standalone else "glue: hosted, needs the model beside the bundle"
-        for kind in sorted({row.kind for row in self.plans if not row.sites}):
+        yield from self._gains()
+        unnarrowed = sorted({row.kind for row in self.plans if not row.sites})
+        for kind in unnarrowed:
             yield f"{kind}: no MLP can be narrowed, so it is skipped, reused or computed in full"
-        for name, refusal in self.refused:
-            reason = refusal.reason.strip().removeprefix(f"{refusal.where}: ").splitlines()[0]
-            yield f"left alone by {name}: {refusal.where}: {reason}"
+        quiet = [refusal for name, refusal in self.refused if name == "mlp"] if self.plans and not unnarrowed else []
+        if quiet:
+            yield f"{len(quiet)} weights belong to no MLP that can be narrowed, each with its reason in .refused"
+        for name, where, reason in _together(pair for pair in self.refused if pair[1] not in quiet):
+            yield f"left alone by {name}: {where}: {reason}"
         for what in self.unchecked:
             yield f"not checked, for want of weights: {what}"
+
+    def _gains(self) -> Iterator[str]:
+        """What is left of the FLOPs where all blocks are skipped, and at the smallest width."""
+        if self.coverage is None or not self.plans or not self.coverage.share:
+            return
+        full = {row.plan: row for row in self.plans}  # the last width of a plan is 1
+        small = {row.plan: row for row in reversed(self.plans)}
+        whole = sum(row.blocks * row.flops for row in full.values())
+        narrowed = sum(row.blocks * row.flops for row in small.values()) / max(whole, 1)
+        rest = 1 - self.coverage.share
+        yield f"FLOPs left where every block is skipped or reused: {max(rest, 0):.0%}"
+        width = min(row.width for row in self.plans)
+        yield f"FLOPs left at width {width:g} everywhere: {max(rest + self.coverage.share * narrowed, 0):.0%}"
+
+    def _coverage_table(self, coverage: Coverage) -> Table:
+        table = Table("list", "blocks", "share of the FLOPs", "")
+        for part in (*coverage.guarded, *coverage.left):
+            what = "guarded" if part.reason is None else "always computed"
+            table.add_row(part.name, str(part.count), f"{part.share:.1%}", what)
+        return table
 
     def _plan_table(self) -> Table:
         table = Table("plan", "block", "blocks", "states", "MLP sites", "width", "hidden", "MFLOP/row", "MB/row")
@@ -120,6 +151,26 @@ class DryRun:
                 f"{row.bytes / 1e6:.2f}",
             )
         return table
+
+
+def _together(refused: Iterable[tuple[str, Refusal]]) -> Iterator[tuple[str, str, str]]:
+    """(pass, where, reason) of refusals; more than three with one reason in one line."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, refusal in refused:
+        reason = next(iter(_bare(refusal).splitlines()), "")
+        found.setdefault((name, reason), []).append(refusal.where)
+    for (name, reason), places in found.items():
+        told = places if len(places) <= 3 else places[:1]
+        more = "" if len(places) <= 3 else f" (and {len(places) - 1} more, the last is {places[-1]})"
+        yield from ((name, place, reason + more) for place in told)
+
+
+def _bare(refusal: Refusal) -> str:
+    """The reason without the name of the block in front, its own or that of one like it."""
+    reason = refusal.reason.strip()
+    first, _, rest = reason.partition(": ")
+    alike = "." in first and first.rpartition(".")[0] == refusal.where.rpartition(".")[0]
+    return rest if rest and (alike or first == refusal.where) else reason
 
 
 def _row(item: Planned, index: int, blocks: int) -> PlanRow:

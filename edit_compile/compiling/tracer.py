@@ -22,14 +22,18 @@ from edit_compile.elastic.adapters import adapters_aside, adds_nothing
 from edit_compile.elastic.layout import layout_of
 from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
+from edit_compile.progress import shown
 from passes.assemble import Source, assemble, numbered_routers
 from passes.check import CheckError, check_equal, masked
+from passes.coverage import Coverage
 from passes.graph import MlpSite, Report
 from passes.memory import Memory
 from passes.pipeline import Analysis, analyse, loosened
 from passes.plans import plan_groups
 from passes.preview import preview_glue
+from passes.progress import tell
 from passes.record import undisturbed
+from passes.uncompiled import unwrapped
 from passes.weightless import UNCHECKED, weightless
 from runtime.base.errors import EditError
 from runtime.bundle.program import Program
@@ -55,7 +59,7 @@ class Tracer:
         self, model: nn.Module, widths: tuple[float, ...], timestep: str | None, policy: Decider | None = None
     ) -> None:
         self.elastic = model if isinstance(model, ElasticTransformer) else None
-        self.model = self.elastic.model if self.elastic is not None else model
+        self.model = unwrapped(self.elastic.model if self.elastic is not None else model)
         self.widths = widths
         self.timestep = timestep or (self.elastic.timestep if self.elastic is not None else None)
         self.policy = policy if isinstance(policy, RoutingPolicy) else self._own_policy()
@@ -79,11 +83,18 @@ class Tracer:
 
     def trace(self, inputs: Inputs) -> Program:
         """A program for `inputs`; CompileError where no block can be guarded."""
+        with shown(f"compiling {type(self.model).__name__}"):
+            return self._traced(inputs)
+
+    def _traced(self, inputs: Inputs) -> Program:
         snapshot, memory = Snapshot.of(self.model), Memory()
         analysis = self._analyse(self.model, inputs)
         if not analysis.groups:
             _log(analysis.reports)
             raise CompileError(_nothing(self.model, analysis.reports))
+        warning = Coverage.of(analysis).warning
+        if warning is not None:
+            warnings.warn(f"compile {warning}", stacklevel=2)
         if self.elastic is not None:
             self._give_routers(self.elastic, analysis)
             self._check_routers(self.elastic, analysis)
@@ -111,8 +122,9 @@ class Tracer:
         snapshot = self._snapshot
         device = next(self.model.parameters()).device
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(given))
-        analysis = self._analyse(self.model, moved, program.manifest.timestep, self._memory)
-        grown = self._assembled(analysis, program, self._memory)
+        with shown(f"adding a form of call to {type(self.model).__name__}"):
+            analysis = self._analyse(self.model, moved, program.manifest.timestep, self._memory)
+            grown = self._assembled(analysis, program, self._memory)
         self._snapshot = snapshot.without_changes(self.model)
         return grown
 
@@ -175,7 +187,7 @@ class Tracer:
 
         Raises CheckError; the compiled transformer's policy and counters are put back.
         """
-        with closing(self.at_widths(compiled, inputs)) as outputs:
+        with shown(f"checking {type(self.model).__name__}"), closing(self.at_widths(compiled, inputs)) as outputs:
             for width, output, expected in outputs:
                 check_equal(output, expected, f"the {compiled.engine} engine at width {width}")
 
@@ -185,8 +197,10 @@ class Tracer:
         Close it: it then leaves no trace of its calls.
         """
         buckets = [inputs] if isinstance(inputs, Mapping) else inputs
+        total = len(buckets) * len(self.widths)
         try:
-            for kwargs, width in itertools.product(buckets, self.widths):
+            for number, (kwargs, width) in enumerate(itertools.product(buckets, self.widths)):
+                tell("comparing widths with the model", number, total)
                 policy = ScheduledPolicy(np.full((1, len(self._sites)), width))
                 compiled._reset_stateful_cache()
                 with self._dense(), ExitStack() as masks:
@@ -223,7 +237,8 @@ class Tracer:
             ) from error
 
     def _preview(self, model: nn.Module, inputs: Inputs) -> DryRun:
-        analysis = self._analyse(model, inputs)
+        with shown(f"looking at {type(model).__name__}"):
+            analysis = self._analyse(model, inputs)
         with self._dense():
             planned, reports = plan_groups(analysis, self.widths)
             glue = preview_glue(analysis)
@@ -294,7 +309,7 @@ def _attributes(model: nn.Module) -> dict[str, bool | int | float | str | None]:
 
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:
     reasons = [f"{refusal.where}: {refusal.reason}" for report in reports for refusal in report.refused]
-    return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no ModuleList")
+    return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no list of modules")
 
 
 def _log(reports: Sequence[Any]) -> None:

@@ -95,7 +95,7 @@ class BeforeDown:
             )
         total = value.shape[self.mask.dim]
         mask = channel_mask(choice, self.elastic.router_config.widths, self.mask.start, self.mask.hidden, total)
-        mask = mask.repeat_interleave(size // rows, 0)
+        mask = self.mask.packing.spread(mask, size)
         shape = [1] * value.ndim
         shape[dim], shape[self.mask.dim] = size, total
         return (value * mask.reshape(shape).to(value.dtype),)
@@ -131,10 +131,10 @@ class AfterBlock:
 
     def _rows(self, states: Sequence[Tensor], state: int, value: Tensor) -> Tensor:
         """`value` (B,), spread over that state by how it holds the batch."""
-        like, dim = states[state], self.layout.packing(state).dim
+        like, packing = states[state], self.layout.packing(state)
         shape = [1] * like.ndim
-        shape[dim] = like.shape[dim]
-        return value.repeat_interleave(shape[dim] // len(value)).reshape(shape)
+        shape[packing.dim] = like.shape[packing.dim]
+        return packing.spread(value, like.shape[packing.dim]).reshape(shape)
 
 
 class _Inputs:

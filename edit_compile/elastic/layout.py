@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.adapters import adapters_aside
+from edit_compile.progress import shown
 from passes.adapt import packings_within
+from passes.coverage import Coverage
 from passes.experts import dense_experts
 from passes.graph import BlockSite, MlpSite
 from passes.packing import Packing, Samples
@@ -116,8 +119,13 @@ def find_layout(
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
-    with adapters_aside(model):
-        return layout_of(analyse(model, inputs, timestep, narrow), time_dim)
+    with adapters_aside(model), shown(f"finding the blocks of {type(model).__name__}"):
+        analysis = analyse(model, inputs, timestep, narrow)
+        layout = layout_of(analysis, time_dim)
+    warning = Coverage.of(analysis).warning
+    if warning is not None:
+        warnings.warn(f"elasticize {warning}", stacklevel=2)
+    return layout
 
 
 def layout_of(analysis: Analysis, time_dim: int) -> Layout:

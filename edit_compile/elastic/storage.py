@@ -35,8 +35,8 @@ from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
 
-SCHEMA = 5
-_READ = (1, 2, 3, 4, SCHEMA)
+SCHEMA = 6
+_READ = (1, 2, 3, 4, 5, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -22,6 +22,7 @@ from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_tr
 from edit_compile.elastic.rule import Rule
 from edit_compile.elastic.straight_through import Routing
 from passes.experts import dense_experts
+from passes.uncompiled import compiles, uncompiled, unwrapped
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
@@ -54,6 +55,7 @@ def elasticize(
     """
     if isinstance(model, ElasticTransformer):
         raise ElasticError("this model is elastic already: train it, or compile it")
+    model = unwrapped(model)
     elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow, router_dtype)
     if inputs is not None:
         chosen = first_trace(model, inputs)
@@ -99,6 +101,7 @@ class ElasticTransformer(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._hooked: list[nn.Module] = []
         self._experts: dict[str, nn.Module] = {}
+        self._compiles = False
 
     @property
     def timestep(self) -> str | None:
@@ -175,6 +178,7 @@ class ElasticTransformer(nn.Module):
     def _hook(self) -> None:
         self._unhook()
         self._experts, self._hooked = {}, list(self._places())
+        self._compiles = any(map(compiles, self.model.modules()))
         for index, block in enumerate(self.layout.blocks if self.layout else ()):
             module = self.model.get_submodule(block.name)
             self._handles.append(
@@ -187,6 +191,10 @@ class ElasticTransformer(nn.Module):
                 check_maskable(down, f"{block.name}.{mask.module}")
                 self._handles.append(down.register_forward_pre_hook(BeforeDown(self, index, mask)))
             self._handles.append(module.register_forward_hook(AfterBlock(self, module, index, block), with_kwargs=True))
+
+    def _heeding_hooks(self) -> AbstractContextManager[object]:
+        """Code that was compiled before the hooks were put on heeds none of them."""
+        return uncompiled() if self._compiles and not torch.compiler.is_compiling() else nullcontext()
 
     def _places(self) -> Iterator[nn.Module]:
         """What stands now where hooks belong: an adapter takes the place of the layer that it adapts, and leaves it."""
@@ -209,7 +217,7 @@ class ElasticTransformer(nn.Module):
             self._hook()
         forward = Forward(self, kwargs, self.layout, not (self.training or torch.is_grad_enabled()), self._rule)
         try:
-            with active(forward), dense_experts(self._experts):
+            with active(forward), dense_experts(self._experts), self._heeding_hooks():
                 output = self.model(**kwargs)
             self.routing = forward.routing(self.router_config.widths)
         finally:

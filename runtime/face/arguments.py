@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,13 +67,24 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
         return
     if isinstance(value, Tensor):
         tensors[name] = value
-    elif isinstance(value, (bool, int, float, str)):
-        constants[name] = value
+    elif (plain := as_plain(value)) is not None:
+        constants[name] = plain
     elif isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _flatten(f"{name}.{key}", item, tensors, constants)
     else:
         raise InputError(f"argument {name!r} is a {type(value).__name__}: neither a tensor nor plain data")
+
+
+def as_plain(value: object) -> Constant:
+    """A scalar as what a manifest can hold: members of enums, dtypes and devices by name; None for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Enum):
+        return value.value if isinstance(value, (int, str)) else f"<{type(value).__qualname__}.{value.name}>"
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value) if isinstance(value, (torch.dtype, torch.device)) else None
 
 
 def mapped(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""torch.export without what it prints: its graph so far where the code stops it, and symbols whose source it lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+_talkative = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+
+class StoppedError(Exception):
+    """A RuntimeError, its cause, in code that was being exported."""
+
+
+@contextmanager
+def stopping_quietly() -> Iterator[None]:
+    """Inside the ``with`` block what stops an export is a StoppedError, for which torch prints no graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StoppedError(str(error)) from error
+
+
+def exported(module: nn.Module, example: Sequence[Tensor], free: Sequence[Any]) -> ExportedProgram:
+    """`module` as a graph of plain operators, at the shapes of `example`, with the dimensions in `free` as symbols."""
+    _talkative.addFilter(_is_told)
+    try:
+        program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
+        return program.run_decompositions({})
+    finally:
+        _talkative.removeFilter(_is_told)
+
+
+def why(error: Exception) -> str:
+    """What stopped an export, in a line."""
+    cause = error.__cause__ if isinstance(error, StoppedError) else error
+    return next(iter(str(error).strip().splitlines()), type(cause).__name__)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    return "Unable to find user code" not in record.msg
