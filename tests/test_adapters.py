@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import edit_compile
 from edit_compile import ElasticTransformer, RoutingPolicy, elasticize, load_elastic
 from edit_compile.compiling.compiler import CompileError
-from edit_compile.elastic.layout import ElasticError
+from edit_compile.elastic.layout import ElasticError, Layout
 from runtime.bundle.spec import RouterConfig
 from tests.conftest import unsettle
 from tests.models import randomised, tiny_flux
@@ -58,10 +59,26 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
+@functools.cache
+def layout() -> Layout:
+    """Of the model without adapters."""
+    model, inputs = model_and_inputs()
+    found = elasticize(model, inputs, config=CONFIG).layout
+    assert found is not None
+    return found
+
+
+def laid_out(model: nn.Module) -> ElasticTransformer:
+    """`model`, without adapters, made elastic."""
+    elastic = elasticize(model, config=CONFIG)
+    elastic.attach(layout())
+    return elastic.eval()
+
+
 def elastic_of(model: nn.Module, inputs: dict[str, Any], width: int | None = None) -> ElasticTransformer:
     """Its routers decide differently for each row, or all take width number `width`."""
     torch.manual_seed(0)
-    elastic = elasticize(model, inputs, config=CONFIG).eval()
+    elastic = elasticize(model, inputs, config=CONFIG).eval() if layers(model) else laid_out(model)
     unsettle(elastic)
     if width is not None:
         with torch.no_grad():
@@ -78,7 +95,7 @@ def output_of(elastic: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def check(elastic: ElasticTransformer, inputs: dict[str, Any], twin: nn.Module) -> None:
     """`elastic` gives what `twin`, a model without adapters, gives with the same routers."""
-    other = elasticize(twin, inputs, config=CONFIG).eval()
+    other = laid_out(twin)
     other.routers.load_state_dict(elastic.routers.state_dict())
     torch.testing.assert_close(output_of(elastic, inputs), output_of(other, inputs), rtol=1e-4, atol=1e-4)
     assert torch.equal(elastic.routing.choice, other.routing.choice)

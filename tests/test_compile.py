@@ -185,7 +185,9 @@ def test_dry_run_reports_plans_and_refusals() -> None:
     assert report.router_parameters > 0
     refused = {refusal.where for _, refusal in report.refused}
     assert "transformer_blocks.0.norm1.linear.weight" in refused
-    assert "transformer_blocks.0.norm1.linear.weight" in str(report)
+    told = " ".join(str(report).split())
+    assert f"{len(refused)} weights belong to no MLP that can be narrowed" in told
+    assert "4 blocks are guarded" in told and "left alone" not in told
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
