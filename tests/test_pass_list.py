@@ -175,6 +175,26 @@ def test_a_run_goes_on_where_it_stopped(model: nn.Module) -> None:
     assert [item.plan.kind for item in planned.planned] == ["Block"]
 
 
+class Scaled(nn.Module):
+    """Looks like every other of its class, and computes with a number of its own."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.line, self.scale = nn.Linear(8, 8), scale
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        return x + self.line(x) * self.scale
+
+
+def test_blocks_that_the_first_ones_graph_is_wrong_for_are_groups_of_their_own() -> None:
+    model = Model()
+    model.layers = nn.ModuleList(map(Scaled, (1.0, 2.0, 1.0, 3.0, 2.0)))
+    made = run_passes(Compilation(randomised(model), given()), until="streams")
+    assert [[int(site.name[-1]) for site in group.blocks] for group in made.groups] == [[0, 2], [1, 4], [3]]
+    assert made.group_of == (0, 1, 0, 2, 1)
+    assert [report.name for report in made.reports].count("export") == 3
+
+
 def test_graphs_are_dumped_before_and_after_each_pass(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "07-older.txt").write_text("of another run")
     compiled(model, dump=tmp_path)
