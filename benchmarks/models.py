@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from edit_compile.measuring.machine import describe_machine, summary
+from passes.compilation import Compilation, Group
 from passes.graph import MlpSite, Report
 from passes.onnx_format import LowerError
-from passes.pipeline import Analysis, Group
 from runtime.base.errors import EngineError
 from runtime.bundle.spec import Manifest
 
@@ -119,7 +119,7 @@ def _streams(group: Group) -> list[str]:
     return [group.graph.inputs[index] for index in group.graph.states]
 
 
-def _refusals(reports: Iterable[Report], analysis: Analysis) -> Iterable[tuple[str, str]]:
+def _refusals(reports: Iterable[Report], analysis: Compilation) -> Iterable[tuple[str, str]]:
     """Everything that might have been a block, or standalone, and is not; linears that are no MLP are left out."""
     found = {site.name for site in analysis.discovery.blocks}
     for report in reports:

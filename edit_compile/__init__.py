@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edit_compile.compiling.compiler import CompileError as CompileError
     from edit_compile.compiling.compiler import compile as compile
     from edit_compile.compiling.dry_run import DryRun as DryRun
+    from edit_compile.elastic.layout import PASSES as PASSES
     from edit_compile.elastic.layout import ElasticError as ElasticError
     from edit_compile.elastic.storage import load_elastic as load_elastic
     from edit_compile.elastic.transformer import ElasticTransformer as ElasticTransformer
@@ -64,7 +65,7 @@ _HOMES = {
     "edit_compile.compiling.compiler": ("CompileError", "compile"),
     "edit_compile.compiling.dry_run": ("DryRun",),
     "edit_compile.elastic.transformer": ("ElasticTransformer", "elasticize"),
-    "edit_compile.elastic.layout": ("ElasticError",),
+    "edit_compile.elastic.layout": ("PASSES", "ElasticError"),
     "edit_compile.widths.ordered_mlp": ("OrderError", "OrderedMlp"),
     "edit_compile.calls.place": ("latents_of",),
     "edit_compile.calls.recorder": ("Recorder", "record"),

@@ -1,1 +1,1 @@
-"""Graph in, graph and report out: the passes, one per file."""
+"""The passes from a model to a program, one per file; `pipeline` lists and runs them."""

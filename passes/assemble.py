@@ -1,6 +1,6 @@
-"""From analysed graphs to a program: plans at every width, guards, one copy of the weights, files.
+"""From plans and glue to a program: one copy of the weights, and a manifest that says what each part of it is.
 
-A program grows: what an analysis found in another form of call is added, and nothing that is there is changed, but that
+A program grows: what was found in another form of call is added, and nothing that is there is changed, but that
 a plan is known to serve more shapes. Numbers are checked before a program leaves here:
 
     open gates          glue(x) with every guard answered at full width  =  the model's own output
@@ -9,41 +9,26 @@ a plan is known to serve more shapes. Numbers are checked before a program leave
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Interpreter
+from torch import Tensor
 
 from passes.adapt import lone
-from passes.calling import Calling, Guard, guarded_copy
 from passes.check import CheckError, check_open, glue_outputs, hosted_outputs
+from passes.compilation import Compilation, FormGlue, Planned
 from passes.cost import glue_flops, hosted_flops
-from passes.export import weight_values
-from passes.graph import BlockSite, PlanGraph, Report, Run
-from passes.guards import GlueGraph, GuardError, guard_glue, hosted_report, moving_dims, tensor_arguments
+from passes.dedupe import graph_id
+from passes.glue import cut_weights, guarded_blocks
+from passes.graph import BlockSite, PlanGraph
+from passes.guards import GlueGraph, tensor_arguments
 from passes.latents import carrying_batch, find_latents
-from passes.lower import Files, lower_glue, lower_plan
-from passes.memory import Memory, grown_plan
-from passes.pipeline import Analysis
-from passes.plans import Planned, costs_of, dtype_name
-from passes.progress import tell
+from passes.memory import grown_plan
+from passes.plans import costs_of
 from passes.weightless import hollow
-from runtime.bundle.program import Program
-from runtime.bundle.spec import (
-    SCHEMA,
-    Block,
-    Cost,
-    Form,
-    Glue,
-    GlueInput,
-    Manifest,
-    Policy,
-    RouterConfig,
-)
+from runtime.bundle.spec import SCHEMA, Block, Cost, Form, Manifest, Policy, RouterConfig
 from runtime.face.arguments import find_glue, flatten
 
 _PACKAGES = ("torch", "diffusers", "onnx", "onnxscript")
@@ -82,66 +67,43 @@ class Source:
         )
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """A program, and what the passes said."""
+class Assemble:
+    """Cut the blocks' weights as their plans read them, and compare the guarded model with its own, all gates open."""
 
-    program: Program
-    reports: tuple[Report, ...]
+    name, needed = "assemble", True
 
+    def run(self, compilation: Compilation) -> Compilation:
+        """With the `program`, but for its files, and what its manifest says of each glue.
 
-def assemble(analysis: Analysis, planned: Sequence[Planned], program: Program, memory: Memory) -> Assembled:
-    """`program` with what an analysed model needs in the forms of call that were analysed: a glue for each.
-
-    A glue that cannot be exported is hosted: the report says why, and the guarded model itself serves as glue. A glue
-    that is there already stays as it is, with the costs of plans that its blocks were found to need as well.
-    `memory` is that of `program`, and afterwards that of what is returned; where this raises, it is as it was.
-
-    Raises:
-        CheckError: the guarded program does not give the model's own output.
-    """
-    growth = _Growth(analysis, planned, program, memory)
-    before = {name: len(ways) for name, ways in memory.ways.items()}
-    try:
-        growth.add_blocks()
-        growth.add_glues()
-    except BaseException:
-        memory.loose.clear()
-        for name in list(memory.ways):
-            del memory.ways[name][before.get(name, 0) :]
-        raise
-    return Assembled(growth.finished(), tuple(growth.reports))
+        Raises CheckError where the guarded model does not give the model's own output.
+        """
+        assembly = _Assembly(compilation)
+        assembly.add_blocks()
+        assembly.add_glues()
+        return assembly.finished()
 
 
-class _Growth:
+class _Assembly:
     """A program on its way from what it was to what it will be."""
 
-    def __init__(self, analysis: Analysis, planned: Sequence[Planned], program: Program, memory: Memory) -> None:
-        self.discovery, self.planned, self.program, self.memory = analysis.discovery, planned, program, memory
-        self.items = [planned[owner] for owner in analysis.group_of]
-        self.blocks = {block.name: block for block in program.manifest.blocks}
-        self.glues = list(program.manifest.glues)
-        self.weights = dict(program.weights)
-        self.makers: dict[str, Callable[[], bytes]] = {}
-        self.guards: list[Guard] = []
-        self.hosts: list[tuple[Glue, nn.Module]] = []
-        self.reports: list[Report] = []
-        held = next(iter((*program.weights.values(), *self.discovery.model.parameters())))
+    def __init__(self, compilation: Compilation) -> None:
+        assert compilation.program is not None
+        self.compilation, self.discovery, self.program = compilation, compilation.discovery, compilation.program
+        self.blocks = {block.name: block for block in self.program.manifest.blocks}
+        self.glues = list(self.program.manifest.glues)
+        self.weights = dict(self.program.weights)
+        self.made: list[FormGlue] = []
+        self.proven: set[str] = set()
+        held = next(iter((*self.program.weights.values(), *compilation.model.parameters())))
         self.device = held.device
         self._open: dict[int, tuple[PlanGraph, Form]] = {}
         self._answered: set[int] = set()
 
     def add_blocks(self) -> None:
-        """Every block with its own weights, cut as its plan reads them, and its guard."""
-        for site, item in zip(self.discovery.blocks, self.items, strict=True):
+        """Every block with its own weights, cut as its plan reads them."""
+        for one, site, item in guarded_blocks(self.compilation):
             form = self._form(site, item)
-            calling = Calling.of(site, item.group.graph, item.group.states)
-            number = list(self.blocks).index(site.name)
-            ways = self.memory.ways.setdefault(site.name, [])
-            if (form, calling) not in ways:
-                ways.append((form, calling))
-            self.guards.append(Guard(number, site.name, ((form, calling),)))
-            self._open[number] = (item.graph, self.blocks[site.name].forms[form])
+            self._open[one.index] = (item.graph, self.blocks[site.name].forms[form])
 
     def _form(self, site: BlockSite, item: Planned) -> int:
         """The number of the block's form with this plan, which is made where it is not there."""
@@ -150,8 +112,7 @@ class _Growth:
         for number, form in enumerate(forms):
             if form.plan == item.plan.id:
                 return number
-        names = dict(zip(item.group.graph.weights, weight_values(item.group.graph, site.module), strict=True))
-        pieces = {piece.name: (piece.cut(names[piece.source]), names[piece.source]) for piece in item.graph.pieces}
+        pieces = cut_weights(site, item)
         keys = tuple(self._stored(f"{site.name}.{name}", _own(*piece)) for name, piece in pieces.items())
         if block is None:
             self.blocks[site.name] = Block(site.name, item.plan.id, keys)
@@ -174,63 +135,43 @@ class _Growth:
         return name
 
     def add_glues(self) -> None:
-        """A glue for every form of call that has none."""
-        guarded = guarded_copy(self.discovery.model, self.guards, self.discovery.samples)
-        for bucket, (given, doubled) in enumerate(self.discovery.buckets):
-            tell("exporting the model around its blocks", bucket, len(self.discovery.buckets))
-            costs = costs_of(self.planned, bucket)
-            there = self._there(given)
-            if there is None:
-                self._add_glue(guarded, given, doubled, costs)
+        """Those that the pass "guards" made, with their work; what is known of the others grows."""
+        made = {glue.bucket: glue for glue in self.compilation.glues}
+        for bucket, (given, _) in enumerate(self.discovery.buckets):
+            costs = costs_of(self.compilation.planned, bucket)
+            if bucket in made:
+                self._add_glue(made[bucket], costs)
             else:
-                glue = self.glues[there]
-                self.glues[there] = replace(glue, costs=tuple(dict.fromkeys((*glue.costs, *costs))))
+                glue = find_glue(self.glues, *flatten(given.kwargs))
+                assert glue is not None
+                grown = replace(glue, costs=tuple(dict.fromkeys((*glue.costs, *costs))))
+                self.glues[self.glues.index(glue)] = grown
 
-    def _there(self, given: Run) -> int | None:
-        """The position of the glue for such arguments, if there is one."""
-        found = find_glue(self.glues, *flatten(given.kwargs))
-        return None if found is None else self.glues.index(found)
-
-    def _add_glue(self, guarded: nn.Module, given: Run, doubled: Run, costs: tuple[Cost, ...]) -> None:
-        name, model = str(len(self.glues)), self.discovery.model
+    def _add_glue(self, glue: FormGlue, costs: tuple[Cost, ...]) -> None:
+        model, shown = self.compilation.model, glue.shown
+        keys: tuple[str, ...] = ()
         self._answered.clear()
-        try:
-            graph, shown, report = guard_glue(guarded, given, doubled, self._fits, name)
-        except GuardError as error:
-            guards = [replace(one, ways=self.memory.ways[one.name], hosted=True) for one in self.guards]
-            guarded = guarded_copy(model, guards, self.discovery.samples)
-            check_open(hosted_outputs(guarded, doubled), doubled, model, self._answer)
-            outputs, shown = check_open(hosted_outputs(guarded, given), given, model, self._answer), given
-            made = _hosted(name, given, doubled, costs, hosted_flops(guarded, self._states(), given))
-            self.hosts.append((made, guarded))
-            self.reports.append(hosted_report(error))
+        if glue.graph is not None:
+            outputs = check_open(glue_outputs(glue.graph, shown), shown, model, self._answer)
+            _warn_of_no_effect(glue.graph)
+            self.proven.add(graph_id(glue.graph.module.graph))
+            keys = tuple(self._stored(key, value.clone()) for key, value in glue.graph.weights.items())
+            flops = glue_flops(glue.graph, shown)
         else:
-            outputs = check_open(glue_outputs(graph, shown), shown, model, self._answer)
-            _warn_of_no_effect(graph)
-            for number, k, dim in graph.loose:
-                leaf = self._open[number][0].block.leaves[k]
-                self.memory.loose.setdefault(list(self.blocks)[number], set()).add((leaf, dim))
-            keys = tuple(self._stored(key, value.clone()) for key, value in graph.weights.items())
-            made = _standalone(graph, name, shown, costs, keys)
-            self.makers[f"glue/{name}.pt2"] = partial(lower_glue, replace(graph, weights={}))
-            self.reports.append(report)
-        missed = [one.name for one in self.guards if one.index not in self._answered]
+            assert glue.host is not None
+            check_open(hosted_outputs(glue.host, glue.other), glue.other, model, self._answer)
+            outputs = check_open(hosted_outputs(glue.host, shown), shown, model, self._answer)
+            states = {index: graph.block.states for index, (graph, _) in self._open.items()}
+            flops = hosted_flops(glue.host, states, shown)
+        missed = [one.name for one in self.compilation.guards if one.index not in self._answered]
         if missed:
             raise CheckError(f"{missed[0]} is called past its guard: something keeps a reference of its own to it")
-        other = given if shown is doubled else doubled
         tensors = dict(zip(*tensor_arguments(shown.kwargs), strict=True))
-        batched = None if lone(self.discovery.runs) else carrying_batch(shown.kwargs, other.kwargs)
+        batched = None if lone(self.discovery.runs) else carrying_batch(shown.kwargs, glue.other.kwargs)
         latents = find_latents(tensors, outputs, batched, self.discovery.timestep)
-        self.glues.append(replace(made, latents=latents))
-
-    def _fits(self, glue: GlueGraph, run: Run) -> bool:
-        """Whether an exported glue gives what the model gives on another run than it was exported with."""
-        inputs = [*glue.weights.values(), *tensor_arguments(run.kwargs)[1]]
-        try:
-            check_open(lambda: Interpreter(glue.module).run(*inputs), run, self.discovery.model, self._answer)
-        except Exception:  # whatever the graph does to sizes that it was not made for
-            return False
-        return True
+        entry = replace(glue.entry, weights=keys, flops=flops, costs=costs, latents=latents)
+        self.glues.append(entry)
+        self.made.append(replace(glue, entry=entry))
 
     def _answer(self, index: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         """Guards answered in full, by the plan of the form of call that is being added."""
@@ -240,19 +181,10 @@ class _Growth:
             graph.variants[-1], [self.weights[key].to(inputs[0].device) for key in own.weights], inputs
         )
 
-    def _states(self) -> dict[int, tuple[int, ...]]:
-        return {index: graph.block.states for index, (graph, _) in self._open.items()}
-
-    def finished(self) -> Program:
-        """What has become of the program; the memory is told."""
-        for site, item in zip(self.discovery.blocks, self.items, strict=True):
-            self.memory.remember(site, item.group.known, item.graph, item.group.states, item.group.sites, item.plan)
-        latest = {glue.id: glue for glue in self.glues}
-        self.memory.hosts = [(latest[glue.id], host) for glue, host in (*self.memory.hosts, *self.hosts)]
+    def finished(self) -> Compilation:
+        """With what has become of the program."""
         plans = {plan.id: plan for plan in self.program.manifest.plans}
-        for item in self.planned:
-            if item.plan.id not in plans:
-                self.makers.update(lower_plan(item.graph, item.plan))
+        for item in self.compilation.planned:
             plans[item.plan.id] = grown_plan(plans.get(item.plan.id, item.plan), item.plan.buckets)
         manifest = replace(
             self.program.manifest,
@@ -262,10 +194,10 @@ class _Growth:
             glues=tuple(self.glues),
         )
         return replace(
-            self.program,
-            manifest=manifest,
-            weights=self.weights,
-            files=Files.grown(self.program.files, self.makers),
+            self.compilation,
+            program=replace(self.program, manifest=manifest, weights=self.weights),
+            glues=tuple(self.made),
+            proven=self.compilation.proven | self.proven,
         )
 
 
@@ -288,43 +220,6 @@ def _equal(weight: Tensor, value: Tensor) -> bool:
     if weight.shape != value.shape or weight.dtype != value.dtype:
         return False
     return hollow(value) or torch.equal(weight, value.to(weight.device))
-
-
-def _standalone(graph: GlueGraph, name: str, run: Run, costs: tuple[Cost, ...], weights: tuple[str, ...]) -> Glue:
-    return Glue(
-        id=name,
-        file=f"glue/{name}.pt2",
-        inputs=_glue_inputs(run, graph.batch_dims),
-        constants=flatten(run.kwargs)[1],
-        weights=weights,
-        outputs=graph.outputs,
-        flops=glue_flops(graph, run),
-        costs=costs,
-        sized_by=graph.sized_by,
-    )
-
-
-def _hosted(name: str, given: Run, doubled: Run, costs: tuple[Cost, ...], flops: int) -> Glue:
-    moving = {argument: dims[0] for argument, dims in moving_dims(given, doubled).items() if dims}
-    return Glue(
-        id=name,
-        file=None,
-        inputs=_glue_inputs(given, moving),
-        constants=flatten(given.kwargs)[1],
-        weights=(),
-        outputs=(),
-        flops=flops,
-        costs=costs,
-    )
-
-
-def _glue_inputs(run: Run, batch_dims: Mapping[str, int]) -> tuple[GlueInput, ...]:
-    return tuple(
-        GlueInput(
-            name, dtype_name(value), tuple(None if d == batch_dims.get(name) else n for d, n in enumerate(value.shape))
-        )
-        for name, value in zip(*tensor_arguments(run.kwargs), strict=True)
-    )
 
 
 def numbered_routers(routers: Mapping[str, Tensor], blocks: Sequence[Block]) -> dict[str, Tensor]:

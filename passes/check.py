@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from passes.compilation import Group
 from passes.export import weight_values
 from passes.graph import BlockSite, MlpSite, PlanGraph, Run
 from passes.guards import GlueGraph, tensor_arguments
-from passes.pipeline import Group
 from passes.real import as_real
 from passes.record import here, undisturbed
 from passes.weightless import hollow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from passes.pipeline import Analysis
+from passes.compilation import Compilation
 
 _MUCH = 0.1
 """Share of the FLOPs from which a list that is left alone is spoken of."""
@@ -42,16 +42,16 @@ class Coverage:
         return f"guards {self.share:.0%} of the FLOPs of {self.model}; always computed: {told}" if much else None
 
     @staticmethod
-    def of(analysis: Analysis) -> Coverage:
-        """What an analysis covers."""
-        work, guarded = analysis.discovery.work, [site.name for site in analysis.discovery.blocks]
+    def of(compilation: Compilation) -> Coverage:
+        """What the blocks that are accepted so far cover."""
+        work, guarded = compilation.discovery.work, [site.name for site in compilation.discovery.blocks]
         total = max(work.total, 1)
         inside = {n: sum(work.candidates.get(one, 0) for one in guarded if _in(one, n)) for n in work.candidates}
         outer = [name for name in work.candidates if not any(_in(name, other) for other in work.candidates)]
         left = [name for name in outer if name not in guarded]
-        reasons = {refusal.where: refusal.reason for report in analysis.reports for refusal in report.refused}
+        reasons = {refusal.where: refusal.reason for report in compilation.reports for refusal in report.refused}
         return Coverage(
-            type(analysis.discovery.model).__name__,
+            type(compilation.discovery.model).__name__,
             tuple(_parts([(name, work.candidates.get(name, 0) / total, None) for name in guarded])),
             tuple(
                 _parts([(n, (work.candidates[n] - inside[n]) / total, _reason(n, reasons)) for n in left]),

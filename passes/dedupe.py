@@ -45,6 +45,11 @@ def plan_id(plan: PlanGraph, calling: object = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+def graph_id(graph: fx.Graph) -> str:
+    """A name for the code of one graph, as `plan_id` has it."""
+    return hashlib.sha256(_canonical(graph).encode()).hexdigest()[:16]
+
+
 def call_key(site: BlockSite) -> tuple[object, ...]:
     """What a block's code and the structure of its call are, sizes and numbers aside."""
     weights = (*site.module.named_parameters(), *site.module.named_buffers())

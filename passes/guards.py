@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from passes.exporting import exported, stopping_quietly, why
-from passes.graph import Refusal, Report, Run
+from passes.graph import Report, Run
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
 from runtime.face.arguments import flatten
@@ -93,11 +93,6 @@ def guard_glue(
                 return glue, doubled, report
     glue, report = _export_glue(guarded, given, {}, name)
     return glue, given, report
-
-
-def hosted_report(error: GuardError) -> Report:
-    """That the model itself serves as glue, since its glue could not be exported."""
-    return Report("guards", refused=(Refusal("glue", f"hosted by the model, since {error}"),))
 
 
 def moving_dims(run: Run, other: Run) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,9 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from passes.compilation import Compilation, PassError
 from passes.cost import weight_stand_ins
+from passes.dedupe import graph_id, plan_id
 from passes.graph import PlanGraph
 from passes.guards import GlueGraph, is_free
 from passes.onnx_format import LowerError, to_onnx
@@ -43,6 +46,48 @@ from runtime.engines import plan_file
 # make need not be lowered again.
 _lowered: dict[str, bytes] = {}
 _KEPT = 64
+
+
+class Lower:
+    """Say how the files of plans and glue are made, without weights; each is made when it is first asked for."""
+
+    name, needed = "lower", True
+
+    def run(self, compilation: Compilation) -> Compilation:
+        """With the `files` of the program, and a memory of it; PassError for a graph that is not as it was checked."""
+        assert compilation.program is not None
+        check_proven(compilation)
+        memory, makers = compilation.memory, dict[str, Callable[[], bytes]]()
+        there = set(compilation.program.files)
+        for item in compilation.planned:
+            made = lower_plan(item.graph, item.plan) if item.group.known is None else {}
+            makers |= {name: maker for name, maker in made.items() if name not in there | makers.keys()}
+        for site, owner in zip(compilation.blocks, compilation.group_of, strict=True):
+            item, group = compilation.planned[owner], compilation.groups[owner]
+            memory.remember(site, group.known, item.graph, group.states, group.sites, item.plan)
+        for glue in compilation.glues:
+            if glue.graph is not None and glue.entry.file is not None:
+                makers[glue.entry.file] = partial(lower_glue, replace(glue.graph, weights={}))
+        latest = {glue.id: glue for glue in compilation.manifest.glues}
+        hosts = [(glue.entry, glue.host) for glue in compilation.glues if glue.host is not None]
+        memory.hosts = [(latest[glue.id], host) for glue, host in (*memory.hosts, *hosts)]
+        return replace(
+            compilation, program=replace(compilation.program, files=Files.grown(compilation.program.files, makers))
+        )
+
+
+def check_proven(compilation: Compilation) -> None:
+    """PassError where a graph of a plan or a glue is not the one whose numbers were compared with the model's."""
+    graphs = {f"the plan of {item.group.first.name}": plan_id(item.graph) for item in compilation.planned}
+    for glue in compilation.glues:
+        if glue.graph is not None:
+            graphs[f"glue {glue.entry.id}"] = graph_id(glue.graph.module.graph)
+    changed = [what for what, digest in graphs.items() if digest not in compilation.proven]
+    if changed:
+        raise PassError(
+            f"the graph of {changed[0]} was changed after its numbers were compared: a pass that changes the graphs of "
+            "plans belongs before 'plans', one that changes glue before 'assemble'"
+        )
 
 
 class Files(Mapping[str, bytes]):

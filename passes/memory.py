@@ -13,6 +13,7 @@ recorded is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -69,6 +70,23 @@ class Memory:
     ways: dict[str, list[tuple[int, Calling]]] = field(default_factory=dict)
     hosts: list[tuple[Glue, nn.Module]] = field(default_factory=list)
     loose: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+
+    @contextmanager
+    def unless_raised(self) -> Iterator[None]:
+        """What is remembered inside the ``with`` block is forgotten where that raises.
+
+        The lists of `ways` stay the same objects: guards of hosted glue read them.
+        """
+        known, firsts, hosts = list(self.known), dict(self.firsts), list(self.hosts)
+        before = {name: len(ways) for name, ways in self.ways.items()}
+        try:
+            yield
+        except BaseException:
+            self.known, self.firsts, self.hosts = known, firsts, hosts
+            self.loose.clear()
+            for name in list(self.ways):
+                del self.ways[name][before.get(name, 0) :]
+            raise
 
     def remember(
         self,

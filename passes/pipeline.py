@@ -1,58 +1,111 @@
-"""The passes in order: from a model and example inputs to one graph per kind of block.
+"""The passes in order, and what runs them: from a model and example inputs to a program.
 
-    discover -> states -> dedupe -> export -> real -> heads -> mlp -> streams          (`analyse`)
-    widths -> guards -> lower                                                          (passes.assemble)
-
-A block that a pass refuses stays in the glue as it is; its refusal says why.
+Every pass has a `name` and ``run(compilation) -> compilation`` (see passes.compilation). A block that a pass refuses
+stays in the glue as it is; a report says where and why.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
-from passes.dedupe import group_blocks
-from passes.discover import discover
-from passes.export import ExportError, export_block
-from passes.graph import BlockGraph, BlockSite, Discovery, MlpSite, Refusal, Report, States
-from passes.heads import one_head
-from passes.memory import Known, Memory, computes
-from passes.mlp import find_sites
-from passes.progress import tell
-from passes.real import complex_to_real
-from passes.settled import settled_leaves
-from passes.states import find_states
-from passes.streams import check_names, choose_sites
-from passes.weightless import weightless
+from passes.assemble import Assemble
+from passes.block_passes import GROWTH, HEADS, MLPS, REAL, STATES, Dedupe, Discover, Export, Streams
+from passes.check import CheckError
+from passes.compilation import Compilation, PassError
+from passes.dump import graph_texts, modules, start, write_pass
+from passes.export import ExportError, validate
+from passes.glue import Guards
+from passes.lower import Lower, check_proven
+from passes.plans import Plans, Widths
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Blocks that run the same code: `members` index the discovery's blocks. `known` is the plan there is already."""
+class Pass(Protocol):
+    """What the list holds: `name` tells a pass from others in it, the first line of its docstring says what it does."""
 
-    graph: BlockGraph
-    states: States
-    sites: tuple[MlpSite, ...]
-    members: tuple[int, ...]
-    known: Known | None = None
+    name: str
+
+    def run(self, compilation: Compilation) -> Compilation:
+        """`compilation` with what this pass adds; it may report what it left alone, and raise to stop everything."""
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """What the passes found in a model; `discovery` holds the accepted blocks only."""
+class Passes(tuple[Pass, ...]):
+    """Passes in order; ``print(passes)`` shows each with what it does."""
 
-    discovery: Discovery
-    groups: tuple[Group, ...]
-    reports: tuple[Report, ...]
+    def __str__(self) -> str:
+        width = max((len(one.name) for one in self), default=0)
+        return "\n".join(f"{one.name:{width}}  {_purpose(one)}" for one in self)
 
-    @property
-    def group_of(self) -> tuple[int, ...]:
-        """Index of each block's group."""
-        owner = {member: index for index, group in enumerate(self.groups) for member in group.members}
-        return tuple(owner[block] for block in range(len(self.discovery.blocks)))
+    __repr__ = __str__
+
+    def with_pass(self, one: Pass, after: str) -> Passes:
+        """The list with `one` behind the pass called `after`; PassError where there is none."""
+        names = [own.name for own in self]
+        if after not in names:
+            raise PassError(f"there is no pass {after!r} to stand behind; there are {', '.join(names)}")
+        place = names.index(after) + 1
+        return Passes((*self[:place], one, *self[place:]))
+
+
+_BLOCKS = (Discover(), Dedupe(), STATES, Export(), REAL, HEADS, GROWTH, MLPS, Streams())
+PASSES = Passes((*_BLOCKS, Widths(), Plans(), Guards(), Assemble(), Lower()))
+
+
+def run_passes(
+    compilation: Compilation,
+    passes: Sequence[Pass] = PASSES,
+    until: str | None = None,
+    dump: str | Path | None = None,
+) -> Compilation:
+    """Run those of `passes` that have not run on `compilation` yet, in order, and stop after the one called `until`.
+
+    `dump` is a folder for the state after each pass, as text (see passes.dump). A graph that a pass of one's own
+    changed is compared with the blocks at once. Where a pass raises, the compilation's memory is as it was.
+
+    Raises:
+        PassError: a pass that cannot be left out is missing, stands before one that it needs, or is there twice.
+        CheckError: a graph does not give what the model gives.
+        Others, as the passes say.
+    """
+    check_passes(passes, until)
+    folder = None if dump is None else Path(dump)
+    if folder is not None and not compilation.seconds:
+        start(folder, compilation)
+    with compilation.memory.unless_raised():
+        for number, one in enumerate(passes, 1):
+            if one.name not in compilation.seconds:
+                compilation = _run(one, compilation, number, folder)
+            if one.name == until:
+                break
+    return compilation
+
+
+def check_passes(passes: Sequence[Pass], until: str | None = None) -> None:
+    """PassError where `passes` cannot run (see `run_passes`)."""
+    names = [one.name for one in passes]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise PassError(f"two passes are called {twice[0]!r}: a name tells a pass from others")
+    if until is not None and until not in names:
+        raise PassError(f"there is no pass {until!r} to stop after; there are {', '.join(names)}")
+    wanted = names if until is None else names[: names.index(until)]
+    own = [one.name for one in PASSES]
+    last = max((own.index(name) for name in wanted if name in own), default=-1) if until else len(own) - 1
+    missing = [one.name for one in PASSES[: last + 1] if getattr(one, "needed", False) and one.name not in names]
+    if missing:
+        raise PassError(f"the pass {missing[0]!r} cannot be left out: {_purpose(PASSES[own.index(missing[0])])}")
+    order = [own.index(name) for name in names if name in own]
+    if order != sorted(order):
+        raise PassError(f"the passes are in another order than they need each other: {', '.join(own)}")
 
 
 def analyse(
@@ -60,117 +113,52 @@ def analyse(
     inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
-    memory: Memory | None = None,
-) -> Analysis:
-    """Find the blocks of `model`, their states, graphs and MLP sites.
+) -> Compilation:
+    """The blocks of `model`, their states, graphs and MLP sites: the passes as far as "streams".
 
-    `inputs` are keyword arguments of the model's forward, one mapping per shape bucket; `timestep`
-    names the argument that holds the timestep where its name does not tell. `narrow` names the states
-    whose MLPs are sites (see passes.streams); without it all are. With `memory`, only blocks that it knows
-    are looked for, and what it has for them is used.
-
-    Raises StreamError where `narrow` names a state that no block has.
+    Arguments are those of `Compilation`. Raises StreamError where `narrow` names a state that no block has.
     """
-    discovery, found = discover(model, inputs, timestep, None if memory is None else memory.firsts)
-    reports = [found]
-    if memory is not None:
-        discovery, left = memory.continued(discovery)
-        reports.append(left)
-    return _grouped(discovery, reports, narrow, memory)
+    return run_passes(Compilation(model, inputs, timestep, narrow), until="streams")
 
 
-def loosened(analysis: Analysis, narrow: Sequence[str] | None, memory: Memory) -> Analysis:
-    """The blocks whose sizes values set, in plans for any such size; those that can have none are left out."""
-    blocks = tuple(site for site in analysis.discovery.blocks if memory.lacks(site))
-    return _grouped(replace(analysis.discovery, blocks=blocks), [], narrow, memory, serving=False)
+def _run(one: Pass, compilation: Compilation, number: int, folder: Path | None) -> Compilation:
+    """What `one` makes of `compilation`; timed, logged, and dumped where a folder is given."""
+    home = getattr(getattr(one, "change", type(one)), "__module__", "")
+    foreign = not home.startswith(("passes.", "edit_compile."))
+    graphs = graph_texts(compilation) if folder is not None or foreign else {}
+    started, before = time.perf_counter(), len(compilation.reports)
+    made = one.run(compilation)
+    if foreign:
+        _check_changed(one, made, graphs)
+    seconds = time.perf_counter() - started
+    made = replace(made, seconds={**made.seconds, one.name: seconds})
+    for report in made.reports[before:]:
+        for line in report.done:
+            log.info("%s: %s", report.name, line)
+        for refusal in report.refused:
+            log.info("%s: left %s alone: %s", report.name, refusal.where, refusal.reason)
+    log.info("%s: %d blocks of %d kinds, %.2f s", one.name, len(made.blocks), len(made.groups), seconds)
+    if folder is not None:
+        write_pass(folder, number, one.name, made, graphs)
+    return made
 
 
-def _grouped(
-    discovery: Discovery,
-    reports: list[Report],
-    narrow: Sequence[str] | None,
-    memory: Memory | None,
-    serving: bool = True,
-) -> Analysis:
-    grouped: list[tuple[Group, list[BlockSite]]] = []
-    kinds = group_blocks(discovery.blocks)
-    for number, sites in enumerate(kinds):
-        tell("exporting blocks", number, len(kinds))
-        for known, members in memory.serving(sites) if memory is not None and serving else ():
-            grouped.append((Group(known.graph.block, known.states, known.sites, (), known), members))
-        served = {site.name for _, members in grouped for site in members}
-        rest = [site for site in sites if site.name not in served]
-        grouped += _export_group(rest, discovery, reports, narrow, memory) if rest else ()
-    if memory is None:
-        check_names((group.graph for group, _ in grouped), narrow)
-    kept = {site.name for _, members in grouped for site in members}
-    blocks = tuple(site for site in discovery.blocks if site.name in kept)
-    position = {site.name: index for index, site in enumerate(blocks)}
-    groups = tuple(
-        replace(group, members=tuple(sorted(position[site.name] for site in members))) for group, members in grouped
-    )
-    reports.append(Report("dedupe", (f"{len(blocks)} blocks are {len(groups)} plans",)))
-    return Analysis(replace(discovery, blocks=blocks), groups, tuple(reports))
+def _check_changed(one: Pass, made: Compilation, graphs: Mapping[str, str]) -> None:
+    """CheckError where a group's graph is not what it was in `graphs` and does not give what its blocks give."""
+    for module in modules(made).values():
+        module.recompile()
+    if Lower.name in made.seconds:
+        check_proven(made)
+    now = graph_texts(made)
+    for group in made.groups:
+        if group.exported is not None and now[group.first.name] != graphs.get(group.first.name):
+            try:
+                for site in group.blocks:
+                    validate(group.graph, site)
+            except ExportError as error:
+                raise CheckError(f"the pass {one.name!r} changed what a graph computes: {error}") from error
 
 
-def _export_group(
-    sites: Sequence[BlockSite],
-    discovery: Discovery,
-    reports: list[Report],
-    narrow: Sequence[str] | None,
-    memory: Memory | None = None,
-) -> list[tuple[Group, list[BlockSite]]]:
-    """Graphs that together cover `sites`: one, unless a member does not compute what the first does."""
-    first, *others = sites
-    states, told = find_states(first, discovery.blocks)
-    reports.append(told)
-    if not states.pairs:
-        reason = told.refused[0].reason
-        reports.append(Report("states", refused=tuple(Refusal(site.name, reason) for site in others)))
-        return []
-    try:
-        free = None if memory is None else memory.free(first)
-        graph, exported = export_block(first, states, discovery.runs, free, partial(_settled, discovery, first))
-    except ExportError as error:
-        reports.append(Report("export", refused=tuple(Refusal(site.name, str(error)) for site in sites)))
-        return []
-    members, strangers = [first], list[BlockSite]()
-    for site in others:
-        (members if _computes(graph, site) else strangers).append(site)
-    apart = _export_group(strangers, discovery, reports, narrow, memory) if strangers else []
-    module, real = complex_to_real(graph.module)
-    reports += [exported, real]
-    if real.refused:
-        return apart
-    module, heads = one_head(module)
-    reports.append(heads)
-    graph = replace(graph, module=module)
-    objection = None if memory is None else memory.objection(first, graph)
-    if objection is not None:
-        reports.append(Report("growth", refused=tuple(Refusal(site.name, objection) for site in members)))
-        return apart
-    mlps, narrowed = find_sites(graph)
-    chosen, streams = choose_sites(graph, mlps, narrow)
-    reports += [_within(first, narrowed), _within(first, streams)]
-    return [(Group(graph, states, chosen, ()), members), *apart]
-
-
-def _settled(discovery: Discovery, site: BlockSite) -> list[int]:
-    """The leaves of `site` whose numbers none of the model's arguments sets, as its own call holds them."""
-    own = settled_leaves(discovery).get(site.name, frozenset())
-    if site.adapter is None:
-        return sorted(own)
-    packings = site.adapter.inputs
-    plain = {at for at in own if (packing := packings[at]) is None or packing.plain}
-    return [at for at, origin in enumerate(site.adapter.origins) if origin in plain]
-
-
-def _within(site: BlockSite, report: Report) -> Report:
-    """The report with what it left alone named in the model instead of in the block."""
-    refused = (Refusal(f"{site.name}.{refusal.where}", refusal.reason) for refusal in report.refused)
-    return replace(report, refused=tuple(refused))
-
-
-def _computes(graph: BlockGraph, site: BlockSite) -> bool:
-    """Whether the graph gives what the block of `site` gives; without numbers, what `group_blocks` compared is all."""
-    return weightless(site.module) or computes(graph, site)
+def _purpose(one: Pass) -> str:
+    """The first line of the pass's docstring."""
+    return (inspect.getdoc(one) or "").partition("\n")[0]

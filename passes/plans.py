@@ -6,53 +6,62 @@ each width          variant_v(weights[:rows_v], x)  =  block(x) with hidden chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import Tensor
 
 from passes.check import check_widths
+from passes.compilation import Compilation, Group, Planned
 from passes.cost import variant_cost
 from passes.dedupe import plan_id
-from passes.graph import PlanGraph, Report
+from passes.graph import Report
 from passes.guards import is_free
 from passes.memory import grown_plan, shapes_of
-from passes.pipeline import Analysis, Group
 from passes.real import as_real
 from passes.widths import at_widths
 from runtime.base.rows import one_row
 from runtime.bundle.spec import Cost, Plan, PlanInput, Variant
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A group's plan: its graphs, what the manifest says of it, and example inputs (two rows or more, if it takes more
-    than one)."""
+class Widths:
+    """Make the graph of each kind of block at every width, over one copy of the weights."""
 
-    group: Group
-    graph: PlanGraph
-    plan: Plan
-    examples: tuple[tuple[Tensor, ...], ...]
+    name, needed = "widths", True
 
+    def run(self, compilation: Compilation) -> Compilation:
+        """With the `plan_graph` of every group."""
+        blocks, groups = len(compilation.blocks), len(compilation.groups)
+        compilation = compilation.reported(Report("dedupe", (f"{blocks} blocks are {groups} plans",)))
 
-def plan_groups(analysis: Analysis, widths: Sequence[float]) -> tuple[tuple[Planned, ...], tuple[Report, ...]]:
-    """Every group at every width, each checked against its masked block."""
-    planned, reports = [], []
-    for group in analysis.groups:
-        examples = _examples(analysis, group)
-        if group.known is None:
-            graph, report = at_widths(group.graph, group.sites, widths)
-            plan = _plan(analysis, group, graph)
-            reports.append(report)
-        else:
-            graph = group.known.graph
-            plan = grown_plan(group.known.plan, _buckets(examples, group.known.plan.inputs))
-        check_widths(group, graph, analysis.discovery.blocks[group.members[0]])
-        planned.append(Planned(group, graph, plan, examples))
-    return tuple(planned), tuple(reports)
+        def widen(group: Group) -> tuple[Group, Report]:
+            graph, report = at_widths(group.graph, group.sites, compilation.widths)
+            return replace(group, widened=graph), report
+
+        return compilation.each(self.name, widen)
 
 
-def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
-    site = analysis.discovery.blocks[group.members[0]]
+class Plans:
+    """Compare every width with the masked block, and name each plan by its graphs."""
+
+    name, needed = "plans", True
+
+    def run(self, compilation: Compilation) -> Compilation:
+        """With a `planned` for every group; raises CheckError where a width differs from the masked block."""
+        planned = []
+        for group in compilation.groups:
+            graph, examples = group.plan_graph, _examples(group)
+            if group.known is None:
+                plan = _plan(group)
+            else:
+                plan = grown_plan(group.known.plan, _buckets(examples, group.known.plan.inputs))
+            check_widths(group, graph, group.first)
+            planned.append(Planned(group, graph, plan, examples))
+        proven = compilation.proven.union(plan_id(item.graph) for item in planned)
+        return replace(compilation, planned=tuple(planned), proven=proven)
+
+
+def _plan(group: Group) -> Plan:
+    site, graph = group.first, group.plan_graph
     leaves, single = group.graph.leaves, group.graph.row_dims is not None
     placeholders = {node.target: node.meta["val"] for node in group.graph.module.graph.find_nodes(op="placeholder")}
     inputs = []
@@ -68,7 +77,7 @@ def _plan(analysis: Analysis, group: Group, graph: PlanGraph) -> Plan:
         inputs.append(PlanInput(name, dtype_name(seen[0]), shape, site.batch_dims.get(leaf)))
     kind = type(site.module).__name__
     time = leaves.index(site.time) if site.time is not None else None
-    examples = _examples(analysis, group)
+    examples = _examples(group)
     sizes = [tuple(value.shape) for example in examples for value in example]
     dtypes = [node.meta["val"].dtype for node in graph.variants[-1].graph.find_nodes(op="placeholder")]
     return Plan(
@@ -93,9 +102,9 @@ def _buckets(
     return tuple(dict.fromkeys(shapes_of(example, inputs) for example in examples))
 
 
-def _examples(analysis: Analysis, group: Group) -> tuple[tuple[Tensor, ...], ...]:
+def _examples(group: Group) -> tuple[tuple[Tensor, ...], ...]:
     """The group's inputs at each bucket, from the runs with the doubled batch; one row where the graph takes one."""
-    calls = analysis.discovery.blocks[group.members[0]].calls
+    calls = group.first.calls
     graph, doubled = group.graph, calls[len(calls) // 2 :]
     examples = [[as_real(call.leaves[leaf]) for leaf in graph.leaves] for call in doubled]
     if graph.row_dims is not None:

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from edit_compile.elastic.layout import layout_of
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.check import check_equal
+from passes.compilation import Compilation
 from passes.graph import Report
-from passes.pipeline import Analysis
 from runtime.bundle.spec import Manifest, RouterConfig
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
@@ -33,7 +33,7 @@ ENGINES = ("torch", "onnxruntime")
 class Checked:
     """What came out of compiling one class; `seconds` are what the CPU worked on the compilation for both engines."""
 
-    analysis: Analysis
+    analysis: Compilation
     manifest: Manifest
     reports: tuple[Report, ...]
     seconds: float
@@ -55,7 +55,7 @@ def check(name: str, engines: Sequence[str] = ENGINES) -> Checked:
     return Checked(tracer.analysis, program.manifest, tracer.reports, seconds)
 
 
-def follow_decisions(compiled: CompiledTransformer, analysis: Analysis, case: Case, steps: int = 4) -> None:
+def follow_decisions(compiled: CompiledTransformer, analysis: Compilation, case: Case, steps: int = 4) -> None:
     """A random sequence of skip, reuse and widths gives what the oracle gives, step by step."""
     oracle, blocks = ScheduleOracle(analysis), len(analysis.discovery.blocks)
     table = np.random.default_rng(0).choice([SKIP, REUSE, *WIDTHS], size=(steps, blocks))
@@ -69,7 +69,7 @@ def follow_decisions(compiled: CompiledTransformer, analysis: Analysis, case: Ca
         compiled.reset()
 
 
-def train_routers(case: Case, analysis: Analysis) -> None:
+def train_routers(case: Case, analysis: Compilation) -> None:
     """Fully open routers change nothing, and every router gets a gradient."""
     elastic = ElasticTransformer(case.model, RouterConfig())
     elastic.attach(layout_of(analysis, elastic.router_config.time_dim))

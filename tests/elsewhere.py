@@ -21,7 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from benchmarks.configurations import SMALL, Configuration, Place
 from edit_compile.compiling.compiler import WIDTHS, Tracer
-from passes import lower, pipeline
+from passes import block_passes, lower, pipeline
 from runtime.bundle.program import Program
 
 NAME = "elsewhere"
@@ -34,7 +34,7 @@ def compiled(shape: Configuration) -> Program:
     inputs = shape.inputs(CPU)
     states = _states_on_the_cpu(shape, inputs)
     _answer_by_shapes()
-    pipeline.find_states = lambda site, others=(): states[site.name]
+    block_passes.find_states = lambda site, others=(): states[site.name]
     mode = FakeTensorMode(shape_env=ShapeEnv())
     model = _moved(shape.model(CPU), mode)
     with mode:
@@ -42,13 +42,13 @@ def compiled(shape: Configuration) -> Program:
 
 
 def _states_on_the_cpu(shape: Configuration, inputs: dict[str, Any]) -> dict[str, Any]:
-    found, find = {}, pipeline.find_states
+    found, find = {}, block_passes.find_states
 
     def noting(site: Any, others: Any = ()) -> Any:
         found[site.name] = find(site, others)
         return found[site.name]
 
-    pipeline.find_states = noting
+    block_passes.find_states = noting
     pipeline.analyse(shape.model(CPU), inputs)
     return found
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.check import masked
-from passes.pipeline import Analysis
+from passes.compilation import Compilation
 from passes.states import leaf_paths
 
 SKIP, REUSE = 0.0, -1.0
@@ -25,7 +25,7 @@ SKIP, REUSE = 0.0, -1.0
 class ScheduleOracle:
     """Calls the eager model with one decision per block: SKIP, REUSE (compute where nothing is stored), or a width."""
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Compilation) -> None:
         self.analysis = analysis
         self.model = analysis.discovery.model
         self.bank: dict[str, list[Tensor]] = {}

@@ -25,7 +25,7 @@ class Moody(PlainDiT):
 def test_plain_models_compile_standalone_or_hosted(
     kind: type, file: str | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    caplog.set_level(logging.INFO, logger="edit_compile.compiling.tracer")
+    caplog.set_level(logging.INFO, logger="passes.pipeline")
     _, inputs = tiny_plain()
     model = randomised(kind())
     elastic = edit_compile.elasticize(model)

@@ -24,7 +24,7 @@ def test_a_call_beside_a_trace_in_another_thread_is_as_if_alone(plainly: bool, m
     compiled = opened(model, 3)
     expected = [compiled(**told(4)).clone(), compiled(**told(3)).clone()]
     tracing, over = threading.Event(), threading.Event()
-    analyse = compiled._tracer._analyse
+    run = compiled._tracer._run
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         bias, model.head.bias = model.head.bias, nn.Parameter(torch.full_like(model.head.bias, 9.0))
@@ -32,9 +32,9 @@ def test_a_call_beside_a_trace_in_another_thread_is_as_if_alone(plainly: bool, m
         time.sleep(0.3)
         model.head.bias = bias
         over.set()
-        return analyse(*args, **kwargs)
+        return run(*args, **kwargs)
 
-    monkeypatch.setattr(compiled._tracer, "_analyse", slowly)
+    monkeypatch.setattr(compiled._tracer, "_run", slowly)
     other = threading.Thread(target=lambda: compiled(**{**told(4), "mask": told(4)["mask"].int()}))
     other.start()
     assert tracing.wait(10)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from edit_compile.compiling.compiler import Tracer
 from passes.check import CheckError, check_open, check_widths, glue_outputs
+from passes.compilation import Compilation
 from passes.export import weight_values
 from passes.graph import Run
 from passes.guards import GlueGraph, GuardError, guard_glue, tensor_arguments
-from passes.pipeline import Analysis, analyse
-from passes.plans import plan_groups
+from passes.pipeline import analyse, run_passes
 from runtime.base.guard import answering, guard
 from runtime.bundle.spec import Manifest
 from tests.models import noise, randomised, tiny_dit, tiny_flux
@@ -24,16 +24,16 @@ from tests.tracing import guarded
 
 
 @pytest.fixture(scope="module")
-def analysed() -> Analysis:
+def analysed() -> Compilation:
     return analyse(*tiny_flux(double=1, single=2))
 
 
-def glue_of(analysis: Analysis) -> GlueGraph:
+def glue_of(analysis: Compilation) -> GlueGraph:
     given, doubled = analysis.discovery.runs
     return guard_glue(guarded(analysis), given, doubled)[0]
 
 
-def dense_answer(analysis: Analysis):
+def dense_answer(analysis: Compilation):
     def answer(index: int, inputs: Sequence[Tensor], form: int = 0) -> list[Tensor]:
         graph = analysis.groups[analysis.group_of[index]].graph
         return list(graph.module(*weight_values(graph, analysis.discovery.blocks[index].module), *inputs))
@@ -41,7 +41,7 @@ def dense_answer(analysis: Analysis):
     return answer
 
 
-def test_every_block_is_one_guard_and_nothing_of_it_stays(analysed: Analysis) -> None:
+def test_every_block_is_one_guard_and_nothing_of_it_stays(analysed: Compilation) -> None:
     glue = glue_of(analysed)
     calls = glue.module.graph.find_nodes(op="call_function", target=guard)
     assert [node.args[2] for node in calls] == [0, 1, 2]
@@ -50,7 +50,7 @@ def test_every_block_is_one_guard_and_nothing_of_it_stays(analysed: Analysis) ->
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_glue_takes_any_batch(analysed: Analysis, rows: int) -> None:
+def test_glue_takes_any_batch(analysed: Compilation, rows: int) -> None:
     glue = glue_of(analysed)
     _, inputs = tiny_flux(batch=rows, double=1, single=2)
     with torch.no_grad(), answering(dense_answer(analysed)):
@@ -59,7 +59,7 @@ def test_glue_takes_any_batch(analysed: Analysis, rows: int) -> None:
     assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_skipped_block_passes_its_states_on(analysed: Analysis) -> None:
+def test_a_skipped_block_passes_its_states_on(analysed: Compilation) -> None:
     seen: list[list[Tensor]] = []
 
     def skip(index: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
@@ -73,7 +73,7 @@ def test_a_skipped_block_passes_its_states_on(analysed: Analysis) -> None:
     assert all(torch.equal(seen[0][position], seen[2][position]) for position in states)
 
 
-def test_the_guarded_copy_shares_weights_and_leaves_the_model_alone(analysed: Analysis) -> None:
+def test_the_guarded_copy_shares_weights_and_leaves_the_model_alone(analysed: Compilation) -> None:
     twin = guarded(analysed)
     model = analysed.discovery.model
     assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
@@ -88,7 +88,7 @@ def test_a_forward_that_reaches_into_a_block_still_finds_it() -> None:
     assert len(glue.module.graph.find_nodes(op="call_function", target=guard)) == 3
 
 
-def test_glue_that_cannot_be_followed_is_refused(analysed: Analysis) -> None:
+def test_glue_that_cannot_be_followed_is_refused(analysed: Compilation) -> None:
     class Branching(nn.Module):
         def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
             return hidden_states if hidden_states.sum() > 0 else -hidden_states
@@ -198,7 +198,7 @@ def test_glue_with_plain_numbers_for_each_sample_fits_the_call_that_it_was_given
     torch.testing.assert_close(output, Sized()(**given.kwargs))
 
 
-def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> None:
+def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Compilation) -> None:
     honest = dense_answer(analysed)
 
     def off(index: int, inputs: Sequence[Tensor], form: int) -> list[Tensor]:
@@ -210,9 +210,9 @@ def test_a_wrong_answer_never_passes_the_open_gate_check(analysed: Analysis) -> 
         check_open(glue_outputs(glue_of(analysed), run), run, model, off)
 
 
-def test_a_wrong_width_never_passes_the_width_check(analysed: Analysis) -> None:
-    (planned, *_), _ = plan_groups(analysed, (0.5, 1.0))
-    site = analysed.discovery.blocks[planned.group.members[0]]
+def test_a_wrong_width_never_passes_the_width_check(analysed: Compilation) -> None:
+    planned = run_passes(replace(analysed, widths=(0.5, 1.0)), until="plans").planned[0]
+    site = planned.group.first
     check_widths(planned.group, planned.graph, site)
     full = planned.graph.variants[1]
     broken = copy.deepcopy(full)

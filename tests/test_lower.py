@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from edit_compile.compiling.compiler import Tracer
 from passes import lower
+from passes.compilation import Compilation, Planned
 from passes.cost import variant_cost, weight_stand_ins
 from passes.lower import Files, lower_plan
-from passes.pipeline import analyse
-from passes.plans import plan_groups
+from passes.pipeline import run_passes
 from runtime.bundle import archive as pt2
 from runtime.face.transformer import CompiledTransformer
 from tests.models import noise, randomised, tiny_dit
 from tests.sessions import open_session
+
+
+def planned_at(*widths: float, **options: int) -> tuple[Planned, ...]:
+    """The plans of a tiny model at these widths."""
+    return run_passes(Compilation(*tiny_dit(**options), widths=widths), until="plans").planned
 
 
 def test_files_are_made_once_and_only_when_asked_for() -> None:
@@ -31,7 +36,7 @@ def test_files_are_made_once_and_only_when_asked_for() -> None:
 
 
 def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_numbers() -> None:
-    (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
+    (planned,) = planned_at(0.5, 1.0)
     files = Files(lower_plan(planned.graph, planned.plan))
     stem = f"plans/{planned.plan.id}-w050"
     weights = [torch.randn(w.shape) * 0.1 for w in weight_stand_ins(planned.graph, 0)]
@@ -53,7 +58,7 @@ def test_a_variant_has_one_form_per_engine_without_weights_and_with_equal_number
 
 
 def test_costs_fall_with_the_width_by_what_the_mlp_loses() -> None:
-    (planned,), _ = plan_groups(analyse(*tiny_dit()), (0.5, 1.0))
+    (planned,) = planned_at(0.5, 1.0)
     (half, half_bytes, half_own), (full, full_bytes, full_own) = (
         variant_cost(planned.graph, index, planned.plan, planned.examples[0]) for index in (0, 1)
     )
@@ -67,13 +72,13 @@ def test_costs_fall_with_the_width_by_what_the_mlp_loses() -> None:
 def test_models_of_one_make_are_lowered_once() -> None:
     files = []
     for seed in (0, 1):
-        (planned,), _ = plan_groups(analyse(*tiny_dit(seed=seed)), (0.5, 1.0))
+        (planned,) = planned_at(0.5, 1.0, seed=seed)
         made = Files(lower_plan(planned.graph, planned.plan))
         files.append({name: made[name] for name in made if name.endswith(".pt2")})
     first, second = files
     assert first.keys() == second.keys()
     assert all(first[name] is second[name] for name in first)
-    (other,), _ = plan_groups(analyse(*tiny_dit(side=4)), (0.5, 1.0))
+    (other,) = planned_at(0.5, 1.0, side=4)
     assert not set(lower_plan(other.graph, other.plan)) & set(first)
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from edit_compile.compiling.compiler import Tracer
 from passes.calling import Calling, Guard, guarded_copy
-from passes.pipeline import Analysis
+from passes.compilation import Compilation
 
 
 class Watched(Tracer):
     """`analysis` is that of the last trace."""
 
-    analysis: Analysis | None = None
+    analysis: Compilation | None = None
 
-    def _analyse(self, *args: Any, **kwargs: Any) -> Analysis:
-        self.analysis = super()._analyse(*args, **kwargs)
-        return self.analysis
+    def _run(self, compilation: Compilation, until: str | None = None) -> Compilation:
+        made = super()._run(compilation, until)
+        self.analysis = made if made.serving else self.analysis
+        return made
 
 
-def guarded(analysis: Analysis) -> nn.Module:
+def guarded(analysis: Compilation) -> nn.Module:
     """The analysed model with a guard for every block."""
     groups = [analysis.groups[index] for index in analysis.group_of]
     guards = [

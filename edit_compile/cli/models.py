@@ -120,6 +120,7 @@ def compile_model(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be compiled; works without weights too")
     ] = False,
+    dump: Annotated[Path | None, typer.Option(help="folder for the graphs after each pass, as text")] = None,
 ) -> None:
     """Compile a model into a bundle."""
     from edit_compile.command_inputs import compile_inputs
@@ -142,5 +143,6 @@ def compile_model(
         output=None if dry_run else output,
         dry_run=dry_run,
         timestep=timestep,
+        dump=dump,
     )
     typer.echo(str(made) if dry_run else f"wrote {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from torch import nn
 
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.tracer import CompileError, Tracer
+from edit_compile.elastic.layout import PASSES
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.pipeline import Pass
 from passes.weightless import weightless
 from runtime import engines
 from runtime.bundle import files as bundle
@@ -34,6 +37,8 @@ def compile(
     dry_run: bool = False,
     timestep: str | None = None,
     dispatch: str = "host",
+    passes: Sequence[Pass] | None = None,
+    dump: str | Path | None = None,
 ) -> CompiledTransformer | DryRun:
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
@@ -53,15 +58,21 @@ def compile(
             which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
         dispatch: "host", or "device" to take decisions on a GPU (see CompiledTransformer).
+        passes: what to run instead of `edit_compile.PASSES`: the list without some, or with others of one's own.
+        dump: folder for the state after each pass, graphs among it, as text; default: what the environment variable
+            EDIT_COMPILE_DUMP says.
 
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
+        PassError (an EditError): `passes` cannot run: one that is needed is missing, or stands in another place.
+        CheckError (an EditError): what was made does not compute what the model does.
     """
     if isinstance(model, CompiledTransformer):
         raise CompileError(
             "this is compiled already: give compile() the model, or the elastic model, that it was made of"
         )
-    tracer = Tracer(model, check_widths(widths), timestep, policy)
+    dump = dump or os.environ.get("EDIT_COMPILE_DUMP") or None
+    tracer = Tracer(model, check_widths(widths), timestep, policy, PASSES if passes is None else passes, dump)
     engines.check_name(engine)
     if output is not None:
         bundle.check_place(Path(output))

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edit_compile.elastic.layout import layout_of
+from edit_compile.elastic.layout import Layout
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.compilation import Compilation, Planned
 from passes.cost import count_flops, variant_cost
 from passes.coverage import Coverage
 from passes.graph import Refusal, Report
-from passes.pipeline import Analysis
-from passes.plans import Planned
+from passes.pipeline import Pass
 from passes.widths import site_rows
 from runtime.routing.router import Router
 
@@ -41,7 +41,8 @@ class DryRun:
     """What `compile(..., dry_run=True)` gives; ``print(report)`` shows it as tables.
 
     `router_parameters` counts one router's parameters, on average over the blocks (0 without routers). `unchecked` says
-    what was not compared by numbers, since the model has no weights. `coverage` tells the lists and their work.
+    what was not compared by numbers, since the model has no weights. `coverage` tells the lists and their work, and
+    `passes` the passes of the list, in order.
     """
 
     model: str
@@ -52,6 +53,7 @@ class DryRun:
     reports: tuple[Report, ...]
     unchecked: tuple[str, ...] = ()
     coverage: Coverage | None = None
+    passes: tuple[str, ...] = ()
 
     @property
     def refused(self) -> tuple[tuple[str, Refusal], ...]:
@@ -64,23 +66,20 @@ class DryRun:
         return self.blocks > 0 and not any(name == "guards" for name, _ in self.refused)
 
     @staticmethod
-    def of(
-        analysis: Analysis, planned: Sequence[Planned], reports: Sequence[Report], elastic: ElasticTransformer | None
-    ) -> DryRun:
-        """Collect the report of analysed and planned graphs."""
-        rows = [
-            _row(item, index, len(item.group.members)) for item in planned for index in range(len(item.plan.variants))
-        ]
-        routers = _routers(analysis, elastic)
+    def of(made: Compilation, passes: Sequence[Pass], elastic: ElasticTransformer | None) -> DryRun:
+        """Collect the report of a compilation that `passes` took as far as its glue."""
+        rows = [_row(item, index) for item in made.planned for index in range(len(item.plan.variants))]
+        routers = _routers(made, elastic)
         parameters = sum(p.numel() for router in routers for p in router.parameters())
         return DryRun(
-            model=type(analysis.discovery.model).__name__,
-            blocks=len(analysis.discovery.blocks),
+            model=type(made.model).__name__,
+            blocks=len(made.blocks),
             plans=tuple(rows),
             router_parameters=parameters // max(len(routers), 1),
-            router_flops=_router_flops(planned, routers),
-            reports=tuple(reports),
-            coverage=Coverage.of(analysis),
+            router_flops=_router_flops(made, routers),
+            reports=made.reports,
+            coverage=Coverage.of(made),
+            passes=tuple(one.name for one in passes),
         )
 
     def __str__(self) -> str:
@@ -173,13 +172,13 @@ def _bare(refusal: Refusal) -> str:
     return rest if rest and (alike or first == refusal.where) else reason
 
 
-def _row(item: Planned, index: int, blocks: int) -> PlanRow:
+def _row(item: Planned, index: int) -> PlanRow:
     plan, variant = item.plan, item.plan.variants[index]
     flops, shared, own = variant_cost(item.graph, index, plan, item.examples[0])
     return PlanRow(
         plan=plan.id,
         kind=plan.kind,
-        blocks=blocks,
+        blocks=len(item.group.blocks),
         states=tuple(plan.inputs[k].name for k in plan.states),
         sites=len(item.group.sites),
         width=variant.width,
@@ -189,22 +188,23 @@ def _row(item: Planned, index: int, blocks: int) -> PlanRow:
     )
 
 
-def _routers(analysis: Analysis, elastic: ElasticTransformer | None) -> list[Router]:
+def _routers(made: Compilation, elastic: ElasticTransformer | None) -> list[Router]:
     """The elastic model's routers, or such as it would have, without memory; none of another model."""
-    if elastic is None or not analysis.groups:
+    if elastic is None or not made.groups:
         return []
     if elastic.layout is not None:
         return [router for router in elastic.routers if isinstance(router, Router)]
-    layout = layout_of(analysis, elastic.router_config.time_dim)
+    layout = made.layout
+    assert isinstance(layout, Layout)
     with torch.device("meta"):
         return [Router(elastic.router_config, block.dim, block.time_dim) for block in layout.blocks]
 
 
-def _router_flops(planned: Sequence[Planned], routers: Sequence[Router]) -> int:
+def _router_flops(made: Compilation, routers: Sequence[Router]) -> int:
     """Work of the first block's router on one row."""
     if not routers:
         return 0
-    router, item = routers[0], next(item for item in planned if 0 in item.group.members)
+    router, item = routers[0], made.planned[made.group_of[0]]
     states = [item.examples[0][k].to("meta") for k in item.plan.states]
     time = states[0].new_empty(len(states[0]), router.time_dim)
     bare = copy.deepcopy(router).to("meta", states[0].dtype)

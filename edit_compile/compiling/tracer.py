@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,17 @@ from torch.utils import _pytree as pytree
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.snapshot import Snapshot
 from edit_compile.elastic.adapters import adapters_aside, adds_nothing
-from edit_compile.elastic.layout import layout_of
+from edit_compile.elastic.layout import PASSES, Layout
 from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.progress import shown
-from passes.assemble import Source, assemble, numbered_routers
+from passes.assemble import Source, numbered_routers
 from passes.check import CheckError, check_equal, masked
+from passes.compilation import Compilation, PassError
 from passes.coverage import Coverage
 from passes.graph import MlpSite, Report
 from passes.memory import Memory
-from passes.pipeline import Analysis, analyse, loosened
-from passes.plans import plan_groups
-from passes.preview import preview_glue
+from passes.pipeline import Pass, check_passes, run_passes
 from passes.progress import tell
 from passes.record import undisturbed
 from passes.uncompiled import unwrapped
@@ -52,18 +52,33 @@ class CompileError(EditError, ValueError):
 class Tracer:
     """Makes a program of a model, and adds the forms of call that it has not seen.
 
-    Of what is recorded in a trace nothing is kept. `reports` are those of the last trace.
+    Of what is recorded in a trace nothing is kept. `reports` are those of the last trace. `dump` is a folder for the
+    state after each of `passes` (see passes.dump); later runs of them, for other forms of call, have folders in it:
+    ``run-2``, ``run-3``, ...
+
+    Raises PassError where `passes` cannot run.
     """
 
     def __init__(
-        self, model: nn.Module, widths: tuple[float, ...], timestep: str | None, policy: Decider | None = None
+        self,
+        model: nn.Module,
+        widths: tuple[float, ...],
+        timestep: str | None,
+        policy: Decider | None = None,
+        passes: Sequence[Pass] = PASSES,
+        dump: str | Path | None = None,
     ) -> None:
+        check_passes(passes)
         self.elastic = model if isinstance(model, ElasticTransformer) else None
+        if self._unrouted and "layout" not in (one.name for one in passes):
+            raise PassError("the pass 'layout' cannot be left out: the model's routers, yet to be made, need it")
         self.model = unwrapped(self.elastic.model if self.elastic is not None else model)
         self.widths = widths
         self.timestep = timestep or (self.elastic.timestep if self.elastic is not None else None)
         self.policy = policy if isinstance(policy, RoutingPolicy) else self._own_policy()
+        self.passes, self.dump = tuple(passes), None if dump is None else Path(dump)
         self.reports: tuple[Report, ...] = ()
+        self._runs = 0
         self._memory = Memory()
         self._sites: tuple[tuple[str, tuple[MlpSite, ...]], ...] = ()
         self._snapshot: Snapshot | None = None
@@ -71,6 +86,11 @@ class Tracer:
     def _own_policy(self) -> RoutingPolicy:
         """The elastic model's own policy; the default one where it has none."""
         return (self.elastic.policy if self.elastic is not None else None) or RoutingPolicy()
+
+    @property
+    def _unrouted(self) -> bool:
+        """Whether the model's routers have yet to be made."""
+        return self.elastic is not None and self.elastic.layout is None
 
     @property
     def routers(self) -> bool:
@@ -88,24 +108,23 @@ class Tracer:
 
     def _traced(self, inputs: Inputs) -> Program:
         snapshot, memory = Snapshot.of(self.model), Memory()
-        analysis = self._analyse(self.model, inputs)
-        if not analysis.groups:
-            _log(analysis.reports)
-            raise CompileError(_nothing(self.model, analysis.reports))
-        warning = Coverage.of(analysis).warning
+        found = self._run(self._given(self.model, inputs, memory), until="streams")
+        if not found.groups:
+            raise CompileError(_nothing(self.model, found.reports))
+        warning = Coverage.of(found).warning
         if warning is not None:
             warnings.warn(f"compile {warning}", stacklevel=2)
         if self.elastic is not None:
-            self._give_routers(self.elastic, analysis)
-            self._check_routers(self.elastic, analysis)
-        program = self._assembled(analysis, self.untraced(), memory)
+            self._check_routers(self.elastic, found)
+        made = self._completed(found)
+        if self.elastic is not None and isinstance(made.layout, Layout):
+            self.elastic.attach(made.layout)
         self._memory, self._snapshot = memory, snapshot.without_changes(self.model)
-        owners = (analysis.groups[owner] for owner in analysis.group_of)
-        self._sites = tuple(
-            (site.name, group.sites) for site, group in zip(analysis.discovery.blocks, owners, strict=True)
-        )
+        owners = (made.groups[owner] for owner in made.group_of)
+        self._sites = tuple((site.name, group.sites) for site, group in zip(made.blocks, owners, strict=True))
         routers = self.elastic.router_tensors() if self.elastic is not None else {}
-        return replace(program, routers=numbered_routers(routers, program.manifest.blocks))
+        assert made.program is not None
+        return replace(made.program, routers=numbered_routers(routers, made.manifest.blocks))
 
     def grow(self, given: Mapping[str, object], program: Program) -> Program:
         """`program`, which this tracer made, with the form of the call `given` added.
@@ -123,10 +142,10 @@ class Tracer:
         device = next(self.model.parameters()).device
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(given))
         with shown(f"adding a form of call to {type(self.model).__name__}"):
-            analysis = self._analyse(self.model, moved, program.manifest.timestep, self._memory)
-            grown = self._assembled(analysis, program, self._memory)
+            grown = self._completed(self._given(self.model, moved, self._memory, program))
         self._snapshot = snapshot.without_changes(self.model)
-        return grown
+        assert grown.program is not None
+        return grown.program
 
     def changed(self) -> str | None:
         """Name of the first parameter or buffer that is not as it was at the first trace; None where all are.
@@ -139,41 +158,36 @@ class Tracer:
         """Move or cast the model, and its routers, as `torch.nn.Module.to` does."""
         (self.model if self.elastic is None else self.elastic)._apply(fn)
 
-    def _assembled(self, analysis: Analysis, program: Program, memory: Memory) -> Program:
-        """`program` with what the analysis found, and with plans for other sizes than those that values set in it."""
-        with self._dense():
-            program, reports = self._added(analysis, program, memory)
-            if memory.loose:
-                more = loosened(analysis, self._narrow, memory)
-                memory.loose.clear()
-                try:
-                    program, loose = self._added(more, program, memory)
-                    reports = (*reports, *loose)
-                except CheckError as error:  # there are plans for the sizes that were seen
-                    log.info("no plan for any size that values may set: %s", error)
-        self.reports = reports
-        _log(reports)
-        return program
+    def _completed(self, compilation: Compilation) -> Compilation:
+        """What the passes make of it, with plans for other sizes than those that values set in what was recorded."""
+        made = self._run(compilation)
+        if made.memory.loose:
+            try:
+                loose = self._run(self._loosened(made))
+            except CheckError as error:  # there are plans for the sizes that were seen
+                log.info("no plan for any size that values may set: %s", error)
+            else:
+                made = replace(made.reported(*loose.reports), program=loose.program)
+            made.memory.loose.clear()
+        self.reports = made.reports
+        return made
 
-    def _added(self, analysis: Analysis, program: Program, memory: Memory) -> tuple[Program, tuple[Report, ...]]:
-        planned, widths = plan_groups(analysis, self.widths)
-        assembled = assemble(analysis, planned, program, memory)
-        return assembled.program, (*analysis.reports, *widths, *assembled.reports)
+    def _loosened(self, made: Compilation) -> Compilation:
+        """The blocks whose sizes values set and that have no plan for any such size, to be given one."""
+        again = self._given(made.model, made.inputs, made.memory, made.program)
+        blocks = tuple(site for site in made.blocks if made.memory.lacks(site))
+        found = replace(made.discovery, blocks=blocks)
+        return replace(again, found=found, blocks=blocks, serving=False)
 
     def host(self, **kwargs: Any) -> Any:
         """The guarded model's forward, for programs whose glue is hosted."""
         glue = find_glue([glue for glue, _ in self._memory.hosts], *flatten(kwargs))
         return next(host for own, host in self._memory.hosts if own is glue)(**kwargs)
 
-    def _give_routers(self, elastic: ElasticTransformer, analysis: Analysis) -> None:
-        """Routers for an elastic model that has not been called yet, whose blocks are known now."""
-        if elastic.layout is None:
-            elastic.attach(layout_of(analysis, elastic.router_config.time_dim))
-
-    def _check_routers(self, elastic: ElasticTransformer, analysis: Analysis) -> None:
-        """Every block found has a router, and every width that it may choose is built."""
-        routed = {block.name for block in elastic.layout.blocks} if elastic.layout else set()
-        strange = [site.name for site in analysis.discovery.blocks if site.name not in routed]
+    def _check_routers(self, elastic: ElasticTransformer, found: Compilation) -> None:
+        """Every block found has a router, or will get one, and every width that it may choose is built."""
+        routed = None if elastic.layout is None else {block.name for block in elastic.layout.blocks}
+        strange = [] if routed is None else [site.name for site in found.blocks if site.name not in routed]
         if strange:
             raise CompileError(f"{strange[0]} has no router: elasticize the model with the inputs it is compiled with")
         absent = [width for width in elastic.router_config.widths if width not in self.widths]
@@ -238,26 +252,32 @@ class Tracer:
 
     def _preview(self, model: nn.Module, inputs: Inputs) -> DryRun:
         with shown(f"looking at {type(model).__name__}"):
-            analysis = self._analyse(model, inputs)
+            made = self._run(self._given(model, inputs, Memory()), until="guards")
         with self._dense():
-            planned, reports = plan_groups(analysis, self.widths)
-            glue = preview_glue(analysis)
-            return DryRun.of(analysis, planned, (*analysis.reports, *reports, *glue), self.elastic)
+            return DryRun.of(made, self.passes, self.elastic)
 
     def untraced(self) -> Program:
         """A program with a manifest but nothing compiled yet."""
         return Program(self._source().manifest(self.widths), {}, {}, {})
 
-    def _analyse(
-        self, model: nn.Module, inputs: Inputs, timestep: str | None = None, memory: Memory | None = None
-    ) -> Analysis:
-        with self._dense():
-            return analyse(model, inputs, timestep or self.timestep, self._narrow, memory)
+    def _given(self, model: nn.Module, inputs: Inputs, memory: Memory, program: Program | None = None) -> Compilation:
+        """What a run of the passes begins with: the first one, or one that adds to `program`."""
+        self._runs += 1
+        return Compilation(
+            model,
+            inputs,
+            timestep=self.timestep if program is None else program.manifest.timestep,
+            narrow=self.elastic.narrow if self.elastic is not None else None,
+            widths=self.widths,
+            time_dim=self.elastic.router_config.time_dim if self.elastic is not None and self._unrouted else None,
+            memory=memory,
+            program=self.untraced() if program is None else program,
+        )
 
-    @property
-    def _narrow(self) -> Sequence[str] | None:
-        """Names of the states whose MLPs are narrowed, of an elastic model that says so."""
-        return self.elastic.narrow if self.elastic is not None else None
+    def _run(self, compilation: Compilation, until: str | None = None) -> Compilation:
+        with self._dense():
+            folder = self.dump if self.dump is None or self._runs < 2 else self.dump / f"run-{self._runs}"
+            return run_passes(compilation, self.passes, until, folder)
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
@@ -310,11 +330,3 @@ def _attributes(model: nn.Module) -> dict[str, bool | int | float | str | None]:
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:
     reasons = [f"{refusal.where}: {refusal.reason}" for report in reports for refusal in report.refused]
     return f"no block of {type(model).__name__} can be guarded. " + ("; ".join(reasons) or "It has no list of modules")
-
-
-def _log(reports: Sequence[Any]) -> None:
-    for report in reports:
-        for line in report.done:
-            log.info("%s: %s", report.name, line)
-        for refusal in report.refused:
-            log.info("%s: left %s alone: %s", report.name, refusal.where, refusal.reason)

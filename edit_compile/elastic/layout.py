@@ -15,11 +15,13 @@ from torch.utils import _pytree as pytree
 from edit_compile.elastic.adapters import adapters_aside
 from edit_compile.progress import shown
 from passes.adapt import packings_within
+from passes.compilation import Compilation, Group
 from passes.coverage import Coverage
 from passes.experts import dense_experts
 from passes.graph import BlockSite, MlpSite
 from passes.packing import Packing, Samples
-from passes.pipeline import Analysis, Group, analyse
+from passes.pipeline import PASSES as _COMPILING
+from passes.pipeline import run_passes
 
 _PLAIN = Packing()
 
@@ -120,26 +122,42 @@ def find_layout(
         ElasticError: no block was found; the message lists what was refused and why.
     """
     with adapters_aside(model), shown(f"finding the blocks of {type(model).__name__}"):
-        analysis = analyse(model, inputs, timestep, narrow)
-        layout = layout_of(analysis, time_dim)
-    warning = Coverage.of(analysis).warning
+        found = run_passes(Compilation(model, inputs, timestep, narrow), PASSES, until="streams")
+        layout = layout_of(found, time_dim)
+    warning = Coverage.of(found).warning
     if warning is not None:
         warnings.warn(f"elasticize {warning}", stacklevel=2)
     return layout
 
 
-def layout_of(analysis: Analysis, time_dim: int) -> Layout:
-    """The layout of an analysed model; ElasticError where it has no block."""
-    if not analysis.groups:
-        refused = [refusal for report in analysis.reports for refusal in report.refused]
+class FindLayout:
+    """Find what routers read of the blocks, and where MLPs are masked; nothing where no routers are to be made."""
+
+    name = "layout"
+
+    def run(self, compilation: Compilation) -> Compilation:
+        """With a `layout`; raises ElasticError where routers cannot read a stream, or masks reach no MLP."""
+        if compilation.time_dim is None or not compilation.groups:
+            return compilation
+        return replace(compilation, layout=layout_of(compilation, compilation.time_dim))
+
+
+PASSES = _COMPILING.with_pass(FindLayout(), after="streams")
+"""What `edit_compile.compile` runs; `elasticize` runs it as far as it needs."""
+
+
+def layout_of(compilation: Compilation, time_dim: int) -> Layout:
+    """The layout of a model whose MLPs were found; ElasticError where it has no block."""
+    if not compilation.groups:
+        refused = [refusal for report in compilation.reports for refusal in report.refused]
         reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in refused) or "no candidates"
-        raise ElasticError(f"no elastic block found in {type(analysis.discovery.model).__name__} ({reasons})")
-    masks = _masks_of(analysis)
-    blocks = []
-    for index, site in enumerate(analysis.discovery.blocks):
-        own = analysis.group_of[index]
-        blocks.append(_block_layout(site, analysis.groups[own], masks[own], time_dim))
-    return Layout(analysis.discovery.timestep, tuple(blocks), analysis.discovery.samples)
+        raise ElasticError(f"no elastic block found in {type(compilation.model).__name__} ({reasons})")
+    masks, discovery = _masks_of(compilation), compilation.discovery
+    blocks = [
+        _block_layout(site, compilation.groups[own], masks[own], time_dim)
+        for site, own in zip(compilation.blocks, compilation.group_of, strict=True)
+    ]
+    return Layout(discovery.timestep, tuple(blocks), discovery.samples)
 
 
 def fill_routers(routers: Sequence[nn.Module], layout: Layout, tensors: Sequence[Mapping[str, Tensor]]) -> None:
@@ -203,10 +221,9 @@ def _shape(leaf: object) -> tuple[int, ...]:
     return tuple(leaf.shape)
 
 
-def _masks_of(analysis: Analysis) -> list[tuple[MaskedInput, ...]]:
+def _masks_of(compilation: Compilation) -> list[tuple[MaskedInput, ...]]:
     """The masks of each group's blocks, found in the first of them."""
-    firsts = [analysis.discovery.blocks[group.members[0]] for group in analysis.groups]
-    pairs = list(zip(firsts, analysis.groups, strict=True))
+    pairs = [(group.first, group) for group in compilation.groups]
     found = {
         site.name: [mask for mlp in group.sites for mask in _masks(site.module, group.graph.weights, mlp)]
         for site, group in pairs
@@ -214,7 +231,7 @@ def _masks_of(analysis: Analysis) -> list[tuple[MaskedInput, ...]]:
     experts = {f"{s.name}.{name}": s.module.get_submodule(name) for s, group in pairs for name in group.graph.experts}
     names = [f"{block}.{mask.module}" for block, masks in found.items() for mask in masks]
     with dense_experts(experts):
-        packings = packings_within(analysis.discovery, names)
+        packings = packings_within(compilation.discovery, names)
     for name in names:
         if name not in packings or packings[name].shared:
             raise ElasticError(

@@ -11,9 +11,10 @@ from torch import Tensor
 from edit_compile.elastic.layout import ElasticError
 from edit_compile.elastic.straight_through import Routing
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.compilation import Compilation
 from passes.cost import model_flops
-from passes.pipeline import analyse
-from passes.plans import costs_of, plan_groups
+from passes.pipeline import run_passes
+from passes.plans import costs_of
 
 
 def block_shares(elastic: ElasticTransformer, inputs: Mapping[str, Any]) -> Tensor:
@@ -23,15 +24,15 @@ def block_shares(elastic: ElasticTransformer, inputs: Mapping[str, Any]) -> Tens
     """
     widths = elastic.router_config.widths
     with elastic.detached():
-        analysis = analyse(elastic.model, inputs, elastic.timestep, elastic.narrow)
-        planned, _ = plan_groups(analysis, widths)
-        whole = model_flops(elastic.model, analysis.discovery.buckets[0][0])
-    found = [site.name for site in analysis.discovery.blocks]
+        given = Compilation(elastic.model, inputs, elastic.timestep, elastic.narrow, widths)
+        made = run_passes(given, until="plans")
+        whole = model_flops(elastic.model, made.discovery.buckets[0][0])
+    found = [site.name for site in made.blocks]
     if elastic.layout is None or found != [block.name for block in elastic.layout.blocks]:
         raise ElasticError(f"{len(found)} blocks are found in the recorded calls, others than those with routers")
-    flops = {(cost.plan, cost.variant): cost.flops for cost in costs_of(planned, 0)}
-    plan_of = {member: item.plan for item in planned for member in item.group.members}
-    rows = [[flops[plan.id, plan.variant_at(width)] for width in widths] for _, plan in sorted(plan_of.items())]
+    flops = {(cost.plan, cost.variant): cost.flops for cost in costs_of(made.planned, 0)}
+    plans = [made.planned[owner].plan for owner in made.group_of]
+    rows = [[flops[plan.id, plan.variant_at(width)] for width in widths] for plan in plans]
     return torch.tensor(rows, dtype=torch.float32) / whole
 
 

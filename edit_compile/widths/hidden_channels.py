@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.compilation import Compilation
 from passes.graph import BlockGraph, MlpSite, Slot
-from passes.pipeline import Analysis
 
 Holder = tuple[int, str]
 """A module, by its id, and the name that it has for a tensor."""
@@ -80,11 +80,11 @@ class HiddenChannels:
             part.take(order)
 
 
-def hidden_channels(model: nn.Module, analysis: Analysis) -> tuple[HiddenChannels, ...]:
+def hidden_channels(model: nn.Module, compilation: Compilation) -> tuple[HiddenChannels, ...]:
     """All MLPs that the passes found in `model`, in order of execution; each once, also where blocks share it."""
     found: dict[frozenset[tuple[int, ...]], HiddenChannels] = {}
-    for index, block in enumerate(analysis.discovery.blocks):
-        group = analysis.groups[analysis.group_of[index]]
+    for block, owner in zip(compilation.blocks, compilation.group_of, strict=True):
+        group = compilation.groups[owner]
         for site in group.sites:
             own = _of_site(block.name, model.get_submodule(block.name), group.graph, site)
             key = frozenset(part.key for part in own.parts) or frozenset({(len(found), 0, 0, 0)})

@@ -27,7 +27,8 @@ from examples.fashion_mnist.data import CLASSES, to_patches
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.sample import sample
 from passes.check import masked
-from passes.pipeline import Analysis, analyse
+from passes.compilation import Compilation
+from passes.pipeline import analyse
 
 WIDTHS = (0.75, 0.5, 0.25)
 ROWS = (("as trained", False, False), ("ordered", True, False), ("ordered and centred", True, True))
@@ -56,7 +57,7 @@ def qualities(model: nn.Module, generations: Sequence[Generation], widths: Seque
 
 
 @contextmanager
-def at_width(model: nn.Module, found: Analysis, width: float) -> Iterator[None]:
+def at_width(model: nn.Module, found: Compilation, width: float) -> Iterator[None]:
     """Inside the ``with`` block all MLPs of `model` see their first channels alone, as when it is compiled."""
     with ExitStack() as masks:
         for index, block in enumerate(found.discovery.blocks):
