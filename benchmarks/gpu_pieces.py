@@ -18,7 +18,7 @@ from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from edit_compile.measuring.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.measuring.timing import Spread, interleaved, timed
-from passes.check import TOLERANCE, distance, largest
+from passes.program.check import TOLERANCE, distance, largest
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from edit_compile.measuring.machine import describe_machine, summary
-from passes.compilation import Compilation, Group
-from passes.graph import MlpSite, Report
-from passes.onnx_format import LowerError
+from passes.graphs.graph import MlpSite, Report
+from passes.lowering.onnx_format import LowerError
+from passes.program.compilation import Compilation, Group
 from runtime.base.errors import EngineError
 from runtime.bundle.spec import Manifest
 

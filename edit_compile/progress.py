@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from passes.progress import telling
+from passes.graphs.progress import telling
 
 _PATIENCE = 2.0
 log = logging.getLogger(__name__)

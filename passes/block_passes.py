@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from passes.compilation import Changed, Compilation, Group, Refused
-from passes.dedupe import group_blocks
-from passes.discover import discover
-from passes.export import ExportError, export_block
-from passes.graph import BlockGraph, BlockSite, Discovery, Refusal, Report
-from passes.heads import one_head
-from passes.memory import computes
-from passes.mlp import find_sites
-from passes.progress import tell
-from passes.real import complex_to_real
-from passes.settled import settled_leaves
-from passes.states import find_states
-from passes.streams import check_names, choose_sites
-from passes.weightless import weightless
+from passes.blocks.complex_to_real import complex_to_real
+from passes.blocks.export import ExportError, export_block
+from passes.blocks.headless_attention import one_head
+from passes.graphs.graph import BlockGraph, BlockSite, Discovery, Refusal, Report
+from passes.graphs.progress import tell
+from passes.graphs.weightless import weightless
+from passes.mlp.sites import find_sites
+from passes.mlp.written_states import check_names, choose_sites
+from passes.observe.dedupe import group_blocks
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
+from passes.observe.settled import settled_leaves
+from passes.program.compilation import Changed, Compilation, Group, Refused
+from passes.program.memory import computes
 
 
 class GroupPass:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import fx
 
-from passes.compilation import Compilation, Group
-from passes.streams import state_names
+from passes.mlp.written_states import state_names
+from passes.program.compilation import Compilation, Group
 
 
 def start(folder: Path, compilation: Compilation) -> None:

@@ -1,7 +1,7 @@
 """The passes in order, and what runs them: from a model and example inputs to a program.
 
-Every pass has a `name` and ``run(compilation) -> compilation`` (see passes.compilation). A block that a pass refuses
-stays in the glue as it is; a report says where and why.
+Every pass has a `name` and ``run(compilation) -> compilation`` (see passes.program.compilation). A block that a pass
+refuses stays in the glue as it is; a report says where and why.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Protocol
 
 from torch import nn
 
-from passes.assemble import Assemble
 from passes.block_passes import GROWTH, HEADS, MLPS, REAL, STATES, Dedupe, Discover, Export, Streams
-from passes.check import CheckError
-from passes.compilation import Compilation, PassError
+from passes.blocks.export import ExportError, validate
 from passes.dump import graph_texts, modules, start, write_pass
-from passes.export import ExportError, validate
-from passes.glue import Guards
-from passes.lower import Lower, check_proven
-from passes.plans import Plans, Widths
+from passes.lowering.lower import Lower, check_proven
+from passes.program.assemble import Assemble
+from passes.program.check import CheckError
+from passes.program.compilation import Compilation, PassError
+from passes.program.glue import Guards
+from passes.program.plans import Plans, Widths
 
 log = logging.getLogger(__name__)
 

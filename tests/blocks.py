@@ -1,4 +1,4 @@
-"""Graphs of blocks for the tests of passes.mlp and passes.widths."""
+"""Graphs of blocks for the tests of passes.mlp.sites and passes.mlp.weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from passes.graph import BlockGraph, MlpSite, PlanGraph
-from passes.mlp import find_sites
-from passes.widths import site_rows
+from passes.graphs.graph import BlockGraph, MlpSite, PlanGraph
+from passes.mlp.sites import find_sites
+from passes.mlp.weights import site_rows
 
 aten = torch.ops.aten
 OPERATORS = {

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.layout import layout_of
 from edit_compile.elastic.transformer import ElasticTransformer
-from passes.check import check_equal
-from passes.compilation import Compilation
-from passes.graph import Report
+from passes.graphs.graph import Report
+from passes.program.check import check_equal
+from passes.program.compilation import Compilation
 from runtime.bundle.spec import Manifest, RouterConfig
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP

@@ -21,7 +21,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from benchmarks.configurations import SMALL, Configuration, Place
 from edit_compile.compiling.compiler import WIDTHS, Tracer
-from passes import block_passes, lower, pipeline
+from passes import block_passes, pipeline
+from passes.lowering import lower
 from runtime.bundle.program import Program
 
 NAME = "elsewhere"

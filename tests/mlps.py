@@ -1,4 +1,4 @@
-"""MLPs written in ATen operators: what passes.mlp must find and passes.widths must narrow.
+"""MLPs written in ATen operators: what passes.mlp.sites must find and passes.mlp.weights must narrow.
 
 Each takes the hidden size H and gives a block whose state is x (3, 5, 8).
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from passes.graph import BlockGraph
+from passes.graphs.graph import BlockGraph
 from tests.blocks import written
 
 aten = torch.ops.aten

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.check import masked
-from passes.compilation import Compilation
-from passes.states import leaf_paths
+from passes.observe.residuals import leaf_paths
+from passes.program.check import masked
+from passes.program.compilation import Compilation
 
 SKIP, REUSE = 0.0, -1.0
 

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 import edit_compile
 from edit_compile.elastic.layout import Layout
 from edit_compile.elastic.transformer import ElasticTransformer
-from passes.adapt import find_adapter, leads
-from passes.discover import discover
-from passes.graph import BlockSite, Call, Run
-from passes.packing import Packing
+from passes.graphs.batch_layout import Packing
+from passes.graphs.graph import BlockSite, Call, Run
+from passes.observe.adapt import find_adapter, leads
+from passes.observe.discover import discover
 from passes.pipeline import analyse
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy

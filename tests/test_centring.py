@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import edit_compile
 from edit_compile import ScheduledPolicy, order_channels
 from edit_compile.elastic.centring import Centred, centred_linears, exchange
-from passes.check import check_equal, masked
 from passes.pipeline import analyse
+from passes.program.check import check_equal, masked
 from tests.models import noise, tiny_flux
 from tests.test_experts import Mixture
 from tests.test_experts import case as experts

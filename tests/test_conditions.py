@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import edit_compile
-from passes.discover import DiscoveryError
+from passes.observe.discover import DiscoveryError
 from tests import conditions as c
 from tests.conditions import of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from passes.constant import known_counts
+from passes.blocks.fold_counts import known_counts
 from tests.models import noise
 
 Counts = Callable[[Tensor], list[int]]

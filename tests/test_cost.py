@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from passes.cost import count_flops, hosted_flops
-from passes.graph import Run
+from passes.graphs.cost import count_flops, hosted_flops
+from passes.graphs.graph import Run
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

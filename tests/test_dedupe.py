@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from passes.dedupe import group_blocks, plan_id
-from passes.discover import discover
-from passes.graph import BlockGraph, PlanGraph, WeightPiece
+from passes.graphs.graph import BlockGraph, PlanGraph, WeightPiece
+from passes.observe.dedupe import group_blocks, plan_id
+from passes.observe.discover import discover
 from tests.models import PlainBlock, PlainDiT, noise, randomised, tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 
 

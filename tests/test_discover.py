@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from passes.discover import DiscoveryError, discover
-from passes.doubling import disturbed, double, other_steps
+from passes.observe.batch_probe import disturbed, double, other_steps
+from passes.observe.discover import DiscoveryError, discover
 from tests.models import noise, tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 
 DIM = 8

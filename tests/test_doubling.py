@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.discover import DiscoveryError, discover
-from passes.doubling import batches_of, double, doublings, opaque, told_by
-from passes.graph import Discovery
-from passes.packing import Samples
+from passes.graphs.batch_layout import Samples
+from passes.graphs.graph import Discovery
+from passes.observe.batch_probe import batches_of, double, doublings, opaque, told_by
+from passes.observe.discover import DiscoveryError, discover
 from tests.models import noise, randomised
 
 DIM = 8

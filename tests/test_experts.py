@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.discover import discover
-from passes.experts import dense_experts, find_experts
-from passes.export import ExportError, export_block
-from passes.states import find_states
+from passes.blocks.experts import dense_experts, find_experts
+from passes.blocks.export import ExportError, export_block
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import check, follow_decisions, train_routers
 from tests.models import noise, randomised

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from passes.discover import discover
-from passes.export import ExportError, export_block, leaf_names, validate, weight_values
-from passes.graph import BlockGraph, Discovery, States
-from passes.plain import identifier
-from passes.states import find_states
+from passes.blocks.export import ExportError, export_block, leaf_names, validate, weight_values
+from passes.blocks.functional import identifier
+from passes.graphs.graph import BlockGraph, Discovery, States
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
 from tests.models import noise, randomised, tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 
 DIM = 8

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from passes.flex import dense_attention
-from passes.plain import plain
+from passes.blocks.flex_attention import dense_attention
+from passes.blocks.functional import plain
 from tests.models import noise
 
 BATCH, HEADS, QUERIES, KEYS, CHANNELS = 2, 3, 5, 7, 16

@@ -49,7 +49,7 @@ def test_a_call_beside_a_trace_in_another_thread_is_as_if_alone(plainly: bool, m
 
 
 def test_hooks_of_a_trace_see_their_own_thread_alone() -> None:
-    from passes.record import record
+    from passes.graphs.record import record
 
     model, inputs = tiny_plain()
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.compiling.compiler import Tracer
-from passes.check import CheckError, check_open, check_widths, glue_outputs
-from passes.compilation import Compilation
-from passes.export import weight_values
-from passes.graph import Run
-from passes.guards import GlueGraph, GuardError, guard_glue, tensor_arguments
+from passes.blocks.export import weight_values
+from passes.glue.export import GuardError, guard_glue
+from passes.graphs.glue_graph import GlueGraph, tensor_arguments
+from passes.graphs.graph import Run
 from passes.pipeline import analyse, run_passes
+from passes.program.check import CheckError, check_open, check_widths, glue_outputs
+from passes.program.compilation import Compilation
 from runtime.base.guard import answering, guard
 from runtime.bundle.spec import Manifest
 from tests.models import noise, randomised, tiny_dit, tiny_flux

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from passes.heads import one_head
+from passes.blocks.headless_attention import one_head
 from tests.models import noise
 from tests.test_real import trace
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import edit_compile
 from edit_compile import RoutingPolicy
 from edit_compile.compiling.compiler import Tracer
-from passes.discover import DiscoveryError
-from passes.graph import Call
+from passes.graphs.graph import Call
+from passes.observe.discover import DiscoveryError
 from tests.models import PlainDiT, noise, randomised, tiny_flux
 from tests.test_growth import agree, eager, lazily, of_skipping, opened
 
@@ -81,7 +81,7 @@ def recorded() -> list[Call]:
 
 
 def test_nothing_that_was_recorded_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from passes import discover
+    from passes.observe import discover
 
     seen: list[weakref.ref[Tensor]] = []
     others = recorded()  # those of other tests, whose fixtures hold them: kept here, so that identity tells

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edit_compile.elastic.straight_through import Routing, channel_mask, choose_width, gate
 from edit_compile.training.losses import PRESETS, Budget, budget_losses, gate_loss, width_loss
-from passes.widths import site_rows
+from passes.mlp.weights import site_rows
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.compiling.compiler import Tracer
-from passes import lower
-from passes.compilation import Compilation, Planned
-from passes.cost import variant_cost, weight_stand_ins
-from passes.lower import Files, lower_plan
+from passes.graphs.cost import variant_cost, weight_stand_ins
+from passes.lowering import lower
+from passes.lowering.lower import Files, lower_plan
 from passes.pipeline import run_passes
+from passes.program.compilation import Compilation, Planned
 from runtime.bundle import archive as pt2
 from runtime.face.transformer import CompiledTransformer
 from tests.models import noise, randomised, tiny_dit

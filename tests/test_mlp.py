@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.graph import BlockGraph, Slot
-from passes.mlp import find_sites
+from passes.graphs.graph import BlockGraph, Slot
+from passes.mlp.sites import find_sites
 from tests import mlps
 from tests.blocks import hiddens, written
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx._internal.exporter._registration import onnxscript_apis
 
-from passes.onnx_format import LowerError, to_onnx
+from passes.lowering.onnx_format import LowerError, to_onnx
 from tests.sessions import open_session
 
 

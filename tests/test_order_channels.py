@@ -15,8 +15,8 @@ import edit_compile
 from edit_compile import CallsError, EditError, OrderError, Recording, order_channels
 from edit_compile.calls.repeated_calls import chosen_calls
 from edit_compile.widths.channel_statistics import Moments
-from passes.check import check_equal, masked
 from passes.pipeline import analyse
+from passes.program.check import check_equal, masked
 from tests.models import noise, randomised, tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 from tests.test_experts import Mixture, Mlp
 from tests.test_experts import Model as Experts

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 import edit_compile
 from passes.block_passes import GroupPass
-from passes.check import CheckError
-from passes.compilation import Compilation, Group, PassError, Refused
-from passes.graph import Refusal, Report
-from passes.memory import Memory
+from passes.graphs.graph import Refusal, Report
 from passes.pipeline import PASSES, Passes, run_passes
+from passes.program.check import CheckError
+from passes.program.compilation import Compilation, Group, PassError, Refused
+from passes.program.memory import Memory
 from tests.models import noise, randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no routers:UserWarning")

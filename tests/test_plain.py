@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from passes.plain import plain
+from passes.blocks.functional import plain
 
 
 class Squeezing(nn.Module):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import edit_compile
 from edit_compile import progress
-from passes.progress import tell, telling
+from passes.graphs.progress import tell, telling
 from tests.unprepared import UNTRAINED, Net, dry, inputs
 
 pytestmark = UNTRAINED

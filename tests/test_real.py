@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from passes.discover import discover
-from passes.export import export_block, validate
-from passes.plain import plain
-from passes.real import complex_to_real
-from passes.states import find_states
+from passes.blocks.complex_to_real import complex_to_real
+from passes.blocks.export import export_block, validate
+from passes.blocks.functional import plain
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
 from tests.models import noise, randomised
 
 

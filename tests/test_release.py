@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import edit_compile
 from edit_compile import ElasticTransformer
 from edit_compile.elastic.release import NARROW, POLICY
-from passes.check import check_equal
+from passes.program.check import check_equal
 from runtime.bundle.spec import RouterConfig
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED

@@ -15,7 +15,7 @@ import edit_compile
 from edit_compile import ElasticError
 from edit_compile.elastic.release import POLICY
 from edit_compile.elastic.tensor_file import TensorFile
-from passes.check import check_equal
+from passes.program.check import check_equal
 from tests.released import BLOCKS, DIM, HIDDEN, Weights, checkpoint, qwen, router_weights, written
 
 

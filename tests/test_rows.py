@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.discover import DiscoveryError, discover
-from passes.packing import Packing, Samples
+from passes.graphs.batch_layout import Packing, Samples
+from passes.observe.discover import DiscoveryError, discover
 from runtime.face.transformer import CompiledTransformer
 from tests.catalogue import follow_decisions, train_routers
 from tests.models import noise, randomised

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.discover import discover
-from passes.export import ExportError, export_block, weight_values
-from passes.graph import BlockGraph
-from passes.states import find_states
+from passes.blocks.export import ExportError, export_block, weight_values
+from passes.graphs.graph import BlockGraph
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
 from runtime.base.errors import BundleError
 from runtime.base.rows import one_row, row_by_row
 from runtime.bundle.checks import check

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.discover import discover
-from passes.graph import BlockSite
-from passes.states import find_states, leaf_paths
+from passes.graphs.graph import BlockSite
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states, leaf_paths
 from tests.models import noise, randomised, tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 
 DIM = 8

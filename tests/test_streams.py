@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.graph import BlockGraph
-from passes.mlp import find_sites
-from passes.streams import StreamError, check_names, choose_sites, written_states
+from passes.graphs.graph import BlockGraph
+from passes.mlp.sites import find_sites
+from passes.mlp.written_states import StreamError, check_names, choose_sites, written_states
 from tests.blocks import written
 
 aten = torch.ops.aten

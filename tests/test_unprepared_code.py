@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import edit_compile
-from passes.uncompiled import uncompiled
+from passes.graphs.uncompiled import uncompiled
 from tests.unprepared import UNTRAINED, Block, Net, close, dry, guarded, inputs, masked, reasons
 
 pytestmark = UNTRAINED

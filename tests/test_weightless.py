@@ -18,9 +18,9 @@ from benchmarks.full_size import measure
 from edit_compile.cli import app
 from edit_compile.compiling.compiler import CompileError
 from edit_compile.loading import UserError, load_model, save_inputs
-from passes.discover import discover
-from passes.states import find_states
-from passes.weightless import known_zeros, zeros_for
+from passes.graphs.weightless import known_zeros, zeros_for
+from passes.observe.discover import discover
+from passes.observe.residuals import find_states
 from tests.models import tiny_flux
 from tests.zoo import CASES
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from passes.graph import BlockGraph, MlpSite, PlanGraph
-from passes.mlp import find_sites
-from passes.widths import at_widths, site_rows
+from passes.graphs.graph import BlockGraph, MlpSite, PlanGraph
+from passes.mlp.sites import find_sites
+from passes.mlp.weights import at_widths, site_rows
 from tests import mlps
 from tests.blocks import exported, masked, random_tensors, run_variant, written
 from tests.sessions import open_session

@@ -11,7 +11,7 @@ import pytest
 from diffusers.models import transformers
 
 from benchmarks.models import DOCUMENT, flops_left, kind_of
-from passes.discover import DiscoveryError
+from passes.observe.discover import DiscoveryError
 from runtime.base.errors import EngineError
 from tests.catalogue import ENGINES, check
 from tests.zoo import CASES, LEFT_OUT

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from edit_compile.compiling.compiler import Tracer
-from passes.calling import Calling, Guard, guarded_copy
-from passes.compilation import Compilation
+from passes.glue.calling import Calling, Guard, guarded_copy
+from passes.program.compilation import Compilation
 
 
 class Watched(Tracer):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edit_compile.calls.generations import CallsError, Generation, RecordedCall
-from passes.latents import find_latents
+from passes.observe.latents import find_latents
 from runtime.face.arguments import flatten
 from runtime.face.transformer import CompiledTransformer
 

@@ -127,7 +127,7 @@ def compile_model(
     from edit_compile.compiling.compiler import compile as run
     from edit_compile.elastic.transformer import elasticize
     from edit_compile.loading import UserError, load_model, parse_numbers
-    from passes.weightless import weightless
+    from passes.graphs.weightless import weightless
     from runtime.routing.policy import RoutingPolicy
 
     if output is None and not dry_run:

@@ -14,8 +14,8 @@ from edit_compile.compiling.tracer import CompileError, Tracer
 from edit_compile.elastic.layout import PASSES
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.graphs.weightless import weightless
 from passes.pipeline import Pass
-from passes.weightless import weightless
 from runtime import engines
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program

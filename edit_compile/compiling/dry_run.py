@@ -12,12 +12,12 @@ from rich.table import Table
 
 from edit_compile.elastic.layout import Layout
 from edit_compile.elastic.transformer import ElasticTransformer
-from passes.compilation import Compilation, Planned
-from passes.cost import count_flops, variant_cost
-from passes.coverage import Coverage
-from passes.graph import Refusal, Report
+from passes.graphs.cost import count_flops, variant_cost
+from passes.graphs.graph import Refusal, Report
+from passes.mlp.weights import site_rows
 from passes.pipeline import Pass
-from passes.widths import site_rows
+from passes.program.compilation import Compilation, Planned
+from passes.program.coverage import Coverage
 from runtime.routing.router import Router
 
 

@@ -24,17 +24,17 @@ from edit_compile.elastic.layout import PASSES, Layout
 from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.progress import shown
-from passes.assemble import Source, numbered_routers
-from passes.check import CheckError, check_equal, masked
-from passes.compilation import Compilation, PassError
-from passes.coverage import Coverage
-from passes.graph import MlpSite, Report
-from passes.memory import Memory
+from passes.graphs.graph import MlpSite, Report
+from passes.graphs.progress import tell
+from passes.graphs.record import undisturbed
+from passes.graphs.uncompiled import unwrapped
+from passes.graphs.weightless import UNCHECKED, weightless
 from passes.pipeline import Pass, check_passes, run_passes
-from passes.progress import tell
-from passes.record import undisturbed
-from passes.uncompiled import unwrapped
-from passes.weightless import UNCHECKED, weightless
+from passes.program.assemble import Source, numbered_routers
+from passes.program.check import CheckError, check_equal, masked
+from passes.program.compilation import Compilation, PassError
+from passes.program.coverage import Coverage
+from passes.program.memory import Memory
 from runtime.base.errors import EditError
 from runtime.bundle.program import Program
 from runtime.face.arguments import argument_names, find_glue, flatten

@@ -12,7 +12,7 @@ from torch import Tensor
 from edit_compile.elastic.layout import Layout
 from edit_compile.elastic.rule import Rule
 from edit_compile.elastic.straight_through import Routing
-from passes.packing import Packing
+from passes.graphs.batch_layout import Packing
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.adapters import adapters_aside
 from edit_compile.progress import shown
-from passes.adapt import packings_within
-from passes.compilation import Compilation, Group
-from passes.coverage import Coverage
-from passes.experts import dense_experts
-from passes.graph import BlockSite, MlpSite
-from passes.packing import Packing, Samples
+from passes.blocks.experts import dense_experts
+from passes.graphs.batch_layout import Packing, Samples
+from passes.graphs.graph import BlockSite, MlpSite
+from passes.observe.adapt import packings_within
 from passes.pipeline import PASSES as _COMPILING
 from passes.pipeline import run_passes
+from passes.program.compilation import Compilation, Group
+from passes.program.coverage import Coverage
 
 _PLAIN = Packing()
 
@@ -58,9 +58,9 @@ class BlockLayout:
     input leaf of the time embedding (B, `time_dim`), None where the router gets a sinusoidal embedding of the timestep,
     `time_dim` channels wide. `packings` tell how each state holds the batch (one row per sample in dimension 0 where
     there are none), `time_packing` how the time embedding does. `experts` names the modules whose experts all run on
-    every token, as in the block's graph (see passes.experts), so that channels can be masked per sample. `places` and
-    `time_place` are where states and time embedding stand by name, so that a call may pass them in another way, and
-    leave out or add others; a layout stored before schema 3 has none, and counts leaves.
+    every token, as in the block's graph (see passes.blocks.experts), so that channels can be masked per sample.
+    `places` and `time_place` are where states and time embedding stand by name, so that a call may pass them in another
+    way, and leave out or add others; a layout stored before schema 3 has none, and counts leaves.
     """
 
     name: str
@@ -115,8 +115,8 @@ def find_layout(
     """Run the passes on `model` called with `inputs`, and keep what routers need.
 
     `timestep` names the argument that holds the timestep, where its name does not tell. `narrow` names the states whose
-    MLPs are masked (see passes.streams); without it, all are. Adapters of peft are left out of sight: blocks are found,
-    and named, as they are without.
+    MLPs are masked (see passes.mlp.written_states); without it, all are. Adapters of peft are left out of sight: blocks
+    are found, and named, as they are without.
 
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passes.widths import site_rows
+from passes.mlp.weights import site_rows
 
 
 @dataclass(frozen=True)

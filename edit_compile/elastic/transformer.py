@@ -21,8 +21,8 @@ from edit_compile.elastic.recomputation import active
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace
 from edit_compile.elastic.rule import Rule
 from edit_compile.elastic.straight_through import Routing
-from passes.experts import dense_experts
-from passes.uncompiled import compiles, uncompiled, unwrapped
+from passes.blocks.experts import dense_experts
+from passes.graphs.uncompiled import compiles, uncompiled, unwrapped
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router

@@ -11,10 +11,10 @@ from torch import Tensor
 from edit_compile.elastic.layout import ElasticError
 from edit_compile.elastic.straight_through import Routing
 from edit_compile.elastic.transformer import ElasticTransformer
-from passes.compilation import Compilation
-from passes.cost import model_flops
+from passes.graphs.cost import model_flops
 from passes.pipeline import run_passes
-from passes.plans import costs_of
+from passes.program.compilation import Compilation
+from passes.program.plans import costs_of
 
 
 def block_shares(elastic: ElasticTransformer, inputs: Mapping[str, Any]) -> Tensor:

@@ -15,10 +15,10 @@ from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.widths.channel_statistics import Moments, means, watched
 from edit_compile.widths.hidden_channels import HiddenChannels, hidden_channels
 from edit_compile.widths.ordered_mlp import OrderedMlp, OrderError, ordered_mlp
-from passes.check import CheckError, check_equal
+from passes.graphs.record import undisturbed
+from passes.graphs.weightless import weightless
 from passes.pipeline import analyse
-from passes.record import undisturbed
-from passes.weightless import weightless
+from passes.program.check import CheckError, check_equal
 from runtime.face.transformer import CompiledTransformer
 
 

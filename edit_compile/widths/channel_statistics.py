@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.widths.hidden_channels import Contracted, HiddenChannels
-from passes.record import here
+from passes.graphs.record import here
 
 
 class Moments:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.compilation import Compilation
-from passes.graph import BlockGraph, MlpSite, Slot
+from passes.graphs.graph import BlockGraph, MlpSite, Slot
+from passes.program.compilation import Compilation
 
 Holder = tuple[int, str]
 """A module, by its id, and the name that it has for a tensor."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edit_compile.widths.channel_statistics import Moments, importance
 from edit_compile.widths.hidden_channels import HiddenChannels
-from passes.widths import site_rows
+from passes.mlp.weights import site_rows
 from runtime.base.errors import EditError
 
 

@@ -31,7 +31,7 @@ from examples.fashion_mnist.contestants import Contestant, Draw, everyone
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.finals import Final, Held, Result, commit, decibels
 from examples.fashion_mnist.sample import STEPS, sample_patches
-from passes.cost import counting
+from passes.graphs.cost import counting
 
 SHARES = (0.5, 0.36, 0.25, 0.15)
 

@@ -26,9 +26,9 @@ from edit_compile.widths.channel_order import order_channels
 from examples.fashion_mnist.data import CLASSES, to_patches
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.sample import sample
-from passes.check import masked
-from passes.compilation import Compilation
 from passes.pipeline import analyse
+from passes.program.check import masked
+from passes.program.compilation import Compilation
 
 WIDTHS = (0.75, 0.5, 0.25)
 ROWS = (("as trained", False, False), ("ordered", True, False), ("ordered and centred", True, True))

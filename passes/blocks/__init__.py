@@ -1,0 +1,1 @@
+"""From a block's code to a graph of plain operators on real numbers."""

@@ -1,0 +1,149 @@
+"""A block's code followed by torch.export, as a function of the tensors that it is called with.
+
+All else that it is called with is baked in: plain values, modules that hold no parameters (their tensors become
+constants), and numbers that the code reads where these are the same in every call (passes.blocks.reading).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from passes.blocks.quiet_export import exported, stopping_quietly, why
+from passes.blocks.reading import LARGEST, Reading, same_numbers
+from passes.graphs.graph import BlockSite, Call, States
+from passes.graphs.naming import held_tensors, spoken
+from passes.graphs.record import undisturbed
+from passes.graphs.weightless import hollow
+from runtime.base.errors import EditError
+
+_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
+
+
+class ExportError(EditError):
+    """A block that has no faithful graph; the message says why."""
+
+
+class ReadError(ExportError):
+    """A block whose code reads numbers out of a tensor, so that it has no graph."""
+
+
+def check_constants(site: BlockSite) -> None:
+    """Every leaf that is no tensor must be a plain value or a module without parameters, and the same in all runs."""
+    for at, leaf in enumerate(site.calls[0].leaves):
+        if isinstance(leaf, Tensor):
+            continue
+        name, kind = spoken(site.module, site.calls[0], at), type(leaf).__name__
+        if isinstance(leaf, nn.Module):
+            if next(leaf.parameters(), None) is not None:
+                raise ExportError(
+                    f"{site.name}: {name} is a {kind} with parameters: hold it in the block, or pass what it gives"
+                )
+        elif not isinstance(leaf, _BAKEABLE):
+            raise ExportError(f"{site.name}: {name} is a {kind}: pass tensors and plain values")
+        if any(call.leaves[at] != leaf for call in site.calls):
+            told = f"a {kind}" if isinstance(leaf, nn.Module) else repr(leaf)
+            raise ExportError(f"{site.name}: {name} ({told}) is no tensor and differs between runs")
+
+
+class _Flat(nn.Module):
+    """The block as a function of its tensor leaves; modules among the others are held, so that their tensors are seen.
+
+    `known` are numbers of leaves, by position, `held` those of the block's own tensors, by name.
+    """
+
+    def __init__(
+        self,
+        site: BlockSite,
+        call: Call,
+        tensors: Sequence[int],
+        outputs: Sequence[int],
+        known: Mapping[int, Tensor],
+        held: Mapping[str, Tensor],
+        reading: Reading,
+    ) -> None:
+        super().__init__()
+        self.block = site.module
+        self.given = nn.ModuleList(leaf for leaf in call.leaves if isinstance(leaf, nn.Module))
+        self._call = Call(
+            tuple(None if at in tensors else leaf for at, leaf in enumerate(call.leaves)), call.spec, (), call.spec
+        )
+        self._tensors, self._outputs, self._known, self._held = tuple(tensors), tuple(outputs), known, held
+        self.names = [spoken(site.module, call, at) for at in tensors]
+        self._reading = reading
+
+    def forward(self, *inputs: Tensor) -> tuple[object, ...]:
+        leaves, reading = list(self._call.leaves), self._reading
+        for at, name, value in zip(self._tensors, self.names, inputs, strict=True):
+            leaves[at] = value
+            reading.follow(value, name, self._known.get(at))
+        for name, value in held_tensors(self.block).items():
+            reading.follow(value, f"its {name}", self._held.get(name))
+        args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
+        with stopping_quietly(), reading:
+            results = pytree.tree_leaves(self.block(*args, **kwargs))
+        return tuple(results[at] for at in self._outputs)
+
+
+def trace(
+    site: BlockSite,
+    states: States,
+    call: Call,
+    moving: Mapping[int, tuple[int, ...]],
+    settled: Collection[int] | None,
+) -> tuple[ExportedProgram, dict[int, Tensor]]:
+    """The block exported as it was called, free in the dimensions that are `moving`, and the numbers of leaves in it.
+
+    With `settled`, numbers are known of the tensors that the block holds, and of these leaves where no dimension moves.
+
+    Raises ExportError; ReadError where the code reads numbers that are not known.
+    """
+    known = {at: row for at in settled or () if not moving[at] and (row := _known(site, at, call)) is not None}
+    held = (
+        {} if settled is None else {n: v.clone() for n, v in held_tensors(site.module).items() if v.numel() <= LARGEST}
+    )
+    reading = Reading()
+    own = {at: value.clone() for at, value in known.items()}
+    flat = _Flat(site, call, list(moving), [output for output, _ in states.pairs], own, held, reading)
+    example = tuple(leaf.clone() for leaf in (call.leaves[at] for at in moving) if isinstance(leaf, Tensor))
+    free = [dict.fromkeys(dims, Dim.AUTO) for dims in moving.values()]
+    try:
+        with undisturbed(flat):
+            program = exported(flat, example, free)
+    except Exception as error:
+        if reading.place:
+            raise ReadError(f"{site.name}: {_told_of_read(reading)} ({why(error)})") from error
+        raise ExportError(f"{site.name}: torch.export cannot follow its code: {why(error)}") from error
+    read = {at: known[at] for at, name in zip(moving, flat.names, strict=True) if name in reading.read}
+    return program, read
+
+
+def _told_of_read(reading: Reading) -> str:
+    what = " and ".join(sorted(reading.unknown)) or "a tensor"
+    return (
+        f"torch.export cannot follow its code: it reads numbers of {what} at {reading.place}, which other calls may "
+        "set otherwise: pass them as plain integers, or compute with tensors"
+    )
+
+
+def _known(site: BlockSite, at: int, call: Call) -> Tensor | None:
+    """What leaf `at` of `call` holds, a row of it where `call` is one, if it is the same everywhere."""
+    value = call.leaves[at]
+    assert isinstance(value, Tensor)
+    return value if _small(value) and is_known(site, at, value) else None
+
+
+def is_known(site: BlockSite, at: int, value: Tensor) -> bool:
+    """Whether leaf `at` holds `value` in every recorded call, in every row where it carries the batch."""
+    dim = site.batch_dims.get(at)
+    return all(same_numbers(call.leaves[at], value, dim) for call in site.calls)
+
+
+def _small(value: Tensor) -> bool:
+    return not hollow(value) and value.numel() <= LARGEST

@@ -1,0 +1,174 @@
+"""Guards in the place of a model's blocks: how each is called and answered, without the tensors of any call.
+
+Around the guard of an adapted block (passes.observe.adapt), leaves are seen per sample and states packed again;
+how many samples there are is read off the model's own arguments when it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.blocks.complex_to_real import as_real
+from passes.graphs.batch_layout import Adapter, Samples
+from passes.graphs.graph import BlockGraph, BlockSite, States
+from passes.graphs.uncompiled import WRAPPER
+from passes.observe.adapt import joined_leaves, split_leaves
+from runtime.base.errors import InnerShapeError
+from runtime.base.guard import ANY, guard
+
+_samples: ContextVar[int] = ContextVar("edit_compile_samples")
+"""Samples in the call of a guarded model that is under way."""
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How a block is called and answered, without the tensors of any call.
+
+    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and (value,) of every other;
+    `spec` is their structure. `leaves` and `states` are those of the graph (passes.graphs.graph.BlockGraph), `targets`
+    the positions of the states among `outputs`, which hold what the block returns beside them. `read` are (leaf,
+    dimension of the batch, numbers) of leaves of the block's own call that must hold these numbers, in every row.
+    """
+
+    spec: pytree.TreeSpec
+    kinds: tuple[tuple[object, ...], ...]
+    leaves: tuple[int, ...]
+    states: tuple[int, ...]
+    targets: tuple[int, ...]
+    outputs: tuple[object, ...]
+    output_spec: pytree.TreeSpec
+    adapter: Adapter | None
+    read: tuple[tuple[int, int | None, tuple[float, ...]], ...] = ()
+
+    @staticmethod
+    def of(site: BlockSite, graph: BlockGraph, states: States) -> Calling:
+        """How `site` was called when it was recorded."""
+        call, adapter = site.calls[0], site.adapter
+        own = call.leaves if adapter is None else tuple(joined_leaves(adapter, call.leaves))
+        origins = range(len(own)) if adapter is None else adapter.origins
+        return Calling(
+            call.spec if adapter is None else adapter.spec,
+            tuple(map(_kind, own)),
+            graph.leaves,
+            graph.states,
+            tuple(output for output, _ in states.pairs),
+            tuple(None if isinstance(output, Tensor) else output for output in call.outputs),
+            call.output_spec,
+            adapter,
+            tuple((origins[at], site.batch_dims.get(at), _numbers(value)) for at, value in graph.read.items()),
+        )
+
+    def fits(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> bool:
+        """Whether a call is of this structure, with the numbers that were read; its sizes do not matter."""
+        return (
+            spec == self.spec
+            and tuple(map(_kind, leaves)) == self.kinds
+            and all(_holds(leaves[at], dim, numbers) for at, dim, numbers in self.read)
+        )
+
+    def check_constants(self, leaves: Sequence[object], name: str) -> None:
+        """GuardError where a call, while it is exported, holds a number in which its plan was not seen.
+
+        Numbers of a graph that is being made are symbols where values of the model's inputs set them.
+        """
+        for leaf, kind in zip(leaves, self.kinds, strict=False):
+            if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) and leaf.node.maybe_as_int() != kind[0]:
+                raise InnerShapeError(f"{name} is given a number that values of the model's inputs set")
+
+    def inputs(self, leaves: Sequence[object]) -> list[Tensor]:
+        """What the plan takes, of the leaves of the block's own call."""
+        if self.adapter is not None:
+            leaves = split_leaves(self.adapter, leaves, _samples.get())
+        return [as_real(leaves[position]) for position in self.leaves]
+
+    def result(self, states: Sequence[Tensor]) -> Any:
+        """What the block would have returned."""
+        outputs = list(self.outputs)
+        for position, state in zip(self.targets, states, strict=True):
+            packing = None if self.adapter is None else self.adapter.outputs[position]
+            outputs[position] = state if packing is None else packing.packed(state)
+        return pytree.tree_unflatten(outputs, self.output_spec)
+
+
+def _kind(leaf: object) -> tuple[object, ...]:
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)
+
+
+def _numbers(value: Tensor) -> tuple[float, ...]:
+    return tuple(value.flatten().tolist())
+
+
+def _holds(leaf: Any, dim: int | None, numbers: tuple[float, ...]) -> bool:
+    return all(_numbers(row) == numbers for row in ([leaf] if dim is None else leaf.split(1, dim)))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Answers the calls of block `index` through the guard operator; takes and gives what the block does.
+
+    `ways` are the forms that it may be called in, each with how that looks. A glue that is exported holds one;
+    where the model's own Python is the glue they are all that the program has, which may grow meanwhile.
+    """
+
+    index: int
+    name: str
+    ways: Sequence[tuple[int, Calling]]
+    hosted: bool = False
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Called with the block's arguments; gives the block's output structure."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        form, calling = self._chosen(leaves, spec) if self.hosted else self.ways[0]
+        if not self.hosted:
+            calling.check_constants(leaves, self.name)
+        return calling.result(guard(calling.inputs(leaves), calling.states, self.index, form))
+
+    def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
+        """The way of this call. Shapes tell forms apart, but where other ways have another structure it is named."""
+        fitting = [(form, calling) for form, calling in self.ways if calling.fits(leaves, spec)]
+        if not fitting:
+            raise InnerShapeError(f"block {self.name} is called with other arguments than it was compiled for")
+        form, calling = fitting[0]
+        return (form if len(fitting) == 1 and len(self.ways) > 1 else ANY), calling
+
+
+def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
+    """The model with the forward of every block that has one of `guards` replaced by it.
+
+    Shares all parameters and buffers, and modules that blocks are given; leaves the model itself alone. A guarded block
+    keeps its children, since a model's forward may reach into them. `samples` tells the batch, for adapted blocks.
+    """
+    known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for one in guards:
+        given = (kind[0] for _, calling in one.ways for kind in calling.kinds)
+        known |= {id(module): module for module in given if isinstance(module, nn.Module)}
+        original = model.get_submodule(one.name)
+        block = copy.copy(original)
+        block.forward = one
+        known[id(original)] = block
+        outer, _, last = one.name.rpartition(".")
+        while last == WRAPPER:  # what torch.compile gave would call the block itself
+            known[id(model.get_submodule(outer))] = block
+            outer, _, last = outer.rpartition(".")
+    twin = copy.deepcopy(model, known)
+    if samples is not None and any(calling.adapter for one in guards for _, calling in one.ways):
+        twin.register_forward_pre_hook(_Counting(samples), with_kwargs=True)
+    return twin
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """Notes how many samples a guarded model is called with."""
+
+    samples: Samples
+
+    def __call__(self, _model: nn.Module, _args: object, kwargs: Mapping[str, object]) -> None:
+        _samples.set(self.samples.count(kwargs))
