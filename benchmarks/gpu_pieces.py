@@ -18,7 +18,8 @@ from benchmarks.gpu_waits import host_waits
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from edit_compile.measuring.benchmarking import benchmark, resident_bytes, trajectory_of, weight_bytes
 from edit_compile.measuring.timing import Spread, interleaved, timed
-from passes.program.check import TOLERANCE, distance, largest
+from passes.graphs.numbers import TOLERANCE, largest
+from passes.program.check import output_distance
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
@@ -104,7 +105,7 @@ def dispatch(case: Case, engine: str) -> Result:
             found[mode] = {
                 "ms_per_step": asdict(Spread.of(seconds[mode] * 1e3)),
                 "host_waits": _waits(case, compiled, calls[mode]),
-                "difference_from_host": largest(map(distance, outputs[mode], outputs["host"])),
+                "difference_from_host": largest(map(output_distance, outputs[mode], outputs["host"])),
                 "skipping": asdict(dispatch_cost(compiled, case.inputs, case.settings.repeats)),
                 "note": compiled.dispatch_note,
             }
@@ -113,10 +114,10 @@ def dispatch(case: Case, engine: str) -> Result:
 
 def parity(case: Case, engine: str) -> list[dict[str, float]]:
     """Every width against the eager model with masked hidden channels: largest difference / largest output."""
-    allowed = TOLERANCE[case.place.dtype or torch.float32]
+    allowed = TOLERANCE["model"][case.place.dtype or torch.float32]
     with closing(case.tracer.at_widths(case.on(engine), case.inputs)) as outputs:
         return [
-            {"width": width, "relative": distance(output, expected), "allowed": allowed}
+            {"width": width, "relative": output_distance(output, expected), "allowed": allowed}
             for width, output, expected in outputs
         ]
 
@@ -143,7 +144,7 @@ def bundle(case: Case, engine: str) -> Result:
         loaded = load(path, engine, case.budget).to(case.place.device)
         seconds[f"load_{when}"] = time.perf_counter() - started
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    off = distance(loaded(**case.inputs), compiled(**case.inputs))
+    off = output_distance(loaded(**case.inputs), compiled(**case.inputs))
     return {"seconds": seconds, "bytes": size, "difference": off}
 
 

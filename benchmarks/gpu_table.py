@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from edit_compile.measuring.machine import summary
-from passes.program.check import largest
+from passes.graphs.numbers import largest
 
 Found = Mapping[str, Any]
 

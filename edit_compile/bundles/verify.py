@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.graphs.numbers import largest
 from runtime.bundle.spec import Glue, GlueInput, Manifest
 from runtime.face.arguments import unflatten
 from runtime.face.transformer import CompiledTransformer
@@ -21,7 +22,6 @@ from runtime.routing.policy import RoutingPolicy
 from runtime.routing.schedule import ScheduledPolicy
 
 EXAMPLE_ROWS = 2
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Largest relative difference allowed by default, by the bundle's dtype. For GPUs a guess."""
 
 
@@ -140,8 +140,8 @@ def _check(
     theirs = _tensors(eager(**inputs))
     if not theirs or [t.shape for t in mine] != [t.shape for t in theirs]:
         return Check(name, float("inf"), 1.0, tolerance)
-    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(mine, theirs, strict=True))
-    return Check(name, difference, max(float(tensor.double().abs().max()) for tensor in theirs), tolerance)
+    difference = largest(float((a.double() - b.double()).abs().max()) for a, b in zip(mine, theirs, strict=True))
+    return Check(name, difference, largest(float(tensor.double().abs().max()) for tensor in theirs), tolerance)
 
 
 def _tensors(output: Any) -> list[Tensor]:

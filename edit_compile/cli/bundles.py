@@ -106,15 +106,16 @@ def verify(
     Status 1 where they differ.
     """
     from edit_compile.bundles.beside_bundle import model_like
-    from edit_compile.bundles.verify import TOLERANCE, numbered, table_of
+    from edit_compile.bundles.verify import numbered, table_of
     from edit_compile.bundles.verify import verify as run
     from edit_compile.bundles.verify_widths import verify_widths
     from edit_compile.command_inputs import forms_of
+    from passes.graphs.numbers import TOLERANCE
     from runtime.face.load import load
 
     compiled = load(bundle, engine=engine)
     given = forms_of(compiled, inputs, calls, errors)
-    allowed = TOLERANCE.get(compiled.dtype, 1e-3) if tolerance is None else tolerance
+    allowed = TOLERANCE["engine"].get(compiled.dtype, 1e-3) if tolerance is None else tolerance
     if model is None:
         checks = numbered([list(verify_widths(compiled, form, allowed)) for form in given])
     else:

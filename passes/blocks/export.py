@@ -26,12 +26,11 @@ from passes.blocks.functional import CONSTANT, PlainError, plain
 from passes.blocks.tracing import ExportError, ReadError, check_constants, is_known, trace
 from passes.graphs.graph import BlockGraph, BlockSite, Call, Report, Run, States
 from passes.graphs.naming import argument_names, spoken
+from passes.graphs.numbers import TOLERANCE, distance
 from passes.graphs.shapes import fits_any
 from passes.graphs.weightless import hollow
 from passes.observe.adapt import lone
 from runtime.base.rows import one_row
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def export_block(
@@ -268,9 +267,9 @@ def _compare(site: BlockSite, what: str, graph: BlockGraph, weights: Sequence[Te
             raise ExportError(f"{site.name}: state {index} of the graph has another shape or dtype on {what}")
         if hollow(given):
             continue
-        distance = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny))
-        if not distance <= _TOLERANCE[wanted.dtype]:
-            raise ExportError(f"{site.name}: state {index} of the graph is off by {distance:.1e} on {what}")
+        off = distance(given, wanted)
+        if not off <= TOLERANCE["graph"][wanted.dtype]:
+            raise ExportError(f"{site.name}: state {index} of the graph is off by {off:.1e} on {what}")
 
 
 def _as_taken(graph: BlockGraph, names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:

@@ -35,15 +35,15 @@ from torch.utils import _pytree as pytree
 from passes.graphs.batch_layout import Adapter, Packing
 from passes.graphs.graph import Call, Discovery, Run
 from passes.graphs.naming import spoken
+from passes.graphs.numbers import TOLERANCE
 from passes.graphs.record import record, undisturbed
 from passes.graphs.weightless import hollow
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far the rows of a sample may be off, relative to their largest element, when other samples come or go."""
+_ALLOWED = TOLERANCE["rows"]
 
 
 def leads(small: Tensor, large: Tensor) -> bool:
-    """Whether `small` equals the leading part of `large`, to TOLERANCE."""
+    """Whether `small` equals the leading part of `large`, as near as rows of a sample must be."""
     if small.ndim != large.ndim or small.dtype != large.dtype:
         return False
     lead = large[tuple(slice(size) for size in small.shape)]
@@ -51,10 +51,10 @@ def leads(small: Tensor, large: Tensor) -> bool:
         return False
     if hollow(lead, small):
         return True
-    if small.dtype not in TOLERANCE or not small.numel():
+    if small.dtype not in _ALLOWED or not small.numel():
         return torch.equal(lead, small)
     scale = small.nan_to_num(0, 0, 0).abs().max()
-    return torch.allclose(lead, small, rtol=0, atol=float(TOLERANCE[small.dtype] * scale), equal_nan=True)
+    return torch.allclose(lead, small, rtol=0, atol=float(_ALLOWED[small.dtype] * scale), equal_nan=True)
 
 
 def leads_in_runs(small: Tensor, large: Tensor, batch: int) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -13,14 +12,13 @@ from passes.blocks.complex_to_real import as_real
 from passes.blocks.export import weight_values
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
 from passes.graphs.graph import BlockSite, MlpSite, PlanGraph, Run
+from passes.graphs.numbers import TOLERANCE, distance, largest
 from passes.graphs.record import here, undisturbed
 from passes.graphs.weightless import hollow
 from passes.mlp.weights import site_rows
 from passes.program.compilation import Group
 from runtime.base.errors import EditError
 from runtime.base.guard import Answer, answering
-
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 class CheckError(EditError):
@@ -109,21 +107,10 @@ class _Mask:
         return (value, *args[1:])
 
 
-def distance(output: Any, expected: Any) -> float:
-    """Largest `relative_distance` of the tensors of two model outputs; NaN where one of them is."""
+def output_distance(output: Any, expected: Any) -> float:
+    """Largest distance (passes.graphs.numbers) of the tensors of two model outputs; NaN where one of them is."""
     pairs = zip(_tensors(output), _tensors(expected), strict=True)
-    return largest(relative_distance(value, reference) for value, reference in pairs)
-
-
-def largest(values: Iterable[float]) -> float:
-    """The largest; NaN where one of them is, which `max` would tell or not by their order."""
-    return max(values, key=lambda value: (value != value, value))
-
-
-def relative_distance(value: Tensor, reference: Tensor) -> float:
-    """Largest difference, relative to the reference's largest magnitude."""
-    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
-    return float((value - reference).abs().max() / scale)
+    return largest(distance(value, reference) for value, reference in pairs)
 
 
 def _agree(value: Tensor, reference: Tensor, what: str) -> None:
@@ -131,8 +118,8 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
         if value.shape != reference.shape or value.dtype != reference.dtype:
             raise CheckError(f"{what} has another shape or dtype than the eager model's")
         return
-    off = relative_distance(value, reference)
-    limit = TOLERANCE.get(reference.dtype, 1e-4)
+    off = distance(value, reference)
+    limit = TOLERANCE["model"].get(reference.dtype, 1e-4)
     if not off <= limit:
         raise CheckError(f"{what} differs from the eager model by {off:.2e} (allowed: {limit:.0e})")
 
