@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from runtime.bundle.folder import mode_of_new_files, sweep, temporary_beside
+
 
 def write_file_atomically(path: Path, text: str) -> None:
     """Write `text` to a temporary neighbour of `path` and rename it, so a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path)
+    temporary = temporary_beside(path)
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def save_tensors_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` as safetensors to a temporary neighbour of `path` and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path)
+    temporary = temporary_beside(path)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    temporary.chmod(mode_of_new_files(path.parent))
     temporary.replace(path)

@@ -6,7 +6,6 @@ that it no longer divides are deleted: what is kept is spread evenly over all th
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from edit_compile.calls.draft import Draft
 from edit_compile.calls.generations import FORMAT, METADATA, CallsError, Contents, file_name, files_of, read_contents
 from edit_compile.files import write_file_atomically
+from runtime.bundle.folder import mode_of_new_files, temporary_beside
 
 STATE = "recording.json"
 
@@ -80,13 +80,11 @@ class Shards:
     @contextmanager
     def _written(self, number: int, tensors: Mapping[str, Tensor], contents: Contents) -> Iterator[Path]:
         """The generation in a file under a temporary name, which is gone afterwards."""
-        temporary = self.folder / f".{file_name(number)}.{os.getpid()}.tmp"
+        temporary = temporary_beside(self.folder / file_name(number))
         with _said_of(self.folder):
             try:
-                temporary.touch()
-                mode = temporary.stat().st_mode & 0o777  # as the umask has it; safetensors writes for the owner alone
                 save_file(dict(tensors), temporary, {METADATA: msgspec.json.encode(contents).decode()})
-                temporary.chmod(mode)
+                temporary.chmod(mode_of_new_files(self.folder))
                 yield temporary
             finally:
                 temporary.unlink(missing_ok=True)

@@ -33,13 +33,14 @@ from runtime.bundle.tiers import explain_tiers
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 ROUTERS = "routers.safetensors"
+_READ_AGAIN = 5
 
 
 def save(program: Program, path: str | Path) -> None:
     """Write `program` as the bundle `path`, all of it or nothing.
 
     An earlier bundle at `path` is replaced once the new one is complete; any other folder or file
-    there is left alone with a BundleError.
+    there is left alone with a BundleError. Permissions are those of the umask.
     """
     target = Path(path)
     check_place(target)
@@ -59,11 +60,21 @@ def check_place(target: Path) -> None:
 def load(path: str | Path, *, verify: bool = True) -> Program:
     """Read the bundle `path`; its weights are mapped from the file, not copied.
 
-    `verify` compares every file with its sha256 in the manifest (about a second per GB). Raises
-    BundleError, naming the file, for whatever keeps the bundle from being used.
+    `verify` compares every file with its sha256 in the manifest (about a second per GB). Where the bundle is replaced
+    while it is read, it is read again. Raises BundleError, naming the file, for whatever keeps it from being used.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    for _ in range(_READ_AGAIN):
+        manifest = _read_manifest(folder)
+        try:
+            return _read(folder, manifest, verify)
+        except (BundleError, FileNotFoundError):
+            if _read_manifest(folder) == manifest:
+                raise
+    raise BundleError(f"{folder} is replaced again and again while it is read: try once more")
+
+
+def _read(folder: Path, manifest: Manifest, verify: bool) -> Program:
     for name, digest in manifest.files.items():
         _check_file(folder, name, digest if verify else None)
     graphs = [name for name in manifest.files if not name.endswith(".safetensors")]
