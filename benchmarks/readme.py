@@ -1,4 +1,4 @@
-"""Rewrite the figures of README.md from benchmarks/results/*.json: python -m benchmarks.readme."""
+"""Rewrite the figures of the READMEs from benchmarks/results/*.json: python -m benchmarks.readme."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import example_tables
 from benchmarks.gpu_table import markdown
 from edit_compile.measuring.machine import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+EXAMPLE = ROOT / "examples" / "fashion_mnist" / "README.md"
 HEADINGS = (
     "run",
     "eager, ms per step",
@@ -51,13 +52,35 @@ def tables_of(folder: Path) -> list[str]:
     ]
 
 
-def with_figures(text: str, tables: list[str]) -> str:
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after figures called `name`."""
+    return f"<!-- {name} -->", f"<!-- end of {name} -->"
+
+
+def with_figures(text: str, tables: list[str], name: str = "figures") -> str:
     """`text` with everything between the two marks replaced by `tables`; ValueError where a mark is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = marks(name)
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"the text lacks {BEGIN} or {END}")
-    return "\n".join([f"{before}{BEGIN}", "\n\n".join(tables), f"{END}{after}"])
+        raise ValueError(f"the text lacks {opening} or {closing}")
+    return "\n".join([f"{before}{opening}", "\n\n".join(tables), f"{closing}{after}"])
+
+
+def written(path: Path, folder: Path) -> str:
+    """The text of README.md, or of the example's, with figures from the results in `folder`."""
+    text = path.read_text()
+    if path == README:
+        text = with_figures(text, tables_of(folder))
+        return with_figures(text, [example_tables.tuned(_read(folder, "tuned"))], "tuned")
+    final = _read(folder, "rivals")
+    text = with_figures(text, [example_tables.rivals(final)], "rivals")
+    text = with_figures(text, [example_tables.held_out(final)], "held out")
+    return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
@@ -74,8 +97,9 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    README.write_text(with_figures(README.read_text(), tables_of(RESULTS)))
-    sys.stdout.write(f"{README}: written from what {RESULTS} holds\n")
+    for path in (README, EXAMPLE):
+        path.write_text(written(path, RESULTS))
+        sys.stdout.write(f"{path}: written from what {RESULTS} holds\n")
 
 
 if __name__ == "__main__":

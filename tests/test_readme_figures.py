@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import BEGIN, END, NO_GPU, NOT_MEASURED, README, RESULTS, figures, tables_of, with_figures
+from benchmarks.readme import (
+    EXAMPLE,
+    NO_GPU,
+    NOT_MEASURED,
+    README,
+    RESULTS,
+    figures,
+    marks,
+    tables_of,
+    with_figures,
+    written,
+)
 
+BEGIN, END = marks("figures")
 SPREAD = {"median": 2.0, "low": 1.9, "high": 2.1, "count": 5}
 GIVEN = {
     "shape": {"name": "flux-mid", "steps": 28, "side": 32, "text": 128, "repeats": 5},
@@ -60,5 +72,6 @@ def test_a_gpu_has_a_table_only_where_one_has_run(tmp_path: Path) -> None:
     assert "A GPU" in gpu and NO_GPU not in gpu
 
 
-def test_the_readme_is_what_the_results_say() -> None:
-    assert with_figures(README.read_text(), tables_of(RESULTS)) == README.read_text()
+@pytest.mark.parametrize("path", [README, EXAMPLE])
+def test_the_readme_is_what_the_results_say(path: Path) -> None:
+    assert written(path, RESULTS) == path.read_text()

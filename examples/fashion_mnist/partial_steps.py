@@ -9,6 +9,7 @@ they save. Beside it stands what tuning finds for the same FLOPs, with whole ste
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from rich.table import Table
 
 import edit_compile
 from edit_compile.calls.generations import Generation
+from edit_compile.files import write_file_atomically
 from edit_compile.measuring.machine import describe_machine, summary
+from examples.fashion_mnist.finals import commit
 from examples.fashion_mnist.model import load_model
-from examples.fashion_mnist.tune import recorded
+from examples.fashion_mnist.tune import FIRST_SEED, recorded
 from runtime.routing.policy import EXTRAPOLATE
 from runtime.routing.schedule import ScheduledPolicy
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.36)
     parser.add_argument("--generations", type=int, default=10, help="two to rate changes on, the rest held out")
+    parser.add_argument("--results", type=Path, help="write the table's figures as this JSON file")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*has no routers")
     model = load_model("dense")
@@ -95,6 +99,7 @@ def main() -> None:
     tuned = edit_compile.tune(compiled, recording, budget=budget, held_out=len(recording) - 2, repeats=1)
     rating, held_out = Replays(compiled, recording[:1]), Replays(compiled, recording[2:])
     table = Table("what is computed in part", "FLOPs", "dB, held out")
+    found = []
     begun = tuned.tiers["more"].policy
     assert isinstance(begun, ScheduledPolicy)
     rows = {f"nothing, {tuned.computed_steps[name]} steps": tuned.tiers[name].policy.table for name in budget}
@@ -104,9 +109,14 @@ def main() -> None:
     }
     for name, decisions in rows.items():
         decibels, share = held_out(decisions)
-        table.add_row(name, f"{share:.0%}", f"{decibels:.1f}")
-    table.caption = f"{len(recording) - 2} generations of 8 images; {summary(describe_machine())}"
+        table.add_row(name, f"{share:.1%}", f"{decibels:.1f}")
+        found.append({"what": name, "flops_share": share, "decibels": decibels})
+    machine = describe_machine()
+    table.caption = f"{len(recording) - 2} generations of 8 images; {summary(machine)}"
     Console().print(table)
+    if given.results is not None:
+        written = {"machine": machine, "commit": commit(), "first_seed": FIRST_SEED, "held_out": len(recording) - 2}
+        write_file_atomically(given.results, json.dumps(written | {"rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Tables of the Fashion-MNIST example, from benchmarks/results/{tuned,rivals,partial_steps}.json, for the READMEs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edit_compile.measuring.machine import summary
+
+
+def tuned(results: Mapping[str, Any]) -> str:
+    """What `examples.fashion_mnist.tune` found: a line for each tier."""
+    headings = (
+        "steps computed",
+        "FLOPs",
+        "times faster",
+        "PSNR to the dense model's images, dB (95%)",
+        "as many sampling steps instead, dB",
+    )
+    rows = [
+        (
+            str(one["steps_computed"]),
+            f"{one['flops_share']:.0%}",
+            f"{one['times_faster']:.2f}",
+            _with_interval(one["decibels"], one["interval"]),
+            f"{one['fewer_steps_decibels']:.1f}",
+        )
+        for one in results["tiers"]
+    ]
+    held = results["generations"] - 3
+    taken = f"{_taken(results)}, engine {results['engine']}; {held} generations of {results['rows']} images, held out."
+    return f"{_table(headings, rows)}\n\n{taken}"
+
+
+def rivals(results: Mapping[str, Any]) -> str:
+    """What `examples.fashion_mnist.rivals` found: the finalists, best first at each share of the FLOPs."""
+    headings = "FLOPs at most", "who", "settings", "FLOPs", "times faster", "dB", "distance", "accuracy"
+    rows = [
+        (
+            f"{one['at']:.0%}",
+            one["who"],
+            one["settings"],
+            f"{one['flops_share']:.0%}",
+            f"{one['times_faster']:.2f}",
+            "-" if one["who"] == "dense" else _with_interval(one["decibels"], one["decibels_interval"]),
+            _with_interval(one["distance"], one["distance_interval"]),
+            f"{one['accuracy']:.1%}",
+        )
+        for one in results["results"]
+    ]
+    taken = f"{_taken(results)}; {results['images']} images, timed {results['rows']} at a time."
+    return f"{_table(headings, rows)}\n\n{taken}"
+
+
+def held_out(results: Mapping[str, Any]) -> str:
+    """What tuning predicted of each tier, beside what the final's images gave."""
+    headings = "tier", "predicted dB of a generation", "found", "means in the interval"
+    rows = [
+        (
+            one["tier"],
+            _with_interval(one["predicted"], one["interval"]),
+            f"{one['found']:.1f}",
+            f"{one['within']:.0%} of those of {one['grouped']} generations",
+        )
+        for one in results["held_out"]
+    ]
+    return _table(headings, rows)
+
+
+def partial_steps(results: Mapping[str, Any]) -> str:
+    """What `examples.fashion_mnist.partial_steps` found."""
+    rows = [(one["what"], f"{one['flops_share']:.1%}", f"{one['decibels']:.1f}") for one in results["rows"]]
+    table = _table(("what is computed in part", "FLOPs", "dB, held out"), rows)
+    return f"{table}\n\n{_taken(results)}; {results['held_out']} generations of 8 images, held out."
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+
+
+def _taken(results: Mapping[str, Any]) -> str:
+    return f"{summary(results['machine'])}, {results['machine']['threads']} thread"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
