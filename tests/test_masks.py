@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_compile.elastic.layout import ElasticError, Layout
+from edit_compile.elastic.layout import Layout
 from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from runtime.bundle.spec import RouterConfig
 from tests.models import noise, randomised
@@ -62,9 +62,11 @@ def elastic(by_sample: bool = True) -> ElasticTransformer:
     return made
 
 
+@pytest.mark.parametrize("by_sample", [True, False])
 @torch.no_grad()
-def test_a_sample_has_its_own_width_in_every_frame() -> None:
-    model, given = elastic(), inputs()
+def test_a_sample_has_its_own_width_in_every_frame(by_sample: bool) -> None:
+    """Whether the frames of a sample are together, or those of all samples at one time."""
+    model, given = elastic(by_sample), inputs()
     (mask,) = model.layout.blocks[0].masks if model.layout else ()
     assert mask.packing.folded
     together = model(**given)
@@ -81,11 +83,6 @@ def test_one_frame_in_the_first_shapes_hides_nothing() -> None:
     assert all(mask.packing.folded for block in model.layout.blocks for mask in block.masks)
     for given in (inputs(frames=1), inputs()):
         torch.testing.assert_close(model(**given), model.model(**given))
-
-
-def test_rows_of_one_sample_that_are_not_together_are_refused() -> None:
-    with pytest.raises(ElasticError, match=r"layers\.0\.down: how its input holds the batch cannot be told"):
-        elastic(by_sample=False)
 
 
 def test_a_layout_survives_json() -> None:

@@ -35,12 +35,17 @@ from passes.graphs.cost import weight_stand_ins
 from passes.graphs.glue_graph import GlueGraph
 from passes.graphs.graph import PlanGraph
 from passes.graphs.shapes import is_free, tell_shapes
-from passes.lowering.onnx_format import LowerError, to_onnx
 from passes.observe.dedupe import graph_id, plan_id
 from passes.program.compilation import Compilation, PassError
+from runtime.base.errors import EditError
 from runtime.bundle import archive as pt2
 from runtime.bundle.spec import Plan
 from runtime.engines import plan_file
+
+
+class LowerError(EditError):
+    """A graph could not be written in an engine's format; the message names graph and format."""
+
 
 # The last files by name: a plan's name is a hash of all that its files depend on, so that another model of the same
 # make need not be lowered again.
@@ -164,6 +169,8 @@ class _Lowered:
         return pt2.dump(self.program)
 
     def onnx(self) -> bytes:
+        from passes.lowering.onnx_format import to_onnx  # its libraries are not needed to run a bundle
+
         names = [*self.plan.weights, *(spec.name for spec in self.plan.inputs)]
         states = [f"state_{k}" for k in range(len(self.plan.states))]
         return to_onnx(self.program, names, states, f"plan {self.plan.id}")

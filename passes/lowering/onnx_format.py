@@ -22,16 +22,12 @@ from onnxscript import FLOAT, opset18
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
-from runtime.base.errors import EditError
+from passes.lowering.lower import LowerError
 
 OPSET = 20
 _op: Any = opset18
 
 _exporting = threading.Lock()
-
-
-class LowerError(EditError):
-    """A graph could not be written in an engine's format; the message names graph and format."""
 
 
 def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], what: str) -> bytes:
