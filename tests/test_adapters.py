@@ -194,7 +194,7 @@ def test_what_is_neither_layer_nor_adapter_is_refused_in_its_place() -> None:
         output_of(elastic, inputs)
 
 
-@pytest.mark.parametrize("state", ["fused", "switched off", "active"])
+@pytest.mark.parametrize("state", ["fused", pytest.param("switched off", marks=pytest.mark.slow), "active"])
 def test_what_adds_nothing_is_compiled_through(state: str) -> None:
     model, inputs = model_and_inputs()
     model = randomised(model)

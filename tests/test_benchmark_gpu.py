@@ -77,6 +77,7 @@ def test_every_piece_runs_on_a_toy_and_what_needs_cuda_says_so(case: Case, monke
     table_of(found, found["machine"])
 
 
+@pytest.mark.slow
 def test_flux_runs_too() -> None:
     found = record("flux", ["speed", "parity"], ["torch"])
     gpu_worker.work(found, lambda _: None)

@@ -124,6 +124,7 @@ def test_a_centred_elastic_model_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded(**inputs)[0], elastic(**inputs)[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model, inputs = tiny_flux(double=1, single=1)

@@ -241,6 +241,7 @@ def test_calls_of_another_model_are_refused(recording: Recording, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_run_is_refused(recording: Recording, tmp_path: Path) -> None:
     given = config(tmp_path, steps=2)
     distil(elastic_model(), recording, 0.6, given)
@@ -249,6 +250,7 @@ def test_the_folder_of_another_run_is_refused(recording: Recording, tmp_path: Pa
             distil(elastic_model(), **{"calls": recording, "budget": 0.6, "config": given} | changes)
 
 
+@pytest.mark.slow
 def test_half_precision_is_trained_by_float32_routers_alone(recording: Recording, tmp_path: Path) -> None:
     inputs = _halved(recording[0].calls[0]).arguments
     halves = [replace(one, calls=tuple(_halved(call) for call in one.calls)) for one in recording]

@@ -210,6 +210,7 @@ def test_the_judge_is_as_good_as_it_says():
     assert judge.test_accuracy(judge.load_judge(WEIGHTS / "judge.safetensors")) >= 0.92
 
 
+@pytest.mark.slow
 @needs_weights
 @torch.no_grad()
 def test_ordered_channels_make_narrow_generations_better(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_methods_of_the_model_are_not_its_own(half: FluxPipeline) -> None:
         _ = half.transformer.no_such
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("engine", [pytest.param("torch", marks=pytest.mark.slow), "onnxruntime"])
 def test_autocast_changes_nothing_and_refuses_nothing(engine: str) -> None:
     model, inputs = tiny_flux(double=1, single=1)
     compiled = edit_compile.compile(edit_compile.elasticize(model, inputs), engine=engine, policy=OPEN)

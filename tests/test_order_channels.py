@@ -160,6 +160,7 @@ def test_an_elastic_model_keeps_its_routers_and_masks(tmp_path: Path) -> None:
         assert torch.equal(elastic.model.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_narrow_widths_come_nearer(tmp_path: Path) -> None:
     model, inputs = tiny_flux()
