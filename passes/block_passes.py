@@ -17,7 +17,7 @@ from passes.mlp.written_states import check_names, choose_sites
 from passes.observe.dedupe import group_blocks
 from passes.observe.discover import discover
 from passes.observe.residuals import find_states
-from passes.observe.settled import settled_leaves
+from passes.observe.settled import Settled, settled_in_every_run
 from passes.program.compilation import Changed, Compilation, Group, Refused
 from passes.program.memory import computes
 
@@ -126,14 +126,15 @@ def _export(compilation: Compilation, group: Group) -> Changed:
     return ((made, Group(strangers)) if strangers else made), report
 
 
-def _settled(discovery: Discovery, site: BlockSite) -> list[int]:
-    """The leaves of `site` whose numbers none of the model's arguments sets, as its own call holds them."""
-    own = settled_leaves(discovery).get(site.name, frozenset())
+def _settled(discovery: Discovery, site: BlockSite) -> Settled:
+    """What none of the model's arguments sets of `site`, as its own call holds it."""
+    own = settled_in_every_run(discovery).get(site.name, Settled())
     if site.adapter is None:
-        return sorted(own)
+        return own
     packings = site.adapter.inputs
-    plain = {at for at in own if (packing := packings[at]) is None or packing.plain}
-    return [at for at, origin in enumerate(site.adapter.origins) if origin in plain]
+    plain = {at for at in own.leaves if (packing := packings[at]) is None or packing.plain}
+    leaves = frozenset(at for at, origin in enumerate(site.adapter.origins) if origin in plain)
+    return Settled(leaves, own.held)
 
 
 def _computes(graph: BlockGraph, site: BlockSite) -> bool:

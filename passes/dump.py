@@ -20,7 +20,7 @@ def start(folder: Path, compilation: Compilation) -> None:
     """Make the folder, remove what an earlier run wrote there, and write the model and how it is to be compiled."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if re.fullmatch(r"\d\d-.+\.(txt|diff)", path.name):
+        if re.fullmatch(r"\d\d-.+\.(txt|diff)", path.name) and _is_ours(path):
             path.unlink()
     given = f"timestep {compilation.timestep}, narrow {compilation.narrow}, widths {compilation.widths}"
     (folder / "00-start.txt").write_text(f"{given}\n\n{compilation.model}\n")
@@ -39,6 +39,16 @@ def write_pass(folder: Path, number: int, name: str, compilation: Compilation, b
     ]
     if changes:
         (folder / f"{number:02d}-{name}.diff").write_text("\n".join(changes) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it begins as the file of a pass, or its diff, does."""
+    name = path.stem.partition("-")[2]
+    with path.open(errors="replace") as file:
+        first = file.readline()
+    return first.startswith((f"after {name}: ", "timestep ")) or (
+        first.startswith("--- ") and first.endswith(f" before {name}\n")
+    )
 
 
 def graph_texts(compilation: Compilation) -> dict[str, str]:

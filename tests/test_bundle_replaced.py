@@ -9,6 +9,7 @@ import stat
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,67 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, umask: int) -> None:
     for path in ((tmp_path / "bundle"), *(tmp_path / "bundle").rglob("*")):
         wanted = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == wanted & ~umask, path
+
+
+def test_a_bundle_that_is_replaced_while_it_is_checked_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, digest, done = tmp_path / "bundle", bundle._sha256, list[Path]()
+    other = replace(PROGRAMS[1], manifest=replace(PROGRAMS[1].manifest, config={"other": 1}))
+    bundle.save(PROGRAMS[0], target)
+
+    def slow(path: Path) -> str:
+        found = digest(path)
+        if path == target / bundle.WEIGHTS and not done:
+            done.append(path)
+            bundle.save(other, target)
+        return found
+
+    monkeypatch.setattr(bundle, "_sha256", slow)
+    loaded = bundle.load(target)
+    assert done and dict(loaded.manifest.config) == {"other": 1}
+    assert torch.equal(loaded.weights["glue.into"], other.weights["glue.into"])
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    bundle.save(PROGRAMS[0], tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    for number in (1, 0, 1):
+        bundle.save(PROGRAMS[number], tmp_path / "current")
+        assert which(tmp_path / "v1") == number and (tmp_path / "current").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_what_was_there_is_put_back_after_a_kill_between_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    bundle.save(PROGRAMS[0], target)
+    left = folder.temporary_beside(target)
+    left = left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**22 + 1}."))
+    left.mkdir()
+    target.rename(left / "old")
+    monkeypatch.setattr(bundle, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        bundle.save(PROGRAMS[1], target)
+    assert which(target) == 0
+
+
+def test_many_sweep_at_once(tmp_path: Path) -> None:
+    target, failed = tmp_path / "bundle", list[BaseException]()
+    dead = folder.temporary_beside(target).name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
+    for number in range(200):
+        (tmp_path / f"{dead}{number}" / "deep").mkdir(parents=True)
+
+    def saves() -> None:
+        try:
+            bundle.save(PROGRAMS[0], target)
+        except BaseException as error:
+            failed.append(error)
+
+    savers = [threading.Thread(target=saves) for _ in range(4)]
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join()
+    assert not failed and [path.name for path in tmp_path.iterdir()] == ["bundle"]

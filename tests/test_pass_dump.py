@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no routers:UserWarning")
 
 
 def test_graphs_are_dumped_before_and_after_each_pass(model: nn.Module, tmp_path: Path) -> None:
-    (tmp_path / "07-older.txt").write_text("of another run")
+    (tmp_path / "07-older.txt").write_text("after older: 0.100 s\n")
     compiled(model, dump=tmp_path)
     texts = [f"{number:02d}-{name}.txt" for number, name in enumerate(["start", *ORDER])]
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == texts

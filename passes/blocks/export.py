@@ -30,6 +30,7 @@ from passes.graphs.numbers import TOLERANCE, distance
 from passes.graphs.shapes import fits_any
 from passes.graphs.weightless import hollow
 from passes.observe.adapt import lone
+from passes.observe.settled import Settled
 from runtime.base.rows import one_row
 
 
@@ -38,7 +39,7 @@ def export_block(
     states: States,
     runs: Sequence[Run],
     free: Mapping[int, Collection[int]] | None = None,
-    settled: Callable[[], Collection[int]] = tuple,
+    settled: Callable[[], Settled] = Settled,
 ) -> tuple[BlockGraph, Report]:
     """The graph of `site`, for any batch and for every size that differed between `runs`.
 
@@ -86,7 +87,7 @@ def _faithful(
     states: States,
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
-    settled: Collection[int] | None = None,
+    settled: Settled | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The validated graph of `call`, and what was done to its attention."""
     graph, flex = _graph(site, states, call, moving, settled)
@@ -103,14 +104,14 @@ def _reading(
     states: States,
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
-    settled: Collection[int],
+    settled: Settled,
     error: ReadError,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The validated graph of `call` with numbers that are always the same read out; else its reason."""
     try:
         return _faithful(site, states, call, moving, settled)
     except ReadError as other:
-        if any(site.batch_dims.get(at) is not None for at in settled):
+        if any(site.batch_dims.get(at) is not None for at in settled.leaves):
             with suppress(ReadError):
                 return _row_graph(site, states, call, moving, other, settled)
         return _without_routing(site, states, call, moving, other)
@@ -149,7 +150,7 @@ def _graph(
     states: States,
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
-    settled: Collection[int] | None = None,
+    settled: Settled | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The graph of `call`, not validated, and what was done to what it read from tensors and to its attention.
 
@@ -178,7 +179,7 @@ def _row_graph(
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
     error: ExportError,
-    settled: Collection[int] | None = None,
+    settled: Settled | None = None,
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """The validated graph of one row of `call`; where there is none, `error`: the batch was not what its code pins."""
     free = {at: tuple(dim for dim in dims if dim != site.batch_dims.get(at)) for at, dims in moving.items()}

@@ -6,7 +6,7 @@ constants), and numbers that the code reads where these are the same in every ca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import numpy as np
@@ -21,6 +21,7 @@ from passes.graphs.graph import BlockSite, Call, States
 from passes.graphs.naming import held_tensors, spoken
 from passes.graphs.record import undisturbed
 from passes.graphs.weightless import hollow
+from passes.observe.settled import Settled
 from runtime.base.errors import EditError
 
 _BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
@@ -96,7 +97,7 @@ def trace(
     states: States,
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
-    settled: Collection[int] | None,
+    settled: Settled | None,
 ) -> tuple[ExportedProgram, dict[int, Tensor]]:
     """The block exported as it was called, free in the dimensions that are `moving`, and the numbers of leaves in it.
 
@@ -104,10 +105,10 @@ def trace(
 
     Raises ExportError; ReadError where the code reads numbers that are not known.
     """
-    known = {at: row for at in settled or () if not moving[at] and (row := _known(site, at, call)) is not None}
-    held = (
-        {} if settled is None else {n: v.clone() for n, v in held_tensors(site.module).items() if v.numel() <= LARGEST}
-    )
+    told = settled or Settled()
+    known = {at: row for at in told.leaves if not moving[at] and (row := _known(site, at, call)) is not None}
+    tensors = held_tensors(site.module) if told.held else {}
+    held = {name: value.clone() for name, value in tensors.items() if value.numel() <= LARGEST}
     reading = Reading()
     own = {at: value.clone() for at, value in known.items()}
     flat = _Flat(site, call, list(moving), [output for output, _ in states.pairs], own, held, reading)

@@ -31,7 +31,7 @@ from passes.graphs.weightless import changed_by, hollow, same
 from passes.observe.adapt import adapted, check_alone, find_adapter, leads, leads_in_runs, lone, unpacked
 from passes.observe.batch_probe import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.observe.candidates import find_candidates
-from passes.observe.given_modules import Given
+from passes.observe.given_modules import Given, noting_writes
 from passes.observe.kept import Attributes, find_kept
 from runtime.base.errors import EditError
 
@@ -84,11 +84,12 @@ def discover(
         given = Given.of(seen[0].calls.values())
         tell("running the model", len(buckets), len(buckets) + 1)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
-        probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
+        with noting_writes() as written:
+            probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
     samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
-        objection = given.objection(watched[name], seen[0].calls[name])
+        objection = given.objection(watched[name], seen[0].calls[name], written)
         if objection:
             refused.append(Refusal(name, objection))
             continue

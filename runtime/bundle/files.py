@@ -67,10 +67,13 @@ def load(path: str | Path, *, verify: bool = True) -> Program:
     for _ in range(_READ_AGAIN):
         manifest = _read_manifest(folder)
         try:
-            return _read(folder, manifest, verify)
+            program = _read(folder, manifest, verify)
         except (BundleError, FileNotFoundError):
             if _read_manifest(folder) == manifest:
                 raise
+            continue
+        if _read_manifest(folder) == manifest:  # else its files may be of two bundles
+            return program
     raise BundleError(f"{folder} is replaced again and again while it is read: try once more")
 
 

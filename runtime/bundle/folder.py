@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ _EXCHANGE = 2
 """RENAME_EXCHANGE of renameat2(2)."""
 _HERE = -100
 """AT_FDCWD: paths are those of the process."""
+_OLD = "old"
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -28,29 +30,31 @@ def written_whole(target: Path) -> Iterator[Path]:
     Where the system can exchange two names (Linux, most file systems), a reader finds the old folder or the new one,
     whenever the process is killed; elsewhere there is none for a moment. What killed processes left is swept up.
     """
+    target = target.resolve() if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target)
+    _put_back(target)
     folder = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{os.getpid()}.", dir=target.parent))
     try:
         yield folder
         _open_up(folder)
         _swap(folder, target)
+        sweep(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary_beside(target: Path) -> Path:
     """A file's name to write under before it is renamed `target`; `sweep` knows it."""
-    return target.with_name(f"{_prefix(target)}{os.getpid()}.tmp")
+    return target.with_name(f"{_prefix(target)}{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 def sweep(target: Path) -> None:
     """Remove what processes of this machine that are no more left beside `target` while they wrote it."""
-    prefix = _prefix(target)
-    for left in target.parent.glob(f"{_escaped(prefix)}*"):
-        process = left.name.removeprefix(prefix).partition(".")[0]
-        if process.isdecimal() and not _alive(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in _left(target):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)  # others may sweep, too
+        else:
+            left.unlink(missing_ok=True)
 
 
 def mode_of_new_files(folder: Path) -> int:
@@ -72,6 +76,24 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(own.untyped_storage().data_ptr())
         result[name] = own
     return result
+
+
+def _left(target: Path) -> Iterator[Path]:
+    """What processes of this machine that are no more left beside `target`."""
+    prefix = _prefix(target)
+    for path in target.parent.glob(f"{_escaped(prefix)}*"):
+        process = path.name.removeprefix(prefix).partition(".")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            yield path
+
+
+def _put_back(target: Path) -> None:
+    """Where a process was killed between two renames, what was there before is put back."""
+    if not target.exists():
+        for left in _left(target):
+            if (left / _OLD).is_dir():
+                (left / _OLD).rename(target)
+                return
 
 
 def _prefix(target: Path) -> str:
@@ -124,7 +146,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _swap_in_two(folder: Path, target: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{os.getpid()}.", dir=target.parent)) / "old"
+    old = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}{os.getpid()}.", dir=target.parent)) / _OLD
     target.rename(old)
     try:
         folder.rename(target)
