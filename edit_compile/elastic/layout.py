@@ -214,8 +214,8 @@ def _places(site: BlockSite, leaves: int) -> list[Place]:
 
 
 def _key(key: Any) -> str | int:
-    """What leads to a child of a dict or a sequence."""
-    return key.key if isinstance(key, pytree.MappingKey) else key.idx
+    """What leads to a child of a dict, a named tuple or another sequence."""
+    return next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field))
 
 
 def _shape(leaf: object) -> tuple[int, ...]:

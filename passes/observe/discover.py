@@ -175,7 +175,11 @@ def _double_run(
             f"bucket {bucket}: the batch is stated to be {places}, but {batches[0]} samples could not be doubled there "
             f"({reasons[0]}): state another dimension, or leave it out"
         )
-    told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
+    told = "".join(
+        f"; {strange}, which cannot be doubled: give its tensors as a list or dict, and make it of them in a "
+        "forward of your own"
+        for strange in opaque(given)
+    )
     raise DiscoveryError(f"bucket {bucket}: the batch of {batches[0]} could not be doubled ({reasons[0]}{told})")
 
 
