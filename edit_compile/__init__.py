@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from edit_compile.widths.channel_order import order_channels as order_channels
     from edit_compile.widths.ordered_mlp import OrderedMlp as OrderedMlp
     from edit_compile.widths.ordered_mlp import OrderError as OrderError
+    from passes.observe.statement import BlockStatement as BlockStatement
+    from passes.observe.statement import StatementError as StatementError
     from runtime.base.errors import BundleError as BundleError
     from runtime.base.errors import EditError as EditError
     from runtime.base.errors import EngineError as EngineError
@@ -79,6 +81,7 @@ _HOMES = {
     "edit_compile.training.train": ("TrainConfig",),
     "edit_compile.tuning.tune": ("tune",),
     "edit_compile.tuning.tuned": ("Tuned",),
+    "passes.observe.statement": ("BlockStatement", "StatementError"),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.face.load": ("load",),
     "runtime.routing.policy": ("RoutingPolicy",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from passes.observe.dedupe import group_blocks
 from passes.observe.discover import discover
 from passes.observe.residuals import find_states
 from passes.observe.settled import Settled, settled_in_every_run
+from passes.observe.statement import stated_continues
 from passes.program.compilation import Changed, Compilation, Group, Refused
 from passes.program.memory import computes
 
@@ -46,7 +47,7 @@ class Discover:
         if compilation.found is not None:
             return compilation
         memory, only = compilation.memory, compilation.memory.firsts if compilation.growing else None
-        found, report = discover(compilation.model, compilation.inputs, compilation.timestep, only)
+        found, report = discover(compilation.model, compilation.inputs, compilation.timestep, only, compilation.stated)
         compilation = compilation.reported(report)
         if compilation.growing:
             found, left = memory.continued(found)
@@ -62,7 +63,7 @@ class Dedupe:
     def run(self, compilation: Compilation) -> Compilation:
         """With `groups`."""
         groups: list[Group] = []
-        for sites in group_blocks(compilation.blocks):
+        for sites in (part for alike in group_blocks(compilation.blocks) for part in _as_stated(compilation, alike)):
             served: set[str] = set()
             for known, members in compilation.memory.serving(sites) if compilation.serving else ():
                 served |= {site.name for site in members}
@@ -100,11 +101,20 @@ class Streams:
         return compilation.each(self.name, partial(_choose, compilation))
 
 
+def _as_stated(compilation: Compilation, sites: Sequence[BlockSite]) -> Iterator[tuple[BlockSite, ...]]:
+    """`sites` by what is stated of them."""
+    found: dict[tuple[tuple[str, str], ...], list[BlockSite]] = {}
+    for site in sites:
+        key = tuple(sorted(stated_continues(compilation.stated, site.name).items()))
+        found.setdefault(key, []).append(site)
+    yield from map(tuple, found.values())
+
+
 def _pair(compilation: Compilation, group: Group) -> Changed:
     """Find which outputs of each kind of block continue which of its inputs."""
     if group.paired is not None:
         return group, None
-    states, report = find_states(group.first, compilation.candidates)
+    states, report = find_states(group.first, compilation.candidates, compilation.stated)
     if not states.pairs:
         reason = report.refused[0].reason
         raise Refused(*report.refused, *(Refusal(site.name, reason) for site in group.blocks[1:]))

@@ -20,6 +20,7 @@ from passes.block_passes import GROWTH, HEADS, MLPS, REAL, STATES, Dedupe, Disco
 from passes.blocks.export import ExportError, validate
 from passes.dump import graph_texts, modules, start, write_pass
 from passes.lowering.lower import Lower, check_proven
+from passes.observe.statement import Statements
 from passes.program.assemble import Assemble
 from passes.program.check import CheckError
 from passes.program.compilation import Compilation, PassError
@@ -113,12 +114,13 @@ def analyse(
     inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
+    stated: Statements = (),
 ) -> Compilation:
     """The blocks of `model`, their states, graphs and MLP sites: the passes as far as "streams".
 
     Arguments are those of `Compilation`. Raises StreamError where `narrow` names a state that no block has.
     """
-    return run_passes(Compilation(model, inputs, timestep, narrow), until="streams")
+    return run_passes(Compilation(model, inputs, timestep, narrow, stated=stated), until="streams")
 
 
 def _run(one: Pass, compilation: Compilation, number: int, folder: Path | None) -> Compilation:

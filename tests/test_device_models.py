@@ -11,14 +11,13 @@ from tests.tracing import Watched
 from tests.zoo import CASES
 
 FAST = ("DiTTransformer2DModel", "FluxTransformer2DModel")
-REFUSED = ("WanAnimate2Transformer3DModel",)
 READ_ON_THE_HOST = ("HiDreamImageTransformer2DModel", "MochiTransformer3DModel", "RFD4ProteinaTransformer")
 """Sizes or counts that depend on what tensors hold: decisions are taken on the host, and that is said."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES if name not in REFUSED],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES],
 )
 def test_recorded_steps_follow_decisions(name: str, recorder: Emulator) -> None:
     case = CASES[name]()

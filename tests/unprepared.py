@@ -89,9 +89,9 @@ def reasons(model: nn.Module, kwargs: Any) -> list[str]:
 
 
 @torch.no_grad()
-def guarded(model: nn.Module, kwargs: Any, *others: Any) -> CompiledTransformer:
+def guarded(model: nn.Module, kwargs: Any, *others: Any, blocks: Any = None) -> CompiledTransformer:
     """Compiled for `kwargs`; equal to eager on these and `others`, open and at every width, with rows that differ."""
-    elastic = edit_compile.elasticize(model.eval(), kwargs).eval()
+    elastic = edit_compile.elasticize(model.eval(), kwargs, blocks=blocks).eval()
     compiled = edit_compile.compile(elastic, inputs=kwargs, engine="torch", policy=edit_compile.RoutingPolicy())
     for given in (kwargs, *others):
         close(compiled(**given), model(**given))

@@ -15,6 +15,7 @@ from edit_compile.elastic.layout import PASSES
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.graphs.weightless import weightless
+from passes.observe.statement import BlockStatement
 from passes.pipeline import Pass
 from runtime import engines
 from runtime.bundle import files as bundle
@@ -39,6 +40,7 @@ def compile(
     dispatch: str = "host",
     passes: Sequence[Pass] | None = None,
     dump: str | Path | None = None,
+    blocks: BlockStatement | Sequence[BlockStatement] | None = None,
 ) -> CompiledTransformer | DryRun:
     """Compile a diffusion transformer into router-guarded blocks at several MLP widths.
 
@@ -61,10 +63,13 @@ def compile(
         passes: what to run instead of `edit_compile.PASSES`: the list without some, or with others of one's own.
         dump: folder for the state after each pass, graphs among it, as text; default: what the environment variable
             EDIT_COMPILE_DUMP says.
+        blocks: what cannot be found by running the model: which argument a block's output continues, where the batch
+            is. An elastic model keeps what was given to `elasticize`.
 
     Raises:
         CompileError: see above; also where no block of the model can be guarded.
         PassError (an EditError): `passes` cannot run: one that is needed is missing, or stands in another place.
+        StatementError (an EditError): what `blocks` says does not fit the model.
         CheckError (an EditError): what was made does not compute what the model does.
     """
     if isinstance(model, CompiledTransformer):
@@ -72,7 +77,7 @@ def compile(
             "this is compiled already: give compile() the model, or the elastic model, that it was made of"
         )
     dump = dump or os.environ.get("EDIT_COMPILE_DUMP") or None
-    tracer = Tracer(model, check_widths(widths), timestep, policy, PASSES if passes is None else passes, dump)
+    tracer = Tracer(model, check_widths(widths), timestep, policy, PASSES if passes is None else passes, dump, blocks)
     engines.check_name(engine)
     if output is not None:
         bundle.check_place(Path(output))

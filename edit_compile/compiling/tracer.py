@@ -29,6 +29,7 @@ from passes.graphs.progress import tell
 from passes.graphs.record import undisturbed
 from passes.graphs.uncompiled import unwrapped
 from passes.graphs.weightless import UNCHECKED, weightless
+from passes.observe.statement import BlockStatement, Statements, as_statements
 from passes.pipeline import Pass, check_passes, run_passes
 from passes.program.assemble import Source, numbered_routers
 from passes.program.check import CheckError, check_equal, masked
@@ -56,7 +57,7 @@ class Tracer:
     state after each of `passes` (see passes.dump); later runs of them, for other forms of call, have folders in it:
     ``run-2``, ``run-3``, ...
 
-    Raises PassError where `passes` cannot run.
+    Raises PassError where `passes` cannot run, CompileError where `blocks` says of an elastic model what it does not.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Tracer:
         policy: Decider | None = None,
         passes: Sequence[Pass] = PASSES,
         dump: str | Path | None = None,
+        blocks: BlockStatement | Sequence[BlockStatement] | None = None,
     ) -> None:
         check_passes(passes)
         self.elastic = model if isinstance(model, ElasticTransformer) else None
@@ -75,6 +77,7 @@ class Tracer:
         self.model = unwrapped(self.elastic.model if self.elastic is not None else model)
         self.widths = widths
         self.timestep = timestep or (self.elastic.timestep if self.elastic is not None else None)
+        self.stated = self._stated(as_statements(blocks))
         self.policy = policy if isinstance(policy, RoutingPolicy) else self._own_policy()
         self.passes, self.dump = tuple(passes), None if dump is None else Path(dump)
         self.reports: tuple[Report, ...] = ()
@@ -86,6 +89,13 @@ class Tracer:
     def _own_policy(self) -> RoutingPolicy:
         """The elastic model's own policy; the default one where it has none."""
         return (self.elastic.policy if self.elastic is not None else None) or RoutingPolicy()
+
+    def _stated(self, given: Statements) -> Statements:
+        """What is stated of the blocks: an elastic model knows that itself."""
+        own = given if self.elastic is None else self.elastic.stated
+        if given and own != given:
+            raise CompileError("an elastic model keeps what is stated of it: give blocks= to elasticize instead")
+        return own
 
     @property
     def _unrouted(self) -> bool:
@@ -271,6 +281,7 @@ class Tracer:
             widths=self.widths,
             time_dim=self.elastic.router_config.time_dim if self.elastic is not None and self._unrouted else None,
             memory=memory,
+            stated=self.stated,
             program=self.untraced() if program is None else program,
         )
 

@@ -18,6 +18,7 @@ from passes.blocks.experts import dense_experts
 from passes.graphs.batch_layout import Packing, Samples
 from passes.graphs.graph import BlockSite, MlpSite
 from passes.observe.adapt import packings_within
+from passes.observe.statement import Statements
 from passes.pipeline import PASSES as _COMPILING
 from passes.pipeline import run_passes
 from passes.program.compilation import Compilation, Group
@@ -111,18 +112,19 @@ def find_layout(
     time_dim: int,
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
+    stated: Statements = (),
 ) -> Layout:
     """Run the passes on `model` called with `inputs`, and keep what routers need.
 
     `timestep` names the argument that holds the timestep, where its name does not tell. `narrow` names the states whose
     MLPs are masked (see passes.mlp.written_states); without it, all are. Adapters of peft are left out of sight: blocks
-    are found, and named, as they are without.
+    are found, and named, as they are without. `stated` is what cannot be found (see passes.observe.statement).
 
     Raises:
         ElasticError: no block was found; the message lists what was refused and why.
     """
     with adapters_aside(model), shown(f"finding the blocks of {type(model).__name__}"):
-        found = run_passes(Compilation(model, inputs, timestep, narrow), PASSES, until="streams")
+        found = run_passes(Compilation(model, inputs, timestep, narrow, stated=stated), PASSES, until="streams")
         layout = layout_of(found, time_dim)
     warning = Coverage.of(found).warning
     if warning is not None:
@@ -212,8 +214,8 @@ def _places(site: BlockSite, leaves: int) -> list[Place]:
 
 
 def _key(key: Any) -> str | int:
-    """What leads to a child of a dict or a sequence."""
-    return key.key if isinstance(key, pytree.MappingKey) else key.idx
+    """What leads to a child of a dict, a named tuple or another sequence."""
+    return next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field))
 
 
 def _shape(leaf: object) -> tuple[int, ...]:

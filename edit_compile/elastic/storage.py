@@ -4,11 +4,12 @@ model.safetensors      the base model, under its own names
 config.json            its diffusers config, where it has one
 routers.safetensors    "<block index>.<parameter name>"
 elastic.json           schema, RouterConfig, Layout, the elastic model's narrow, activation, policy and router_dtype,
-                       and which linears are centred (see `edit_compile.elastic.centring`)
+                       and which linears are centred (see `edit_compile.elastic.centring`),
+                       and what was stated of its blocks
 
 Schema 1 had no narrow, activation and policy: it is read as if they were not set. Schemas 1 and 2 had no names of the
 states in the layout: blocks must then be called as they were found. Up to schema 3 no linear is
-centred, up to 4 routers have no dtype of their own.
+centred, up to 4 routers have no dtype of their own, up to 6 nothing is stated.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from edit_compile.elastic.layout import ElasticError, Layout
 from edit_compile.elastic.release import load_release
 from edit_compile.elastic.tensor_file import opened, shapes_of
 from edit_compile.elastic.transformer import ElasticTransformer
+from passes.observe.statement import Statements
 from runtime.bundle.folder import separate, written_whole
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
 
-SCHEMA = 6
-_READ = (1, 2, 3, 4, 5, SCHEMA)
+SCHEMA = 7
+_READ = (1, 2, 3, 4, 5, 6, SCHEMA)
 
 
 def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -59,6 +61,7 @@ def save_elastic(elastic: ElasticTransformer, folder: Path, dtype: torch.dtype |
         "policy": asdict(elastic.policy) if elastic.policy is not None else None,
         "centred": centred_names(elastic.model),
         "router_dtype": None if elastic.router_dtype is None else str(elastic.router_dtype).removeprefix("torch."),
+        "stated": [asdict(one) for one in elastic.stated],
     }
     as_json: Any = getattr(elastic.model, "to_json_string", None)
     with written_whole(folder) as place:
@@ -112,7 +115,9 @@ def load_elastic(
         shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(like).state_dict().items()}
         routers.compare(shapes, "the routers that elastic.json describes")
         own_dtype = None if description.router_dtype is None else getattr(torch, description.router_dtype)
-        elastic = ElasticTransformer(model, description.router, narrow=description.narrow, router_dtype=own_dtype)
+        elastic = ElasticTransformer(
+            model, description.router, narrow=description.narrow, router_dtype=own_dtype, blocks=description.stated
+        )
         elastic.activation, elastic.policy = description.activation, description.policy
         if elastic.activation is not None:
             set_activation(model, elastic.activation)
@@ -134,6 +139,7 @@ class _Description:
     policy: RoutingPolicy | None = None
     centred: tuple[str, ...] = ()
     router_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    stated: Statements = ()
 
 
 def _read(folder: Path) -> _Description:

@@ -23,6 +23,7 @@ from edit_compile.elastic.rule import Rule
 from edit_compile.elastic.straight_through import Routing
 from passes.blocks.experts import dense_experts
 from passes.graphs.uncompiled import compiles, uncompiled, unwrapped
+from passes.observe.statement import BlockStatement, as_statements
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
 from runtime.routing.router import Router
@@ -36,6 +37,7 @@ def elasticize(
     timestep: str | None = None,
     narrow: Sequence[str] | None = None,
     router_dtype: torch.dtype | None = None,
+    blocks: BlockStatement | Sequence[BlockStatement] | None = None,
 ) -> ElasticTransformer:
     """Put a fully open router before every block of `model`.
 
@@ -52,14 +54,19 @@ def elasticize(
             MLPs are full at every width. Without it, all are narrowed.
         router_dtype: dtype that the routers have and compute in, and keep when the model is cast (torch.float32 to
             train routers of a bfloat16 model); without it, that of the model.
+        blocks: what cannot be found by running the model: which argument a block's output continues, where the batch
+            is. The elastic model keeps it, for `compile` too.
+
+    Raises:
+        ElasticError: no block is found; the message lists what was refused and why.
+        StatementError (an EditError): what `blocks` says does not fit the model.
     """
     if isinstance(model, ElasticTransformer):
         raise ElasticError("this model is elastic already: train it, or compile it")
     model = unwrapped(model)
-    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow, router_dtype)
+    elastic = ElasticTransformer(model, config or RouterConfig(), timestep, narrow, router_dtype, blocks)
     if inputs is not None:
-        chosen = first_trace(model, inputs)
-        elastic.attach(find_layout(model, chosen, elastic.router_config.time_dim, timestep, elastic.narrow))
+        elastic.attach(elastic.find_layout(first_trace(model, inputs)))
     return elastic
 
 
@@ -70,8 +77,9 @@ class ElasticTransformer(nn.Module):
     under `no_grad` they are those of Algorithm 1 without its bank: per row, skip where p < 0.5, otherwise compute at
     the chosen width. `routing` holds the decisions of the last forward. One forward at a time.
 
-    `narrow` names the states whose MLPs are narrowed (None: all). `policy` is what `compile` takes where none is given.
-    `activation` is the one that its MLPs were given (see `activation`), None where they have their own.
+    `narrow` names the states whose MLPs are narrowed (None: all). `stated` is what was said of its blocks and batch.
+    `policy` is what `compile` takes where none is given. `activation` is the one that its MLPs were given (see
+    `activation`), None where they have their own.
 
     It stands in for the model in a pipeline: `config`, `device`, `dtype` and all else that it lacks are the model's.
     """
@@ -83,12 +91,14 @@ class ElasticTransformer(nn.Module):
         timestep: str | None = None,
         narrow: Sequence[str] | None = None,
         router_dtype: torch.dtype | None = None,
+        blocks: BlockStatement | Sequence[BlockStatement] | None = None,
     ) -> None:
         super().__init__()
         if router_dtype is not None and not router_dtype.is_floating_point:
             raise ElasticError(f"router_dtype is {router_dtype}: routers need a floating-point dtype")
         self.router_dtype = router_dtype
         self.narrow = None if narrow is None else tuple(narrow)
+        self.stated = as_statements(blocks)
         self.policy: RoutingPolicy | None = None
         self.activation: str | None = None
         self._given: Sequence[Mapping[str, Tensor]] = ()
@@ -107,6 +117,11 @@ class ElasticTransformer(nn.Module):
     def timestep(self) -> str | None:
         """The keyword that holds the timestep: as found, else as given; None where neither tells."""
         return self.layout.timestep if self.layout is not None else self._timestep
+
+    def find_layout(self, inputs: Inputs) -> Layout:
+        """The layout of the model called with `inputs` (see `layout.find_layout`)."""
+        time_dim = self.router_config.time_dim
+        return find_layout(self.model, inputs, time_dim, self.timestep, self.narrow, self.stated)
 
     def attach(self, layout: Layout) -> None:
         """Create the routers for `layout` and hook the blocks; once per model."""
@@ -211,7 +226,7 @@ class ElasticTransformer(nn.Module):
             signature.bind(*args, **kwargs)  # raises where an argument is missing, unknown or given twice
             kwargs = signature.bind_partial(*args).arguments | kwargs
         if self.layout is None:
-            self.attach(find_layout(self.model, kwargs, self.router_config.time_dim, self.timestep, self.narrow))
+            self.attach(self.find_layout(kwargs))
         assert self.layout is not None
         if list(self._places()) != self._hooked:
             self._hook()

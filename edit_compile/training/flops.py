@@ -24,7 +24,7 @@ def block_shares(elastic: ElasticTransformer, inputs: Mapping[str, Any]) -> Tens
     """
     widths = elastic.router_config.widths
     with elastic.detached():
-        given = Compilation(elastic.model, inputs, elastic.timestep, elastic.narrow, widths)
+        given = Compilation(elastic.model, inputs, elastic.timestep, elastic.narrow, widths, stated=elastic.stated)
         made = run_passes(given, until="plans")
         whole = model_flops(elastic.model, made.discovery.buckets[0][0])
     found = [site.name for site in made.blocks]

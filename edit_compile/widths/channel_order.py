@@ -67,7 +67,8 @@ def order_channels(
             raise CallsError("recording: there is no call in it")
         expected = tuple(made_again(base, first[1], first[0]))
         named = timestep or (elastic.timestep if elastic is not None else None)
-        mlps = hidden_channels(base, analyse(base, arguments_for(base, first[1]), named))
+        stated = elastic.stated if elastic is not None else ()
+        mlps = hidden_channels(base, analyse(base, arguments_for(base, first[1]), named, stated=stated))
         if not mlps:
             raise OrderError(f"{type(base).__name__} has no MLP whose hidden channels could be ordered")
         moments = _measured(base, recording, calls, mlps)

@@ -41,6 +41,9 @@ _POINTWISE = {
 }
 """Operators that torch does not call pointwise, and their twins that it does."""
 
+_UNTAGGED = (_aten.floor_divide.default, _aten.floor_divide.Scalar)
+"""Operators that are pointwise, though torch does not say so."""
+
 
 class _Strange(Exception):
     """This attention is not attention with a mask; the message says why."""
@@ -136,7 +139,7 @@ def _means_same(target: Any, args: Sequence[Any]) -> bool:
         return table.meta["val"].dim() == len(indices) and None not in indices
     if target in _CONSTANTS:
         return list(args[0 if target in (_aten.ones.default, _aten.full.default) else 1]) == []
-    return torch.Tag.pointwise in getattr(target, "tags", ())
+    return target in _UNTAGGED or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def _range(graph: fx.Graph, tensor: fx.Node, dim: int, after: int) -> fx.Node:

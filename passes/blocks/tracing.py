@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
 from passes.blocks.quiet_export import exported, stopping_quietly, why
@@ -36,7 +37,10 @@ class ReadError(ExportError):
 
 
 def check_constants(site: BlockSite) -> None:
-    """Every leaf that is no tensor must be a plain value or a module without parameters, and the same in all runs."""
+    """Every leaf that is no tensor must be a plain value, a module without parameters or a mask of flex attention.
+
+    It must be the same in all runs: a mask, the same object.
+    """
     for at, leaf in enumerate(site.calls[0].leaves):
         if isinstance(leaf, Tensor):
             continue
@@ -46,10 +50,10 @@ def check_constants(site: BlockSite) -> None:
                 raise ExportError(
                     f"{site.name}: {name} is a {kind} with parameters: hold it in the block, or pass what it gives"
                 )
-        elif not isinstance(leaf, _BAKEABLE):
+        elif not isinstance(leaf, (*_BAKEABLE, BlockMask)):
             raise ExportError(f"{site.name}: {name} is a {kind}: pass tensors and plain values")
         if any(call.leaves[at] != leaf for call in site.calls):
-            told = f"a {kind}" if isinstance(leaf, nn.Module) else repr(leaf)
+            told = f"a {kind}" if isinstance(leaf, nn.Module | BlockMask) else repr(leaf)
             raise ExportError(f"{site.name}: {name} ({told}) is no tensor and differs between runs")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
 from passes.blocks.complex_to_real import as_real
@@ -143,13 +144,14 @@ class Guard:
 def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
     """The model with the forward of every block that has one of `guards` replaced by it.
 
-    Shares all parameters and buffers, and modules that blocks are given; leaves the model itself alone. A guarded block
-    keeps its children, since a model's forward may reach into them. `samples` tells the batch, for adapted blocks.
+    Shares all parameters and buffers, and modules and masks that blocks are given; leaves the model itself alone. A
+    guarded block keeps its children, since a model's forward may reach into them. `samples` tells the batch, for
+    adapted blocks.
     """
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for one in guards:
         given = (kind[0] for _, calling in one.ways for kind in calling.kinds)
-        known |= {id(module): module for module in given if isinstance(module, nn.Module)}
+        known |= {id(value): value for value in given if isinstance(value, nn.Module | BlockMask)}
         original = model.get_submodule(one.name)
         block = copy.copy(original)
         block.forward = one

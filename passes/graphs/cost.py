@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
 from passes.graphs.graph import PlanGraph, Run
 from runtime.base.guard import Answer, answering, guard
 from runtime.bundle.spec import Plan
+
+_FLEX: Any = torch.ops.higher_order.flex_attention
 
 
 def variant_cost(graph: PlanGraph, variant: int, plan: Plan, inputs: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -100,7 +102,13 @@ def _counted_without_numbers(function: Callable[..., object], args: Sequence[Ten
 def counting() -> FlopCounterMode:
     """A context that counts (`get_total_flops`): torch's counter, which alone does not know the attention of CPUs."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention_flops, _FLEX: _attention_flops})
+
+
+@_FLEX.py_impl(_FlopCounterMode)
+def _counted_flex(mode: Any, *args: Any, **kwargs: Any) -> Any:
+    """Flex attention under the counter, which knows no rule for it; over all tokens, as it is computed eagerly."""
+    return mode.counter._count_flops(_FLEX, _FLEX(*args, **kwargs), args, kwargs)
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:

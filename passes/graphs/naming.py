@@ -26,6 +26,12 @@ def argument_names(module: nn.Module, call: Call) -> list[tuple[str, ...]]:
     return names
 
 
+def output_names(call: Call) -> list[str]:
+    """For each leaf that a call returned, the keys that lead to it, joined by dots ("0" if it is all)."""
+    tree = pytree.tree_unflatten(call.outputs, call.output_spec)
+    return [".".join(map(_key, path)) or "0" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
 def spoken(module: nn.Module, call: Call, at: int) -> str:
     """Leaf `at` of a call as a message names it: ``argument 'rope'``, ``argument 'cache.k'``."""
     return f"argument {'.'.join(argument_names(module, call)[at])!r}"

@@ -11,6 +11,8 @@ Which dimensions to double is guessed and proven by the run (passes.observe.disc
     any of these, but for one argument, which equals B by accident: it stays as it is, or takes its
         second dimension of size B, or is a list of one entry per sample
     the second guess, and dimension 0 wherever it is k B: several rows per sample, together or B apart
+
+Where a dimension is stated (passes.observe.statement), none is guessed for that argument.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ from torch.utils import _pytree as pytree
 
 from passes.graphs.batch_layout import Samples
 from runtime.face.arguments import as_plain
+
+NOTHING: Mapping[str, int | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Pick:
     dim: Callable[[Tensor, int], int | None]
     numbers: bool = True  # whether a list of B bare numbers is one per sample
     runs: bool = False  # whether k B rows are the batch k times
+    stated: bool = False
 
 
 def batches_of(kwargs: Mapping[str, object], timestep: str) -> list[int]:
@@ -43,11 +50,18 @@ def batches_of(kwargs: Mapping[str, object], timestep: str) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def doublings(kwargs: Mapping[str, object], timestep: str, batch: int) -> Iterator[dict[str, object]]:
-    """Ways to double the batch, likeliest first; each other way of the same shapes is left out."""
+def doublings(
+    kwargs: Mapping[str, object], timestep: str, batch: int, stated: Mapping[str, int | None] = NOTHING
+) -> Iterator[dict[str, object]]:
+    """Ways to double the batch, likeliest first; each other way of the same shapes is left out.
+
+    Arguments whose batch dimension is `stated` (None: they have none) are doubled so in all of them.
+    """
     seen: set[tuple[object, ...]] = set()
     given = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-    for picks in _guesses([*(name for name in kwargs if name != timestep), timestep]):
+    said = {name: Pick(partial(_stated, dim=dim), stated=True) for name, dim in stated.items() if dim is not None}
+    for picks in _guesses([*(name for name in kwargs if name != timestep and name not in stated), timestep]):
+        picks = {name: pick for name, pick in picks.items() if name not in stated} | said
         found = {name: double(value, batch, picks[name]) if name in picks else value for name, value in kwargs.items()}
         if timestep in picks:
             found[timestep] = _double_steps(kwargs[timestep], batch, picks[timestep])
@@ -166,6 +180,10 @@ def _no_dim(value: Tensor, batch: int) -> int | None:
     return None
 
 
+def _stated(value: Tensor, batch: int, dim: int) -> int | None:
+    return dim % value.ndim if -value.ndim <= dim < value.ndim and value.shape[dim] == batch else None
+
+
 def _several(value: Tensor, batch: int) -> int | None:
     found = _any(value, batch)
     return 0 if found is None and value.ndim and value.shape[0] % batch == 0 else found
@@ -180,8 +198,9 @@ def _dims(value: Tensor, batch: int) -> list[int]:
 
 
 def _double_steps(steps: object, batch: int, pick: Pick) -> object:
-    if isinstance(steps, Tensor) and pick.dim(steps, batch) == 0:
-        return torch.cat([steps, other_steps(steps)])  # type: ignore[list-item]
+    dim = pick.dim(steps, batch) if isinstance(steps, Tensor) else None
+    if dim == 0 or (dim is not None and pick.stated):
+        return torch.cat([steps, other_steps(steps)], dim)  # type: ignore[list-item]
     return steps
 
 

@@ -33,6 +33,7 @@ from passes.observe.batch_probe import batches_of, disturbed_all, doublings, ent
 from passes.observe.candidates import find_candidates
 from passes.observe.given_modules import Given, noting_writes
 from passes.observe.kept import Attributes, find_kept
+from passes.observe.statement import StatementError, Statements, check_batch, check_blocks, stated_batch, stated_sizes
 from runtime.base.errors import EditError
 
 _STEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
@@ -55,15 +56,18 @@ def discover(
     inputs: Mapping[str, object] | Sequence[Mapping[str, object]],
     timestep: str | None = None,
     only: Collection[str] | None = None,
+    stated: Statements = (),
 ) -> tuple[Discovery, Report]:
     """Blocks of `model` in execution order, each with its call in every run; those named in `only`, if it is given.
 
     `inputs` are keyword arguments of ``model.forward``, one mapping per shape bucket; `timestep` is
-    the keyword that holds the timestep where it has an unusual name. Runs are ordered: every bucket
-    as given, then every bucket doubled. The model's training flags and the grad mode are restored.
+    the keyword that holds the timestep where it has an unusual name; `stated` is what else cannot be
+    told. Runs are ordered: every bucket as given, then every bucket doubled. The model's training flags
+    and the grad mode are restored.
 
     Raises DiscoveryError where no argument is the timestep, where no batch can be told, where the rows of
-    a batch influence one another, or where the model keeps what it makes of an argument.
+    a batch influence one another, or where the model keeps what it makes of an argument; StatementError where what
+    is `stated` does not fit the model.
     """
     buckets = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if not buckets:
@@ -71,16 +75,18 @@ def discover(
     step = timestep or _step_name(buckets)
     if any(step not in kwargs for kwargs in buckets):
         raise DiscoveryError(f"the timestep is said to be {step!r}, but the inputs are {', '.join(buckets[0])}")
+    check_batch(stated, model, buckets)
     with undisturbed(model):
         before = Attributes.of(model)
         watched, refused, work = find_candidates(model, buckets[0])
+        check_blocks(stated, model, watched, refused)
         kept = find_kept(model, buckets[0], step, before)
         if kept is not None:
             raise DiscoveryError(kept)
         strange = [] if only is None else [name for name in watched if name not in only]
         refused += [Refusal(name, "was no block when the model was first traced") for name in strange]
         watched = {name: module for name, module in watched.items() if name not in strange}
-        runs, seen = _observe(model, buckets, step, watched)
+        runs, seen = _observe(model, buckets, step, watched, stated_batch(stated))
         given = Given.of(seen[0].calls.values())
         tell("running the model", len(buckets), len(buckets) + 1)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
@@ -113,7 +119,11 @@ def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
 
 
 def _observe(
-    model: nn.Module, buckets: Sequence[Mapping[str, object]], step: str, watched: Mapping[str, nn.Module]
+    model: nn.Module,
+    buckets: Sequence[Mapping[str, object]],
+    step: str,
+    watched: Mapping[str, nn.Module],
+    stated: Mapping[str, int | None],
 ) -> tuple[tuple[Run, ...], list[_Observation]]:
     """Every bucket as given, then every bucket doubled."""
     given: list[tuple[Run, _Observation]] = []
@@ -121,7 +131,7 @@ def _observe(
     for index, kwargs in enumerate(buckets):
         tell("running the model", index, len(buckets) + 1)
         first = _Observation(*record(model, kwargs, watched))
-        run, twice, second = _double_run(model, kwargs, index, step, watched, first)
+        run, twice, second = _double_run(model, kwargs, index, step, watched, first, stated)
         given.append((run, first))
         doubled.append((twice, second))
     pairs = given + doubled
@@ -135,14 +145,16 @@ def _double_run(
     step: str,
     watched: Mapping[str, nn.Module],
     first: _Observation,
+    stated: Mapping[str, int | None],
 ) -> tuple[Run, Run, _Observation]:
     """The run as given, now that its batch is known, and the doubled one with what it showed."""
-    batches = batches_of(given, step)
+    sizes = stated_sizes(stated, given)
+    batches = sizes or batches_of(given, step)
     if not batches:
         raise DiscoveryError(f"bucket {bucket}: neither {step} nor any float tensor has a batch dimension")
     reasons: list[str] = []
-    lone = _only_rows(first) and _one_time(given[step]) and not any(opaque(given))
-    for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size)):
+    lone = not sizes and _only_rows(first) and _one_time(given[step]) and not any(opaque(given))
+    for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size, stated)):
         try:
             second = _Observation(*record(model, kwargs, watched))
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -156,7 +168,19 @@ def _double_run(
     if lone:
         kwargs = disturbed_all(given, step)
         return Run(given, 1, bucket), Run(kwargs, 1, bucket), _Observation(*record(model, kwargs, watched))
-    told = "".join(f"; {strange}, which cannot be doubled" for strange in opaque(given))
+    if sizes:
+        places = " and ".join(
+            f"not in {name!r}" if dim is None else f"dimension {dim} of {name!r}" for name, dim in stated.items()
+        )
+        raise StatementError(
+            f"bucket {bucket}: the batch is stated to be {places}, but {batches[0]} samples could not be doubled there "
+            f"({reasons[0]}): state another dimension, or leave it out"
+        )
+    told = "".join(
+        f"; {strange}, which cannot be doubled: give its tensors as a list or dict, and make it of them in a "
+        "forward of your own"
+        for strange in opaque(given)
+    )
     raise DiscoveryError(f"bucket {bucket}: the batch of {batches[0]} could not be doubled ({reasons[0]}{told})")
 
 

@@ -14,7 +14,8 @@ Two kinds of block need more than this:
     x + f, times a mask     zero inputs make the mask zero. With the parameters zero and every input as recorded,
                             the output equals one candidate, bit for bit (and that is not all zero).
     x + p + f               both x and p pass. The state is the one that data flow continues: the recorded input that
-                            is an output of another block, or else the argument that it is in blocks of the class.
+                            is an output of another block, or else the argument that it is in blocks of the class;
+                            where it is stated (passes.observe.statement), that one.
 
 A block that is no plain residual (a skip block mixes two streams through a linear first) has no such
 proof of its own. Then the proof of another block of the same class is taken over, if the arguments
@@ -23,7 +24,7 @@ it speaks of have the same names and shapes here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,30 +32,56 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from passes.graphs.graph import BlockSite, Call, Refusal, Report, States
+from passes.graphs.naming import argument_names, spoken
 from passes.graphs.record import undisturbed
 from passes.graphs.weightless import hollow, known_zeros, proving_call, same, zeros_for
+from passes.observe.statement import StatementError, Statements, stated_pairs
 
 
-def find_states(site: BlockSite, others: Sequence[BlockSite] = ()) -> tuple[States, Report]:
+def find_states(site: BlockSite, others: Sequence[BlockSite] = (), stated: Statements = ()) -> tuple[States, Report]:
     """Pairs (output leaf, input leaf) of `site`, in output order; no pairs and a refusal where not all are found.
 
     `others` are blocks of the same model (any class): those of the site's class may lend their proof.
-    Every tensor that the block returns must be a state, since a skipped block returns nothing else.
+    Every tensor that the block returns must be a state, since a skipped block returns nothing else. `stated` says which
+    of several inputs it is that numbers allow; StatementError where they do not allow it.
     """
-    pairs, reason = _proof(site, others)
+    pairs, report = _found_states(site, others, stated)
+    _check_stated(site, pairs, report, stated_pairs(site, stated))
+    return States(pairs), report
+
+
+def _found_states(
+    site: BlockSite, others: Sequence[BlockSite], stated: Statements
+) -> tuple[tuple[tuple[int, int], ...], Report]:
+    pairs, reason = _proof(site, others, stated)
     if reason is None:
-        return States(pairs), Report("states", (_sentence(site, pairs, "its zeroed copy"),))
+        return pairs, Report("states", (_sentence(site, pairs, "its zeroed copy"),))
     for other in others:
         if other.module is site.module or type(other.module) is not type(site.module):
             continue
-        lent = _transfer(site, other, others)
+        lent = _transfer(site, other, others, stated)
         if lent:
-            return States(lent), Report("states", (_sentence(site, lent, other.name),))
-    return States(()), Report("states", refused=(Refusal(site.name, reason),))
+            return lent, Report("states", (_sentence(site, lent, other.name),))
+    return (), Report("states", refused=(Refusal(site.name, reason),))
 
 
-def _proof(site: BlockSite, others: Sequence[BlockSite]) -> tuple[tuple[tuple[int, int], ...], str | None]:
+def _check_stated(site: BlockSite, pairs: Sequence[tuple[int, int]], report: Report, said: Mapping[int, int]) -> None:
+    """StatementError where what was shown is not what is `said`."""
+    shown, names = dict(pairs), [".".join(name) for name in argument_names(site.module, site.calls[-1])]
+    for output, at in said.items():
+        if shown.get(output) != at:
+            told = f"it continues {names[shown[output]]!r}" if output in shown else report.refused[0].reason
+            raise StatementError(
+                f"output {output} of {site.name} is stated to continue argument {names[at]!r}, but by its numbers "
+                f"{told}: state another argument, or leave the output out"
+            )
+
+
+def _proof(
+    site: BlockSite, others: Sequence[BlockSite], stated: Statements
+) -> tuple[tuple[tuple[int, int], ...], str | None]:
     """Pairs shown by the zeroed block; with the reason where they do not cover every output tensor."""
+    said = stated_pairs(site, stated)
     call = proving_call(site)
     outputs = [at for at, leaf in enumerate(call.outputs) if isinstance(leaf, Tensor)]
     odd = [at for at, leaf in enumerate(call.outputs) if leaf is not None and at not in outputs]
@@ -62,9 +89,14 @@ def _proof(site: BlockSite, others: Sequence[BlockSite]) -> tuple[tuple[tuple[in
         return (), f"returns something that is no tensor (leaf {odd[0]})" if odd else "returns no tensor"
     found: dict[int, int] = {}
     for output, inputs in _passing(site, call).items():
-        at = inputs[0] if len(inputs) == 1 else _flowing(site, inputs, others)
+        at = said[output] if said.get(output) in inputs else None
+        at = inputs[0] if len(inputs) == 1 else at if at is not None else _flowing(site, inputs, others)
         if at is None:
-            return (), f"output {output} equals more than one input once its parameters are zero"
+            names = [spoken(site.module, site.calls[-1], at) for at in inputs]
+            return (), (
+                f"output {output} equals more than one input once its parameters are zero ({' and '.join(names)}): "
+                "state which one it continues with blocks="
+            )
         found[output] = at
     missing = [at for at in outputs if at not in found]
     if missing:
@@ -155,9 +187,11 @@ def _zeroed(site: BlockSite, call: Call, leaves: Sequence[object]) -> list[objec
         return pytree.tree_leaves(functional_call(site.module, zeros_for(site.module), args, kwargs))
 
 
-def _transfer(site: BlockSite, other: BlockSite, others: Sequence[BlockSite]) -> tuple[tuple[int, int], ...] | None:
+def _transfer(
+    site: BlockSite, other: BlockSite, others: Sequence[BlockSite], stated: Statements
+) -> tuple[tuple[int, int], ...] | None:
     """The pairs of `other`, spoken in the names of `site`'s arguments."""
-    pairs, reason = _proof(other, others)
+    pairs, reason = _proof(other, others, stated)
     if reason is not None or other.calls[-1].output_spec != site.calls[-1].output_spec:
         return None
     here = {path: at for at, path in enumerate(leaf_paths(site.calls[-1]))}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +73,12 @@ def _settled_in(model: nn.Module, kwargs: Mapping[str, object], blocks: Mapping[
 
 
 class _Following(TorchDispatchMode):
-    """Knows the memory of all that follows from the `sources`; once their numbers were `read`, of all that is made."""
+    """Knows the memory of all that follows from the `sources`; once their numbers were `read`, of all that is made.
+
+    What an operator that is given functions (flex attention) makes is taken to follow: they may hold what does.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         super().__init__()
@@ -89,6 +95,9 @@ class _Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            self._hold(tensors_in(outputs))
+            return outputs
         given = tensors_in((args, kwargs))
         follows = self.has(given)
         if self.read or (follows and func not in _OF_SHAPES):

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from passes.glue.calling import Guard
 from passes.graphs.glue_graph import GlueGraph
 from passes.graphs.graph import BlockGraph, BlockSite, Discovery, MlpSite, PlanGraph, Refusal, Report, Run, States
+from passes.observe.statement import Statements
 from passes.program.memory import Known, Memory
 from runtime.base.errors import EditError
 from runtime.bundle.program import Program
@@ -122,6 +123,7 @@ class Compilation:
         time_dim: channels of the time embedding that routers get where a block takes none; None if no routers are made.
         memory: what is remembered of `program`; empty if this is its first trace.
         program: the program that is added to, and in the end what has become of it.
+        stated: what the user says of the blocks and the batch (see passes.observe.statement).
         serving: whether plans of the program may serve blocks; if not, each gets a plan for any size.
     Found:
         found: the model as it was run, with all blocks that were seen; `blocks` are those accepted so far.
@@ -139,6 +141,7 @@ class Compilation:
     time_dim: int | None = None
     memory: Memory = field(default_factory=Memory)
     program: Program | None = None
+    stated: Statements = ()
     serving: bool = True
     found: Discovery | None = None
     blocks: tuple[BlockSite, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -17,6 +17,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+from torch import Tensor, nn
 
 from tests.zoo.registry import Case, case, noise
 
@@ -86,10 +87,40 @@ def animate() -> Case:
     return Case(model, wan_inputs(text=512) | inputs)
 
 
-@case("WanAnimate2Transformer3DModel")
-def animate2() -> Case:
-    # its cache of keys and values is an object of its own class; the image has 1280 channels in any configuration
-    model = WanAnimate2Transformer3DModel(
+class LayerKeys(NamedTuple):
+    """What a block reads of WanAnimate2KVLayerCache, as tensors that can be seen."""
+
+    key: Tensor
+    value: Tensor
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+
+class CachedPass(nn.Module):
+    """WanAnimate2's pass over cached reference tokens, given the cache and the grid as tensors and plain numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        hidden_states: list[Tensor],
+        timestep: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        reference_grid: list[int],
+        **others: Any,
+    ) -> Any:
+        layers = dict(enumerate(map(LayerKeys, keys, values)))
+        grids = torch.tensor([reference_grid] * len(hidden_states))
+        given = {"kv_cache": layers, "kv_cache_mode": "cached", "reference_grid_sizes": grids}
+        return self.model(hidden_states, timestep, **given, **others)
+
+
+def animate2_model() -> WanAnimate2Transformer3DModel:
+    return WanAnimate2Transformer3DModel(
         text_len=9,
         in_dim=14,
         dim=48,
@@ -100,23 +131,39 @@ def animate2() -> Case:
         num_heads=3,
         num_layers=2,
     )
+
+
+def animate2_bare() -> Case:
+    """The class as it is: its cache of keys and values is an object of its own class."""
+    inputs = animate2_inputs()
     cache = WanAnimate2KVCache(2)
-    for layer in range(2):
-        cache.get(layer).store(noise(2, 20, 3, 16, seed=7 + layer), noise(2, 20, 3, 16, seed=9 + layer))
-    inputs = {
+    for layer, (key, value) in enumerate(zip(inputs.pop("keys"), inputs.pop("values"), strict=True)):
+        cache.get(layer).store(key, value)
+    grids = torch.tensor([inputs.pop("reference_grid")] * 2)
+    given = {"kv_cache": cache, "kv_cache_mode": "cached", "reference_grid_sizes": grids}
+    return Case(animate2_model().eval(), inputs | given)
+
+
+@case("WanAnimate2Transformer3DModel")
+def animate2() -> Case:
+    return Case(CachedPass(animate2_model()), animate2_inputs())
+
+
+def animate2_inputs() -> dict[str, Any]:
+    # the image has 1280 channels in any configuration
+    return {
         "hidden_states": [noise(8, 3, 4, 10), noise(8, 3, 4, 10, seed=1)],
         "timestep": STEPS,
         "encoder_hidden_states": [noise(7, 24, seed=2), noise(5, 24, seed=3)],
         "condition_latents": [noise(6, 3, 4, 10, seed=4), noise(6, 3, 4, 10, seed=5)],
-        "kv_cache": cache,
-        "kv_cache_mode": "cached",
+        "keys": [noise(2, 20, 3, 16, seed=7 + layer) for layer in range(2)],
+        "values": [noise(2, 20, 3, 16, seed=9 + layer) for layer in range(2)],
         "seq_len": 30,
         "encoder_hidden_states_image": noise(2, 5, 1280, seed=6),
-        "reference_grid_sizes": torch.tensor([[2, 2, 5], [2, 2, 5]]),
+        "reference_grid": [2, 2, 5],
         "origin_len": 5,
         "origin_area": [32, 80],
     }
-    return Case(model, inputs)
 
 
 @case("SkyReelsV2Transformer3DModel")
