@@ -256,6 +256,9 @@ def test_tiers_go_into_the_bundle_and_switch(
         ({"budget": {"fast": 1.5}}, PolicyError, r"budget\['fast'\] is a share"),
         ({"budget": {"fast": 0.01}}, PolicyError, r"one computed step takes \d+%"),
         ({"quality": {"best": 190.0}}, PolicyError, r"the best that reuse reaches here is \d+"),
+        ({"reach": 1}, PolicyError, "reach is a whole number of at least 2, not 1"),
+        ({"rounds": -1}, PolicyError, "rounds is a whole number of at least 0"),
+        ({"repeats": 0}, PolicyError, "repeats is a whole number of at least 1"),
         ({"held_out": 3}, CallsError, "held_out=3: tuning needs at least 2 to search by"),
     ],
 )
@@ -263,7 +266,7 @@ def test_what_cannot_be_had_is_said(
     compiled: CompiledTransformer, recording: Sequence[Generation], change: dict[str, object], error: type, told: str
 ) -> None:
     with pytest.raises(error, match=told):
-        edit_compile.tune(compiled, recording, reach=3, repeats=1, **change)
+        edit_compile.tune(compiled, recording, **{"reach": 3, "repeats": 1, **change})
 
 
 def test_calls_that_do_not_fit_are_refused(
@@ -293,3 +296,15 @@ def test_the_command_writes_a_bundle_with_tiers(compiled: CompiledTransformer, t
     assert list(edit_compile.load(tmp_path / "tuned", engine="torch").tiers) == ["fast"]
     wrong = CliRunner().invoke(app, [*call, "--output", str(tmp_path / "x"), "--budget", "fast"])
     assert wrong.exit_code == 2 and "say name=number" in wrong.output
+
+
+def test_few_steps_have_the_tiers_that_a_step_can_be_computed_for(
+    compiled: CompiledTransformer, tmp_path: Path
+) -> None:
+    with edit_compile.record(compiled, tmp_path) as recorder:
+        for seed in range(4):
+            with recorder.generation():
+                recorder.result(sampled(compiled, seed, steps=3))
+    tuned = edit_compile.tune(compiled, edit_compile.Recording(tmp_path), repeats=1)
+    assert set(tuned.tiers) < {"half", "third", "quarter", "draft"} and "half" in tuned.tiers
+    assert tuned.computed_steps["half"] == 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 import edit_compile
 from edit_compile import CallsError, CompiledTransformer, EditError, Generation, PolicyError, RecordedCall, Tuned
@@ -135,9 +136,18 @@ def test_the_work_of_another_bundle_is_refused(
     damaged.write_bytes(b"nothing")
     with pytest.raises(EditError, match=f"{damaged.name} cannot be read .* delete it"):
         edit_compile.tune(compiled, recording, **ASKED, work=work)
-    (work / "work.json").write_text("{}")
-    with pytest.raises(EditError, match=r"work\.json cannot be read"):
+    save_file({"products": torch.full((2, 2), torch.nan)}, damaged)
+    with pytest.raises(EditError, match=f"{damaged.name} cannot be read .other numbers.* delete it"):
         edit_compile.tune(compiled, recording, **ASKED, work=work)
+    state = work / "work.json"
+    state.write_text(state.read_text().replace('"format":2', '"format":1'))
+    with pytest.raises(EditError, match="work of another version of edit_compile"):
+        edit_compile.tune(compiled, recording, **ASKED, work=work)
+    state.write_text("{}")
+    with pytest.raises(EditError, match=f"work\\.json cannot be read.*delete {work}"):
+        edit_compile.tune(compiled, recording, **ASKED, work=work)
+    with pytest.raises(EditError, match="is a file: give a folder"):
+        edit_compile.tune(compiled, recording, **ASKED, work=state)
     (tmp_path / "file").write_text("")
     with pytest.raises(EditError, match="holds something else"):
         edit_compile.tune(compiled, recording, **ASKED, work=tmp_path)

@@ -72,7 +72,7 @@ def _products(trials: Trials, reach: int, advance: Callable[[], object]) -> npt.
     total = np.zeros((count, count))
     for generation, sampler, key in zip(trials.generations, trials.samplers, trials.keys, strict=True):
         make = partial(error_products, trials.compiled, generation, sampler, reach, advance)
-        products, there = trials.work.products(key, reach, make)
+        products, there = trials.work.products(key, reach, count, make)
         for _ in pairs if there else ():
             advance()
         total += products

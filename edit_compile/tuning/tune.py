@@ -48,7 +48,8 @@ def tune(
     Args:
         compiled: what was recorded, compiled.
         recording: `Recording(folder)`, or generations, of one number of steps; at least 4.
-        budget: share of the dense FLOPs, in (0, 1], by the tier's name; BUDGETS where no `quality` is given either.
+        budget: share of the dense FLOPs, in (0, 1], by the tier's name; where no `quality` is given either, those of
+            BUDGETS that a step can be computed for.
         quality: least mean PSNR in dB on the generations that are searched by, by the tier's name; a RuntimeWarning
             where those held out come out lower.
         held_out: generations that are not searched by: what tiers are predicted to reach is measured on them alone.
@@ -62,14 +63,15 @@ def tune(
 
     Raises:
         CallsError: too few generations, of other numbers of steps, of another model, or with NaN.
-        PolicyError: a tier without a name or with two, a budget outside (0, 1] or below what reuse itself costs, or a
-            quality that is not reached; says the best there is.
+        PolicyError: `reach` below 2, `rounds` below 0 or `repeats` below 1, a tier without a name or with two, a budget
+            outside (0, 1] or below what reuse itself costs, or a quality that is not reached; says the best there is.
         EditError: `work` holds the work of another bundle, or cannot be read.
 
     A RuntimeWarning where no result was recorded, or the sampler is explained badly (`Sampler.explained`).
     """
     wanted, reached = dict(budget or {}) if budget or quality else dict(BUDGETS), dict(quality or {})
     check_tiers(wanted, reached)
+    _check_numbers(reach, rounds, repeats)
     search_by, predict_by = split(compiled, recording, held_out, None if work is None else Path(work))
     search_by.check_model()
     total, done = Search.work(search_by.steps, len(search_by.generations), reach), itertools.count(1)
@@ -77,7 +79,8 @@ def tune(
     chosen: dict[str, Schedule] = {}
     for number, (name, share) in enumerate(wanted.items()):
         progress("budgets", number, len(wanted))
-        chosen[name] = search.at(_steps_within(search_by, name, share))
+        if budget or _possible(search_by, share):
+            chosen[name] = search.at(_steps_within(search_by, name, share))
     for number, (name, decibels) in enumerate(reached.items()):
         progress("qualities", number, len(reached))
         chosen[name] = _of_quality(search, search_by, name, decibels)
@@ -113,6 +116,12 @@ def _predicted(trials: Trials, chosen: Mapping[str, Schedule], repeats: int) -> 
     return Tuned(tiers, counts, fewer, in_time, gain, seconds)
 
 
+def _check_numbers(reach: object, rounds: object, repeats: object) -> None:
+    for name, value, least in (("reach", reach, 2), ("rounds", rounds, 0), ("repeats", repeats, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PolicyError(f"{name} is a whole number of at least {least}, not {value!r}")
+
+
 def _steps_in_time(steps: int, computed: int, times_faster: float) -> int:
     """How many of the dense model's `steps` take as long as a tier, which takes at least that of those it computes."""
     return min(max(computed, int(steps / times_faster)), steps)
@@ -126,6 +135,11 @@ def _warn_of_quality(name: str, wanted: float, reached: float | None) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _possible(trials: Trials, share: float) -> bool:
+    """Whether a step can be computed for a share of the dense FLOPs."""
+    return share >= trials.outcome(Schedule.of((0,), 0)).flops_share
 
 
 def _steps_within(trials: Trials, name: str, share: float) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -52,6 +53,8 @@ class Work:
         self._folder = folder
         self._replays: dict[str, dict[str, Replay]] = {}
         if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise EditError(f"work={str(folder)!r} is a file: give a folder")
             folder.mkdir(parents=True, exist_ok=True)
             _check_bundle(folder, State(FORMAT, bundle_digest(compiled)))
 
@@ -59,16 +62,19 @@ class Work:
         """What `generation` is called here."""
         return str(id(generation)) if self._folder is None else generation_digest(generation)
 
-    def products(self, key: str, reach: int, make: Callable[[], Products]) -> tuple[Products, bool]:
-        """Those of a generation, and whether they were there; else made, and kept."""
+    def products(self, key: str, reach: int, size: int, make: Callable[[], Products]) -> tuple[Products, bool]:
+        """Those (size, size) of a generation, and whether they were there; else made, and kept."""
         if self._folder is None:
             return make(), False
         path = self._folder / f"{key}-reach{reach}.safetensors"
         if path.exists():
             try:
-                return load_file(path)["products"].numpy(), True
+                found: Products = load_file(path)["products"].numpy()
             except (OSError, SafetensorError, KeyError) as error:
                 raise _damaged(path, error) from error
+            if found.shape != (size, size) or not np.isfinite(found).all():
+                raise _damaged(path, ValueError("other numbers than tuning writes"))
+            return found, True
         made = make()
         save_tensors_atomically(path, {"products": torch.from_numpy(made)})
         return made, False
@@ -134,7 +140,12 @@ def _check_bundle(folder: Path, own: State) -> None:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=State)
     except (OSError, msgspec.DecodeError) as error:
-        raise _damaged(path, error) from error
+        raise EditError(f"{path} cannot be read ({error}): delete {folder}, and what it held is found anew") from error
+    if found.format != own.format:
+        raise EditError(
+            f"{folder} holds the work of another version of edit_compile (format {found.format}, this one writes "
+            f"{own.format}): delete it, or give another folder"
+        )
     if found != own:
         raise EditError(
             f"{folder} holds the work of tuning another bundle, or with another engine: give another folder, or "
