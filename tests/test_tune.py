@@ -272,7 +272,7 @@ def test_what_cannot_be_had_is_said(
 def test_calls_that_do_not_fit_are_refused(
     compiled: CompiledTransformer, recording: Sequence[Generation], tmp_path: Path
 ) -> None:
-    with pytest.raises(CallsError, match=r"1 generations.*record more"):
+    with pytest.raises(CallsError, match=r"1 recorded.*record more"):
         edit_compile.tune(compiled, recording[:1])
     other = CompiledTransformer(programs.make(KINDS, seed=4, routers=False), "torch")
     with pytest.raises(CallsError, match="another model's"):

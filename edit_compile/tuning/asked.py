@@ -46,7 +46,7 @@ def split(
     apart = len(generations) // 2 if held_out is None else held_out
     if not LEAST <= apart <= len(generations) - LEAST:
         raise CallsError(
-            f"recording: {len(generations)} generations, of which held_out={apart}: tuning needs at least {LEAST} to "
+            f"recording: {len(generations)} recorded, of which held_out={apart}: tuning needs at least {LEAST} to "
             f"search by and {LEAST} held out, {2 * LEAST} in all; record more"
         )
     for number, generation in enumerate(generations):
