@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
 
 
@@ -29,7 +30,7 @@ def tuned(results: Mapping[str, Any]) -> str:
     ]
     held = results["generations"] - 3
     taken = f"{_taken(results)}, engine {results['engine']}; {held} generations of {results['rows']} images, held out."
-    return f"{_table(headings, rows)}\n\n{taken}"
+    return f"{table(headings, rows)}\n\n{taken}"
 
 
 def rivals(results: Mapping[str, Any]) -> str:
@@ -49,7 +50,7 @@ def rivals(results: Mapping[str, Any]) -> str:
         for one in results["results"]
     ]
     taken = f"{_taken(results)}; {results['images']} images, timed {results['rows']} at a time."
-    return f"{_table(headings, rows)}\n\n{taken}"
+    return f"{table(headings, rows)}\n\n{taken}"
 
 
 def held_out(results: Mapping[str, Any]) -> str:
@@ -64,14 +65,14 @@ def held_out(results: Mapping[str, Any]) -> str:
         )
         for one in results["held_out"]
     ]
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def partial_steps(results: Mapping[str, Any]) -> str:
     """What `examples.fashion_mnist.partial_steps` found."""
     rows = [(one["what"], f"{one['flops_share']:.1%}", f"{one['decibels']:.1f}") for one in results["rows"]]
-    table = _table(("what is computed in part", "FLOPs", "dB, held out"), rows)
-    return f"{table}\n\n{_taken(results)}; {results['held_out']} generations of 8 images, held out."
+    found = table(("what is computed in part", "FLOPs", "dB, held out"), rows)
+    return f"{found}\n\n{_taken(results)}; {results['held_out']} generations of 8 images, held out."
 
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:
@@ -80,8 +81,3 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
 
 def _taken(results: Mapping[str, Any]) -> str:
     return f"{summary(results['machine'])}, {results['machine']['threads']} thread"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

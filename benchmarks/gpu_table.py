@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
 from passes.graphs.numbers import largest
 
@@ -83,13 +84,12 @@ HEADINGS = ("eager, ms per step", "compiled", "times faster", "FLOPs would allow
 
 def markdown(results: Found) -> str:
     """All models and engines with a measured speed, with the machine named below them; reasons for whole models."""
-    lines = ["| run | " + " | ".join(HEADINGS) + " |", "|---" * (1 + len(HEADINGS)) + "|"]
-    told = []
+    rows, told = list[list[str]](), list[str]()
     for record in results["models"]:
         for engine, done in record["engines"].items():
             if "ratio" in (done.get("speed") or {}):
-                cells = [f"{record['title']}, {record['dtype']}, {engine}", *(cell(name, done) for name in HEADINGS)]
-                lines.append("| " + " | ".join(cells) + " |")
+                run = f"{record['title']}, {record['dtype']}, {engine}"
+                rows.append([run, *(cell(name, done) for name in HEADINGS)])
         reason = (record["prepare"] or {}).get("skipped")
         told += [f"{record['title']}: {reason}."] if reason else []
     machine = results["machine"]
@@ -98,4 +98,5 @@ def markdown(results: Found) -> str:
         for one in results["models"]
     )
     where = f"{summary(machine)}, CUDA {machine['cuda']}, driver {machine['driver']}, {machine['gpu_memory']}"
-    return "\n".join([*lines, "", f"{where}; {steps}; random weights, decisions at the paper's budgets.", *told])
+    taken = f"{where}; {steps}; random weights, decisions at the paper's budgets."
+    return "\n".join([table(("run", *HEADINGS), rows), "", taken, *told])

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import example_tables
 from benchmarks.gpu_table import markdown
+from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,14 +34,13 @@ NO_GPU = (
 def figures(results: Mapping[str, Any]) -> str:
     """One result file as a Markdown table with the machine named below it."""
     shape = results["shape"]
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-    lines += ["| " + " | ".join(_cells(shape["name"], run)) + " |" for run in results["runs"]]
+    found = table(HEADINGS, [_cells(shape["name"], run) for run in results["runs"]])
     taken = (
         f"{summary(results['machine'])}; {shape['steps']} steps, batch 1, {shape['side'] ** 2} image and "
         f"{shape['text']} text tokens; decisions drawn at random at FLUX's budget, routers run. "
         f"Medians; in brackets the middle half of {shape['repeats']} requests. Weights are for all four widths."
     )
-    return "\n".join([*lines, "", taken])
+    return f"{found}\n\n{taken}"
 
 
 def tables_of(folder: Path) -> list[str]:

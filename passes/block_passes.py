@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from passes.blocks.complex_to_real import complex_to_real
 from passes.blocks.export import ExportError, export_block
 from passes.blocks.headless_attention import one_head
-from passes.graphs.graph import BlockGraph, BlockSite, Discovery, Refusal, Report
+from passes.graphs.graph import BlockGraph, BlockSite, Refusal, Report
 from passes.graphs.progress import tell
 from passes.graphs.weightless import weightless
 from passes.mlp.sites import find_sites
@@ -81,11 +81,13 @@ class Export:
     def run(self, compilation: Compilation) -> Compilation:
         """With a graph for every group. Blocks whose numbers the first one's graph does not give are a group of their
         own, until there is a graph for all."""
+        # it runs the model, where code reads numbers
+        settled = cache(partial(settled_in_every_run, compilation.discovery))
         while any(group.exported is None for group in compilation.groups):
             tell(
                 "exporting blocks", sum(one.exported is not None for one in compilation.groups), len(compilation.groups)
             )
-            compilation = STATES.run(compilation.each(self.name, partial(_export, compilation)))
+            compilation = STATES.run(compilation.each(self.name, partial(_export, compilation, settled)))
         return compilation
 
 
@@ -121,13 +123,13 @@ def _pair(compilation: Compilation, group: Group) -> Changed:
     return replace(group, paired=states), report
 
 
-def _export(compilation: Compilation, group: Group) -> Changed:
+def _export(compilation: Compilation, settled: Callable[[], Mapping[str, Settled]], group: Group) -> Changed:
     if group.exported is not None:
         return group, None
     free = compilation.memory.free(group.first)
     try:
-        settled = partial(_settled, compilation.discovery, group.first)
-        graph, report = export_block(group.first, group.states, compilation.discovery.runs, free, settled)
+        known = partial(_settled, settled, group.first)
+        graph, report = export_block(group.first, group.states, compilation.discovery.runs, free, known)
     except ExportError as error:
         raise group.refused(str(error)) from error
     strangers = tuple(site for site in group.blocks[1:] if not _computes(graph, site))
@@ -136,9 +138,9 @@ def _export(compilation: Compilation, group: Group) -> Changed:
     return ((made, Group(strangers)) if strangers else made), report
 
 
-def _settled(discovery: Discovery, site: BlockSite) -> Settled:
+def _settled(settled: Callable[[], Mapping[str, Settled]], site: BlockSite) -> Settled:
     """What none of the model's arguments sets of `site`, as its own call holds it."""
-    own = settled_in_every_run(discovery).get(site.name, Settled())
+    own = settled().get(site.name, Settled())
     if site.adapter is None:
         return own
     packings = site.adapter.inputs

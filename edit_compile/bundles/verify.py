@@ -22,7 +22,6 @@ from runtime.routing.policy import RoutingPolicy
 from runtime.routing.schedule import ScheduledPolicy
 
 EXAMPLE_ROWS = 2
-"""Largest relative difference allowed by default, by the bundle's dtype. For GPUs a guess."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _ALLOWED = {
     "rows": (1e-9, 1e-4, 2e-2, 5e-2),  # of a sample, when other samples come or go
     "graph": (1e-9, 1e-5, 5e-3, 3e-2),  # of a block, against its code
     "model": (1e-6, 1e-4, 2e-2, 6e-2),  # guarded or narrowed, against the model; many blocks on end
-    "engine": (1e-3, 1e-3, 1e-2, 2e-2),  # with its own kernels, against the model or torch
+    "engine": (1e-3, 1e-3, 1e-2, 2e-2),  # with its own kernels, against the model or torch; for GPUs a guess
 }
 TOLERANCE: Mapping[str, Mapping[torch.dtype, float]] = {
     what: dict(zip(_DTYPES, limits, strict=True)) for what, limits in _ALLOWED.items()
