@@ -205,8 +205,8 @@ def spoilt(call: RecordedCall) -> RecordedCall:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda given: given[:3], "3 generations.*at least 2 to search by and 2 held out, 4 in all"),
-        (lambda given: [], "0 generations"),
+        (lambda given: given[:3], "recording: 3 recorded.*at least 2 to search by and 2 held out, 4 in all"),
+        (lambda given: [], "recording: 0 recorded"),
         (with_calls(renamed), r"recording\[2\]: the model does not take the arguments of calls\[0\].* no 'x'"),
         (with_calls(spoilt), r"recording\[2\]: calls\[0\] holds NaN or infinity: leave this generation out"),
         (
