@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from passes.blocks.composites import without_composites
+
 _talkative = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
 
@@ -32,7 +34,7 @@ def exported(module: nn.Module, example: Sequence[Tensor], free: Sequence[Any]) 
     _talkative.addFilter(_is_told)
     try:
         program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
-        return program.run_decompositions({})
+        return without_composites(program)
     finally:
         _talkative.removeFilter(_is_told)
 

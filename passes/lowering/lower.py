@@ -158,7 +158,7 @@ class _Lowered:
     def program(self) -> ExportedProgram:
         weights = weight_stand_ins(self.graph, self.index)
         try:
-            module = _sized(self.graph.variants[self.index], weights)
+            module = _sized(self.graph.variants[self.index], weights, self.graph.block.module.graph)
         except Exception as error:
             width = self.plan.variants[self.index].width
             raise LowerError(f"plan {self.plan.id} has no shapes at width {width:g}: {error}") from error
@@ -176,13 +176,13 @@ class _Lowered:
         return to_onnx(self.program, names, states, f"plan {self.plan.id}")
 
 
-def _sized(module: fx.GraphModule, weights: Sequence[Tensor]) -> fx.GraphModule:
-    """A copy of `module` whose nodes know what they give when the leading placeholders are `weights`."""
+def _sized(module: fx.GraphModule, weights: Sequence[Tensor], block: fx.Graph) -> fx.GraphModule:
+    """A copy of `module`, a variant of `block`, whose nodes know what they give for `weights` as first placeholders."""
     module = copy.deepcopy(module)
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")][len(weights) :]
     mode = inputs[0].fake_mode
     fakes = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
-    tell_shapes(module, [*fakes, *inputs])
+    tell_shapes(module, [*fakes, *inputs], like=block)
     return module
 
 
