@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from tests.emulator import Emulator
 from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+os.environ["EDIT_COMPILE_ENGINE"] = (
+    "onnxruntime"  # which engine is the fastest is no matter here, but for test_engine_choice
+)
 
 
 @dataclass(frozen=True)

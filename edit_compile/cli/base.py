@@ -32,10 +32,14 @@ Calls = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="default: those recorded, else 28")]
 Engine = Annotated[
-    str, typer.Option(help="onnxruntime, torch or inductor; on a GPU onnxruntime-cuda, or, once built, tensorrt(-rtx)")
+    str | None,
+    typer.Option(
+        help="onnxruntime, torch or inductor; on a GPU onnxruntime-cuda, or, once built, tensorrt(-rtx); default: the "
+        "fastest here, measured once"
+    ),
 ]
 EngineOfBundle = Annotated[
-    str | None, typer.Option(help="as for `compile`; default: that of the engines in the bundle, else onnxruntime")
+    str | None, typer.Option(help="as for `compile`; default: that of the engines in the bundle, else the fastest here")
 ]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
 Schedule = Annotated[

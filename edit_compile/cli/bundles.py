@@ -111,8 +111,10 @@ def verify(
     from edit_compile.bundles.verify_widths import verify_widths
     from edit_compile.command_inputs import forms_of
     from passes.graphs.numbers import TOLERANCE
-    from runtime.face.load import load
+    from runtime.face.load import built_engine, load
 
+    if model is None and engine is None:
+        engine = built_engine(bundle) or "onnxruntime"  # the fastest may be torch, which the others are compared with
     compiled = load(bundle, engine=engine)
     given = forms_of(compiled, inputs, calls, errors)
     allowed = TOLERANCE["engine"].get(compiled.dtype, 1e-3) if tolerance is None else tolerance

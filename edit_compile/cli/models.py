@@ -108,7 +108,7 @@ def compile_model(
     calls: Calls = None,
     output: Annotated[Path | None, typer.Option(help="folder to write the bundle to")] = None,
     widths: Annotated[str, typer.Option(help="shares of the MLPs' hidden channels")] = ".25,.5,.75,1",
-    engine: Engine = "onnxruntime",
+    engine: Engine = None,
     preset: Preset = None,
     timestep: Annotated[str | None, typer.Option(help="the forward's timestep argument, if it cannot be told")] = None,
     dtype: Annotated[
@@ -128,6 +128,7 @@ def compile_model(
     from edit_compile.elastic.transformer import elasticize
     from edit_compile.loading import UserError, load_model, parse_numbers
     from passes.graphs.weightless import weightless
+    from runtime.face.transformer import CompiledTransformer
     from runtime.routing.policy import RoutingPolicy
 
     if output is None and not dry_run:
@@ -145,4 +146,6 @@ def compile_model(
         timestep=timestep,
         dump=dump,
     )
+    if isinstance(made, CompiledTransformer) and made.engine_choice is not None:
+        typer.echo(str(made.engine_choice))
     typer.echo(str(made) if dry_run else f"wrote {output}")

@@ -32,7 +32,7 @@ def compile(
     widths: Sequence[float] = WIDTHS,
     *,
     inputs: Inputs | RecordedCalls | None = None,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     policy: Decider | None = None,
     output: str | Path | None = None,
     dry_run: bool = False,
@@ -52,7 +52,8 @@ def compile(
             or a `Recording` of its calls, which has one for each form in which it was called. Without them the model is
             traced at the first call. A call in another form (shapes, dtypes, which arguments are given) adds to what is
             compiled, whichever it was.
-        engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU.
+        engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU; default: the
+            fastest here for one of the model's blocks, measured once (`compiled.engine_choice` says by what).
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
@@ -78,7 +79,8 @@ def compile(
         )
     dump = dump or os.environ.get("EDIT_COMPILE_DUMP") or None
     tracer = Tracer(model, check_widths(widths), timestep, policy, PASSES if passes is None else passes, dump, blocks)
-    engines.check_name(engine)
+    if engine is not None:
+        engines.check_name(engine)
     if output is not None:
         bundle.check_place(Path(output))
     if (dry_run or output is not None) and inputs is None:

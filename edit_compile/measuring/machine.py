@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.base.machine import cores, cpu_model
+
 LIBRARIES = (
     "edit-compile",
     "torch",
@@ -32,8 +34,8 @@ def describe_machine() -> dict[str, str]:
     Where there is a GPU, also its name, memory, compute capability and driver, and the CUDA that torch was built for.
     """
     described = {
-        "cpu": _cpu_model(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cpu": cpu_model(),
+        "cores": str(cores()),
         "memory": _memory(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
@@ -58,19 +60,6 @@ def summary(machine: dict[str, str]) -> str:
     """One line: the GPU or the processor with its cores, and torch's version."""
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     return f"{where}, torch {machine['torch']}"
-
-
-def _cpu_model() -> str:
-    """The model's name, with the matrix and vector units that decide how fast bf16 is."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.M)
-    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and unit in flags[1].split()]
-    name = model[1] if model else platform.machine()
-    return f"{name} ({units[0]})" if units else name
 
 
 def _gpu() -> dict[str, str]:

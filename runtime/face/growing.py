@@ -14,6 +14,7 @@ from runtime import engines
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.calls.bound import BoundBlocks, glue_graph
+from runtime.engines.choice import Choice, choose
 from runtime.face import arguments
 from runtime.face.arguments import Constant
 from runtime.face.output import Config
@@ -41,14 +42,16 @@ FORMS = 1024
 
 
 class GrowingProgram:
-    """`program` on the engine called `engine`, which grows by `tracer` where there is one.
+    """`program` on the engine called `engine`, else the fastest here, which grows by `tracer` where there is one.
 
     `grown` is called with every program that is run from then on. Raises EngineError where the engine cannot run the
     program here.
     """
 
-    def __init__(self, program: Program, engine: str, tracer: Tracer | None, grown: Callable[[Program], None]) -> None:
-        self.engine, self.tracer = engine, tracer
+    def __init__(
+        self, program: Program, engine: str | None, tracer: Tracer | None, grown: Callable[[Program], None]
+    ) -> None:
+        self.asked, self.tracer = engine, tracer
         self._grown = grown
         self._lock = threading.RLock()
         self._start(program)
@@ -111,6 +114,8 @@ class GrowingProgram:
 
     def _start(self, program: Program) -> None:
         """Run `program` and forget what was made for another."""
+        self.choice: Choice | None = None
+        self.engine = self.asked or self._chosen(program)
         program = engines.placed(self.engine, program)
         self.blocks = BoundBlocks(program, self.engine)
         self.config = Config(program.manifest.config)
@@ -122,6 +127,10 @@ class GrowingProgram:
         """What a row costs, by glue."""
         self._found: dict[object, Glue] = {}
         self._run_from_now_on(program)
+
+    def _chosen(self, program: Program) -> str:
+        self.choice = choose(program)
+        return self.choice.engine
 
     def _run_from_now_on(self, program: Program) -> None:
         for glue in program.manifest.glues:

@@ -22,7 +22,7 @@ def load(
     """The compiled transformer of the bundle at `path`.
 
     `engine` runs its plans (see CompiledTransformer). Without one it is what the bundle's engines were
-    built with, and "onnxruntime" for a bundle that holds none: engines of another GPU are refused rather than
+    built with, and for a bundle that holds none the fastest here: engines of another GPU are refused rather than
     replaced by a CPU's in silence. `policy` replaces the bundle's own, or `tier` names the one of its tiers that
     decides at first. With `dispatch` "device" decisions are taken on the GPU where that can be done (see
     CompiledTransformer). Raises BundleError where the bundle is damaged
@@ -35,17 +35,17 @@ def load(
     except EngineError as error:
         if engine is not None:
             raise
-        holds = "no engines, for which onnxruntime is taken" if chosen == "onnxruntime" else f"engines of {chosen}"
+        holds = "no engines" if chosen is None else f"engines of {chosen}"
         raise EngineError(f"{path} holds {holds}, and no engine was named. {error}") from error
 
 
-def built_engine(folder: Path) -> str:
-    """Name of the engine that the bundle's own engines are for, those for the GPU here before others."""
+def built_engine(folder: Path) -> str | None:
+    """Name of the engine that the bundle's own engines are for, those for the GPU here before others; None of none."""
     here = gpu_here()
     records = sorted(
         (record.key for record in built(folder)),
         key=lambda key: (here is None or key.capability != here.capability, key.weights == "packed", key.library),
     )
     if not records:
-        return "onnxruntime"
+        return None
     return records[0].library + ("-packed" if records[0].weights == "packed" else "")

@@ -58,7 +58,7 @@ class Session(GrowingProgram):
     def __init__(
         self,
         program: Program,
-        engine: str,
+        engine: str | None,
         dispatch: str,
         tracer: Tracer | None,
         host: Host | None,

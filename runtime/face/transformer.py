@@ -17,6 +17,7 @@ from runtime import engines
 from runtime.base.errors import EditError
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
+from runtime.engines.choice import Choice
 from runtime.face import arguments
 from runtime.face.adapters import WithoutAdapters, refuse_adapters
 from runtime.face.growing import Tracer
@@ -35,7 +36,8 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
 
     Args:
         program: what to run.
-        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside.
+        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside. When None, the
+            fastest here for one of the program's blocks (`runtime.engines.choice`).
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: makes the program grow where a call has a form that was not compiled. Without it that is a ShapeError.
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
@@ -52,7 +54,7 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
     def __init__(
         self,
         program: Program,
-        engine: str = "onnxruntime",
+        engine: str | None = None,
         policy: Decider | None = None,
         tracer: Tracer | None = None,
         *,
@@ -73,6 +75,11 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
     def engine(self) -> str:
         """Name of the engine."""
         return self._session.engine
+
+    @property
+    def engine_choice(self) -> Choice | None:
+        """By what the engine was chosen; None where it was named."""
+        return self._session.choice
 
     @property
     def program(self) -> Program:
@@ -230,7 +237,7 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
             self._session.grow(self._tracer.untraced())
             return self
         if after.device != before.device:
-            if self.engine not in engines.MOVABLE:
+            if self.engine not in engines.MOVABLE and self.engine_choice is None:
                 raise EditError(
                     f"engine {self.engine!r} runs where it was loaded: to run on {after.device}, compile or load there"
                 )

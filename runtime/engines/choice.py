@@ -1,0 +1,178 @@
+"""Which engine a program runs on where none was named: that which takes least time for one of its blocks here.
+
+The block is one of the kind on which most of the work lies, at full width, for one row, on noise. What was measured is
+kept for this machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only
+the first load takes the seconds. EDIT_COMPILE_ENGINE names an engine and saves the measuring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from runtime import engines
+from runtime.base.errors import EngineError
+from runtime.base.machine import cores, cpu_model
+from runtime.bundle.program import Program
+from runtime.bundle.spec import Plan
+
+log = logging.getLogger(__name__)
+
+USUAL = "onnxruntime"
+"""Taken where nothing can be measured: the program has no blocks."""
+_WORTH = {"inductor": 0.9}
+"""An engine that compiles for each set of shapes, for seconds, has to be faster than the others by that much."""
+_ROUNDS, _SECONDS = 5, 2.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine chosen, what it was chosen by, and milliseconds of each that runs the block (none: not measured)."""
+
+    engine: str
+    why: str
+    milliseconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        taken = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
+        return f"engine {self.engine}: {self.why}{f' ({taken})' if taken else ''}"
+
+
+def choose(program: Program) -> Choice:
+    """The fastest engine for `program` on this machine; EngineError where none can run it."""
+    named = os.environ.get("EDIT_COMPILE_ENGINE")
+    if named:
+        return Choice(engines.entry(named).name, "as EDIT_COMPILE_ENGINE says", {})
+    if not program.manifest.blocks:
+        return Choice(USUAL, "the program holds no blocks", {})
+    if any(weight.device.type != "cpu" for weight in program.weights.values()):
+        return Choice("torch", "it follows weights on a GPU", {})
+    plan = _heaviest(program)
+    known = _folder() / f"{_key(plan)}.json"
+    times, when = _kept(known), "earlier here"
+    if not times:
+        times, when = _measured(program, plan), "here"
+        _keep(known, times)
+    if not times:
+        return Choice(USUAL, f"a {plan.kind} of {program.manifest.model} takes no noise that could be timed", {})
+    fastest = min(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))
+    return Choice(fastest, f"the fastest for one {plan.kind} of {program.manifest.model}, measured {when}", times)
+
+
+def _heaviest(program: Program) -> Plan:
+    """The plan with most of the work in the first form of call."""
+    manifest = program.manifest
+    work = dict.fromkeys((plan.id for plan in manifest.plans), 0)
+    for cost in manifest.glues[0].costs if manifest.glues else ():
+        work[cost.plan] = max(work[cost.plan], cost.flops)
+    uses = [form.plan for block in manifest.blocks for form in block.forms[:1]]
+    return max((plan for plan in manifest.plans if plan.id in uses), key=lambda p: work[p.id] * uses.count(p.id))
+
+
+def _measured(program: Program, plan: Plan) -> dict[str, float]:
+    """Milliseconds of `plan` at full width by engine, where it takes noise; EngineError where no engine can run it."""
+    inputs = _noise(plan)
+    runs: dict[str, Callable[[], object]] = {}
+    refused = []
+    for name, entry in engines.TABLE.items():
+        if entry.cpu:
+            log.info("trying engine %s on one %s of %s", name, plan.kind, program.manifest.model)
+            try:
+                run = _run(name, program, plan, inputs)
+                run()
+                runs[name] = run
+            except EngineError as error:
+                refused.append(f"{name}: {error}")
+            except (RuntimeError, ValueError, IndexError, TypeError):  # its code does not take noise
+                log.info("engine %s does not run noise through %s", name, plan.kind)
+    if len(refused) == sum(entry.cpu for entry in engines.TABLE.values()):
+        raise EngineError(f"no engine of a CPU runs {program.manifest.model} here: {'; '.join(refused)}")
+    return _timed(runs)
+
+
+def _run(name: str, program: Program, plan: Plan, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    engine, last = engines.make(name, program), len(plan.variants) - 1
+    form = next(form for block in program.manifest.blocks for form in block.forms if form.plan == plan.id)
+    rows = plan.variants[last].rows
+    weights = [engines.head(program.weights[key], row) for key, row in zip(form.weights, rows, strict=True)]
+    bound = engine.load(plan, last, program.files).bind(weights)
+    return partial(_hosted, engine, bound, inputs)
+
+
+@torch.no_grad()
+def _hosted(engine: engines.Engine, bound: engines.Bound, inputs: Sequence[Tensor]) -> None:
+    with engine.hosting(sum(given.numel() for given in inputs)):
+        bound(inputs)
+
+
+def _timed(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The least milliseconds of each, taken in turn, so that a machine that is busy for a while is so for all."""
+    best = dict.fromkeys(runs, float("inf"))
+    end = time.perf_counter() + _SECONDS * len(runs)
+    for turn in range(_ROUNDS):
+        if turn > 1 and time.perf_counter() > end:
+            break
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - started))
+    return best
+
+
+def _noise(plan: Plan) -> list[Tensor]:
+    """Inputs of one row, at the first sizes that the plan was compiled for."""
+    shapes = plan.buckets[0] if plan.buckets else [given.shape for given in plan.inputs]
+    drawn = torch.Generator().manual_seed(0)
+    made = []
+    for given, shape in zip(plan.inputs, shapes, strict=True):
+        sizes, dtype = [1 if size is None else size for size in shape], getattr(torch, given.dtype)
+        real = dtype.is_floating_point or dtype.is_complex
+        drawn_or_full = torch.randn(sizes, generator=drawn) if real else torch.full(sizes, dtype is torch.bool)
+        made.append(drawn_or_full.to(dtype))
+    return made
+
+
+def _key(plan: Plan) -> str:
+    versions = []
+    for library in ("torch", "onnxruntime", "onnxruntime-gpu"):
+        with suppress(metadata.PackageNotFoundError):
+            versions.append(f"{library} {metadata.version(library)}")
+    told = (plan.id, plan.buckets[:1], cpu_model(), cores(), torch.get_num_threads(), versions)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    named = os.environ.get("EDIT_COMPILE_CACHE")
+    if named:
+        return Path(named) / "engines"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile" / "engines"
+
+
+def _kept(place: Path) -> dict[str, float]:
+    """What was measured earlier; nothing where there is no whole record of it."""
+    try:
+        times = msgspec.json.decode(place.read_bytes(), type=dict[str, float])
+    except (OSError, msgspec.MsgspecError):
+        return {}
+    return times if all(name in engines.TABLE and ms > 0 for name, ms in times.items()) else {}
+
+
+def _keep(place: Path, times: Mapping[str, float]) -> None:
+    """Write `times`; where nothing can be written, the next process measures again."""
+    beside = place.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(msgspec.json.encode(times))
+        beside.replace(place)
