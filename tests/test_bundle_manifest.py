@@ -57,6 +57,7 @@ CHANGES = [
     (put("router", "time_activation", to="dropout"), "time_activation 'dropout'"),
     (put("router", "modulation", to="none at all"), "none at all"),
     (put("router", "widths", to=[0.25, 0.5]), "widths of the router"),
+    (put("router", "token_stride", to=0), "token_stride 0"),
     (put("router", to=None), "no router is described"),
 ]
 

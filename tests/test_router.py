@@ -66,6 +66,13 @@ def test_one_time_embedding_serves_all_rows():
     torch.testing.assert_close(router([state], time), router([state], time.expand(3, -1)))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_every_so_many_tokens_are_read(tokens: int):
+    router, one = random_router(RouterConfig(token_stride=4)), random_router(RouterConfig())
+    states, time = [torch.randn(2, tokens, 24), torch.randn(2, 9, 24)], torch.randn(2, 10)
+    torch.testing.assert_close(router(states, time), one([state[:, ::4] for state in states], time))
+
+
 def test_rows_do_not_see_each_other():
     router = random_router(RouterConfig())
     state, time = torch.randn(4, 7, 24), torch.randn(4, 10)
@@ -88,10 +95,11 @@ def test_a_timestep_for_every_row():
 
 
 @pytest.mark.parametrize(
-    "change", [{"modulation": "film"}, {"activation": "no_such"}, {"time_activation": "none_such"}]
+    "change",
+    [{"modulation": "film"}, {"activation": "no_such"}, {"time_activation": "none_such"}, {"token_stride": 0}],
 )
 def test_unknown_forms_are_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change.values()))):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is .*{next(iter(change.values()))}"):
         Router(RouterConfig(**change), 8, 8)
 
 

@@ -110,6 +110,7 @@ def _check_router(router: RouterConfig) -> None:
     ):
         value = getattr(router, name)
         _need(value in known, f"the router's {name} {value!r} is none that is known")
+    _need(router.token_stride >= 1, f"the router's token_stride {router.token_stride} is less than one token")
     _check_widths(router.widths, "the router")
 
 

@@ -26,7 +26,8 @@ class RouterConfig:
     router sees time only through the tokens). `time_activation` names a function of
     `torch.nn.functional` that the time embedding goes through before that; None leaves it
     as it is. `time_dim` is the width of the sinusoidal embedding used for blocks whose inputs hold
-    no time embedding. `widths` is S, ascending, ending in 1.
+    no time embedding. `widths` is S, ascending, ending in 1. Of each stream every `token_stride`-th
+    token is read, from the first on: the mean over fewer is the cheaper.
     """
 
     hidden: int = 128
@@ -37,6 +38,7 @@ class RouterConfig:
     time_dim: int = 256
     eps: float = 1e-6
     widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    token_stride: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,41 +51,50 @@ def hidden_mean(
 ) -> Tensor:
     """Token mean of h (B, H_r), equations 4 and 5, in the dtype of the router's `parameters` (named as in `Router`).
 
-    `states` are all of the block's (B, ..., D), of which `read_streams` are read; `time` is (B, E) or (1, E). No tensor
-    of the tokens' size is made beyond the normalised tokens: the modulation is folded into W, streams are projected one
-    by one instead of being joined. The mean is summed in float32: half precision overflows.
+    `states` are all of the block's (B, ..., D), of which `read_streams` are read, every `token_stride`-th token; `time`
+    is (B, E) or (1, E). What is smaller is modulated, the tokens or W: x~ W = ((1 + gamma) LN(x) + delta) W =
+    LN(x) (1 + gamma) W + delta W. Streams are projected one by one instead of being joined. The mean is summed in
+    float32: half precision overflows.
     """
-    streams = read_streams(states)
-    weight, bias = _modulated(config, parameters, time)
-    activation = getattr(F, config.activation)
+    streams = [stream[:, :: config.token_stride] for stream in read_streams(states)]
+    count = sum(stream.shape[1] for stream in streams)
+    project = _projection(config, parameters, time, fold=count >= config.hidden)
+    activation, dtype = getattr(F, config.activation), parameters["hidden.weight"].dtype
     total: Tensor | None = None
     for stream in streams:
-        normed = F.layer_norm(stream, stream.shape[-1:], eps=config.eps).to(weight.dtype)
-        part = activation(_project(normed, weight, bias)).sum(1, dtype=torch.float32)
+        normed = F.layer_norm(stream, stream.shape[-1:], eps=config.eps).to(dtype)
+        part = activation(project(normed)).sum(1, dtype=torch.float32)
         total = part if total is None else total + part
     assert total is not None
-    return (total / sum(stream.shape[1] for stream in streams)).to(weight.dtype)
+    return (total / count).to(dtype)
 
 
-def _modulated(config: RouterConfig, parameters: Mapping[str, Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 + gamma) W (B, H_r, D) and delta W + b (B, H_r), of equation 4 put into 5."""
+def _projection(
+    config: RouterConfig, parameters: Mapping[str, Tensor], time: Tensor, fold: bool
+) -> Callable[[Tensor], Tensor]:
+    """x~ W + b (B, L, H_r) of normalised tokens (B, L, D), equations 4 and 5; with `fold`, W is modulated for them."""
     weight, bias = parameters["hidden.weight"], parameters["hidden.bias"]
     if config.modulation == "none":
-        return weight[None], bias[None]
-    modulation = time.to(weight.dtype)
+        return lambda normed: F.linear(normed, weight, bias)
+    gamma, delta = _modulation(config, parameters, time)
+    if not fold:
+        scale, shift = (1 + gamma)[:, None], delta[:, None]
+        return lambda normed: F.linear(torch.addcmul(shift, normed, scale), weight, bias)
+    own, offset = torch.addcmul(weight, weight, gamma[:, None]), F.linear(delta, weight, bias)
+    if len(own) == 1:
+        return lambda normed: F.linear(normed, own[0], offset[0])
+    return lambda normed: torch.baddbmm(offset[:, None], normed, own.transpose(1, 2))
+
+
+def _modulation(config: RouterConfig, parameters: Mapping[str, Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma and delta (B or 1, D) of equation 4."""
+    modulation = time.to(parameters["hidden.weight"].dtype)
     if config.time_activation is not None:
         modulation = getattr(F, config.time_activation)(modulation)
     for name in ("modulation",) if config.modulation == "full" else ("modulation.0", "modulation.1"):
         modulation = F.linear(modulation, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
     gamma, delta = modulation.chunk(2, dim=1)
-    return torch.addcmul(weight, weight, gamma[:, None]), F.linear(delta, weight, bias)
-
-
-def _project(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W + b for tokens (B, L, D), with W (B or 1, H_r, D) and b (B or 1, H_r) of each row's own."""
-    if weight.shape[0] == 1:
-        return F.linear(stream, weight[0], bias[0])
-    return torch.baddbmm(bias[:, None], stream, weight.transpose(1, 2))
+    return gamma, delta
 
 
 class Router(nn.Module):
@@ -105,6 +114,8 @@ class Router(nn.Module):
         super().__init__()
         if config.modulation not in ("full", "low_rank", "none"):
             raise ValueError(f"RouterConfig.modulation is {config.modulation!r}: use 'full', 'low_rank' or 'none'")
+        if config.token_stride < 1:
+            raise ValueError(f"RouterConfig.token_stride is {config.token_stride}: it is a number of tokens, 1 or more")
         if not callable(getattr(F, config.activation, None)):
             raise ValueError(f"RouterConfig.activation is {config.activation!r}: not in torch.nn.functional")
         if config.time_activation is not None and not callable(getattr(F, config.time_activation, None)):
