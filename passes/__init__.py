@@ -1,1 +1,1 @@
-"""The passes from a model to a program, one per file; `pipeline` lists and runs them."""
+"""The passes from a model to a program; `pipeline` lists and runs them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
+    parser.add_argument(
+        "--token-stride", type=int, nargs="+", default=[1], help="have routers read every so many tokens"
+    )
     parser.add_argument("--judge", type=Path, default=WEIGHTS / "judge.safetensors")
     parser.add_argument("--output", type=Path, default=WEIGHTS / "quality.json")
     arguments = parser.parse_args()
@@ -131,14 +134,17 @@ def main() -> None:
     floor = {"images": arguments.images, "distance": round(floor_distance(judge, arguments.images), 3)}
     update(arguments.output, {"torch": torch.__version__, "real_images": floor})
     for name in arguments.models:
-        for guidance, steps in itertools.product(arguments.guidance, arguments.steps):
+        for guidance, steps, stride in itertools.product(arguments.guidance, arguments.steps, arguments.token_stride):
             model = load_model(name)
+            for router in model.routers if isinstance(model, ElasticTransformer) else ():
+                router.config = replace(router.config, token_stride=stride)
             called = Recorder(model) if isinstance(model, ElasticTransformer) else model
             entry: dict[str, Any] = asdict(quality(called, judge, arguments.images, guidance, steps=steps))
             entry |= {"guidance": guidance, "steps": steps}
             if isinstance(called, Recorder):
                 entry["decisions"] = asdict(called.decisions(1 if guidance == 1 else 2, steps))
             key = f"{name}, {steps} steps" + (f", guidance {guidance:g}" if len(arguments.guidance) > 1 else "")
+            key += f", every {stride} tokens" if stride > 1 else ""
             print(key, json.dumps({k: v for k, v in entry.items() if k != "decisions"}), flush=True)
             if "decisions" in entry:
                 print(json.dumps(entry["decisions"]), flush=True)

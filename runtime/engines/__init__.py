@@ -109,7 +109,7 @@ def make(name: str, program: Program | None = None) -> Engine:
 def entry(name: str) -> Entry:
     """What is known of the engine called `name`; EngineError where there is none."""
     if name not in TABLE:
-        raise EngineError(f"no engine {name!r}; there are {', '.join(NAMES)}; with -packed also the last two")
+        raise EngineError(f"no engine {name!r}; there are {', '.join(TABLE)}")
     return TABLE[name]
 
 

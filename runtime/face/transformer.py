@@ -36,8 +36,8 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
 
     Args:
         program: what to run.
-        engine: one of `runtime.engines.NAMES`; the last two also with "-packed", for weights inside. When None, the
-            fastest here for one of the program's blocks (`runtime.engines.choice`).
+        engine: one of `runtime.engines.TABLE`; "-packed" is for weights inside. When None, the fastest here for one of
+            the program's blocks (`runtime.engines.choice`).
         policy: what decides; the program's own policy when None. Settable between calls.
         tracer: makes the program grow where a call has a form that was not compiled. Without it that is a ShapeError.
         host: the model's forward with guards for blocks, for programs whose glue is hosted.
