@@ -24,6 +24,7 @@ from passes.graphs.uncompiled import WRAPPER
 from passes.observe.adapt import joined_leaves, split_leaves
 from runtime.base.errors import InnerShapeError
 from runtime.base.guard import ANY, guard
+from runtime.face.arguments import exactly
 
 _samples: ContextVar[int] = ContextVar("edit_compile_samples")
 """Samples in the call of a guarded model that is under way."""
@@ -33,10 +34,11 @@ _samples: ContextVar[int] = ContextVar("edit_compile_samples")
 class Calling:
     """How a block is called and answered, without the tensors of any call.
 
-    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and (value,) of every other;
-    `spec` is their structure. `leaves` and `states` are those of the graph (passes.graphs.graph.BlockGraph), `targets`
-    the positions of the states among `outputs`, which hold what the block returns beside them. `read` are (leaf,
-    dimension of the batch, numbers) of leaves of the block's own call that must hold these numbers, in every row.
+    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and what every other
+    exactly is; `spec` is their structure. `leaves` and `states` are those of the graph
+    (passes.graphs.graph.BlockGraph), `targets` the positions of the states among `outputs`, which hold what the block
+    returns beside them. `read` are (leaf, dimension of the batch, numbers) of leaves of the block's own call that must
+    hold these numbers, in every row.
     """
 
     spec: pytree.TreeSpec
@@ -81,7 +83,9 @@ class Calling:
         Numbers of a graph that is being made are symbols where values of the model's inputs set them.
         """
         for leaf, kind in zip(leaves, self.kinds, strict=False):
-            if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) and leaf.node.maybe_as_int() != kind[0]:
+            if not isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+                continue
+            if _kind(getattr(leaf.node, f"maybe_as_{leaf.node.pytype.__name__}")()) != kind:
                 raise InnerShapeError(f"{name} is given a number that values of the model's inputs set")
 
     def inputs(self, leaves: Sequence[object]) -> list[Tensor]:
@@ -100,7 +104,7 @@ class Calling:
 
 
 def _kind(leaf: object) -> tuple[object, ...]:
-    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (exactly(leaf),)
 
 
 def _numbers(value: Tensor) -> tuple[float, ...]:
