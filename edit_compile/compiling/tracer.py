@@ -292,13 +292,12 @@ class Tracer:
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
-        """The base model in eval mode without an elastic model's hooks; without a warning that every export repeats.
+        """The base model in eval mode without an elastic model's hooks.
 
         Adapters that add nothing, as they are fused or switched off, are left out of sight.
         """
         hooks = self.elastic.detached() if self.elastic is not None else nullcontext()
-        with hooks, adapters_aside(self.model, adds_nothing), undisturbed(self.model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
+        with hooks, adapters_aside(self.model, adds_nothing), undisturbed(self.model):
             yield
 
     def _source(self) -> Source:
