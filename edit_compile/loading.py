@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from runtime.bundle.folder import separate
+from runtime.bundle.folder import mode_of_new_files, separate
 from runtime.face.arguments import flatten, unflatten
 
 T = TypeVar("T")
@@ -95,6 +95,7 @@ def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
     tensors = separate({name: value for name, value in leaves.items() if isinstance(value, Tensor)})
     constants = {name: json.dumps(value) for name, value in leaves.items() if not isinstance(value, Tensor)}
     save_file(tensors, path, constants)
+    path.chmod(mode_of_new_files(path.parent))
 
 
 def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:

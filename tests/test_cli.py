@@ -124,6 +124,9 @@ def test_inputs_go_through_a_file_with_their_constants(tmp_path: Path) -> None:
     x = torch.arange(3)
     given = {"x": x, "view_of_x": x[None], "shapes": [[1, 2]], "scale": 1.5, "name": "a", "flag": False}
     save_inputs(given, path)
+    beside = tmp_path / "beside"
+    beside.touch()
+    assert path.stat().st_mode == beside.stat().st_mode
     read = load_inputs(path)
     for name in ("x", "view_of_x"):
         assert torch.equal(read.pop(name), given.pop(name))

@@ -64,6 +64,14 @@ def test_inspect_shows_tiers_where_there_are_any(bundle: Path, tmp_path: Path) -
     assert "as predicted" not in run("inspect", tmp_path / "plain.edit")
 
 
+def test_inspect_does_not_say_that_tiers_skip_nothing(tmp_path: Path) -> None:
+    model = CompiledTransformer(programs.make(KINDS, routers=False), "torch")
+    model.add_tier("planned", TIERS["planned"])
+    model.save(tmp_path / "model.edit")
+    text = run("inspect", tmp_path / "model.edit")
+    assert "none: tiers and schedules alone skip blocks" in text and "nothing is skipped" not in text
+
+
 def test_inspect_refuses_a_tier_that_makes_no_sense(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["tiers"]["routed"]["policy"]["margin"] = 3

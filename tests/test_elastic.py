@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import edit_compile
 from edit_compile.elastic.layout import ElasticError
 from edit_compile.elastic.storage import load_elastic
 from edit_compile.elastic.transformer import ElasticTransformer, elasticize
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.policy import RoutingPolicy
-from tests.models import tiny_dit, tiny_flux, tiny_sd3
+from tests.models import tiny_dit, tiny_flux, tiny_plain, tiny_sd3
 
 CONFIG = RouterConfig(hidden=16)
 MODELS: list[Callable[[], tuple[nn.Module, Any]]] = [tiny_flux, tiny_sd3, tiny_dit]
@@ -304,3 +306,20 @@ def test_what_belongs_to_it_survives_saving(tmp_path, made):
     assert (loaded.policy, loaded.narrow, loaded.activation) == (elastic.policy, elastic.narrow, None)
     assert loaded.layout == elastic.layout
     assert loaded.timestep == elastic.timestep == "timestep"
+
+
+@pytest.mark.parametrize("more", [{}, {"dry_run": True}])
+def test_the_model_inside_is_not_what_is_compiled(more: dict[str, bool]) -> None:
+    model, inputs = tiny_plain()
+    elastic = edit_compile.elasticize(model, inputs)
+    with pytest.raises(
+        edit_compile.CompileError, match=r"this PlainDiT is inside an elastic model.*give compile\(\) the"
+    ):
+        edit_compile.compile(elastic.model, inputs=inputs, **more)
+
+
+def test_nothing_is_warned_of_that_nobody_can_mend() -> None:
+    model, inputs = tiny_plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit_compile.elasticize(model, inputs)

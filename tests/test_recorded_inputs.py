@@ -51,6 +51,17 @@ def test_a_form_is_told_by_shapes_dtypes_and_constants_not_by_values() -> None:
     assert len(found) == 1 + len(others)
 
 
+def test_who_has_recorded_is_not_told_to_record(recorded: tuple[PlainDiT, Recording]) -> None:
+    _, recording = recorded
+    elastic = edit_compile.elasticize(randomised(PlainDiT()), inputs=recording)
+    for made, known in ((randomised(PlainDiT()), "has no routers"), (elastic, "never trained")):
+        for given, told in ((recording, False), (recording.inputs()[0], True)):
+            with pytest.warns(UserWarning, match=known) as said:
+                edit_compile.compile(made, [0.25, 0.5, 0.75, 1.0], inputs=given, engine="torch")
+            assert ("record some generations" in str(said[0].message)) == told
+            assert "edit_compile.tune" in str(said[0].message)
+
+
 @pytest.mark.filterwarnings("ignore:.*has no routers")
 def test_what_is_compiled_takes_every_form_that_was_recorded(recorded: tuple[PlainDiT, Recording]) -> None:
     model, recording = recorded
@@ -92,7 +103,7 @@ def test_compile_takes_calls_and_their_dtype(tmp_path: Path) -> None:
         "--widths",
         1,
     ]
-    with pytest.warns(UserWarning, match=r"no routers.*edit_compile\.record.*edit_compile\.tune"):
+    with pytest.warns(UserWarning, match=r"no routers.*itself: let edit_compile\.tune"):
         run(*given, "--output", tmp_path / "bundle")
     assert edit_compile.load(tmp_path / "bundle", engine="torch").dtype == torch.float64
     refused = run(*given, "--output", tmp_path / "x", "--dtype", "bfloat16", code=2)
@@ -158,7 +169,7 @@ def test_routers_that_were_never_trained_are_said() -> None:
     with pytest.warns(UserWarning, match="never trained"):
         edit_compile.compile(edit_compile.elasticize(tiny_plain()[0]))  # whose routers are yet to be made
     with pytest.warns(UserWarning, match="no routers") as said:
-        edit_compile.compile(model)
+        edit_compile.compile(tiny_plain()[0])
     assert len(said) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 
 import edit_compile
 from edit_compile import CallsError, CompiledTransformer, EditError, Generation, PolicyError, RecordedCall, Tuned
 from edit_compile.calls.result_quality import Mean
-from edit_compile.tuning.command import against_fewer_steps
 from edit_compile.tuning.plot import quality_against_time
 from tests import programs
 from tests.models import tiny_plain
@@ -315,12 +312,6 @@ def test_the_picture_has_tiers_and_fewer_steps_with_intervals(tuned: Tuned, tmp_
     assert all(line.has_yerr for line in (tiers, fewer))
 
 
-def table_of(tuned: Tuned) -> str:
-    console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(against_fewer_steps(tuned))
-    return console.export_text()
-
-
 def with_gain(tuned: Tuned, mean: float, reach: float) -> Tuned:
     """As if the draft were better than seven plain steps, which take its time, by so many dB, and others by one."""
     gain = {name: Mean(1.0, 0.5, 1.5) for name in tuned.tiers}
@@ -330,13 +321,31 @@ def with_gain(tuned: Tuned, mean: float, reach: float) -> Tuned:
 
 def test_the_table_says_where_plain_fewer_steps_are_better(tuned: Tuned) -> None:
     worse = "plain fewer steps are better"
-    assert worse not in table_of(with_gain(tuned, 2.0, 1.0))
-    said = table_of(with_gain(tuned, -2.0, 1.0))
+    assert worse not in str(with_gain(tuned, 2.0, 1.0))
+    said = str(with_gain(tuned, -2.0, 1.0))
     assert "7 STEPS INSTEAD" in said
     assert f"{worse} than draft (sample with 7 steps): do not use these tiers" in said
-    unsure = table_of(with_gain(tuned, 2.0, 3.0))
+    unsure = str(with_gain(tuned, 2.0, 3.0))
     assert "the tier, not surely" in unsure and worse not in unsure
-    assert "equal" in table_of(with_gain(tuned, 0.0, 0.0))
+    assert "equal" in str(with_gain(tuned, 0.0, 0.0))
+
+
+def test_what_is_printed_has_both_tables(tuned: Tuned) -> None:
+    assert all(said in str(tuned) for said in ("figures as predicted", "beside fewer sampling steps", "draft", "half"))
+
+
+@pytest.mark.parametrize("mean", [-2.0, 2.0])
+def test_a_tier_that_plain_steps_beat_is_warned_of(
+    tuned: Tuned, compiled: CompiledTransformer, recording: Calls, mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edit_compile.tuning.tune._predicted", lambda *_: with_gain(tuned, mean, 1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        edit_compile.tune(compiled, recording, budget={"draft": 0.6}, reach=3, repeats=1)
+    told = [str(one.message) for one in caught if "do not use these tiers" in str(one.message)]
+    assert told == (
+        ["plain fewer steps are better than draft (sample with 7 steps): do not use these tiers"] * (mean < 0)
+    )
 
 
 def test_plain_steps_have_the_time_that_the_tier_takes(tuned: Tuned) -> None:

@@ -17,10 +17,7 @@ from edit_compile.compiling.dry_run import DryRun
 from runtime.face.transformer import CompiledTransformer
 
 DIM = 16
-UNTRAINED = [
-    pytest.mark.filterwarnings("ignore:.*were never trained:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-]
+UNTRAINED = [pytest.mark.filterwarnings("ignore:.*were never trained:UserWarning")]
 
 
 class Block(nn.Module):

@@ -38,7 +38,9 @@ def _overview(manifest: Manifest, folder: Path) -> Table:
         "kind": kind_of(manifest),
         "blocks": f"{len(manifest.blocks)} blocks of {len(manifest.plans)} plans",
         "widths": ", ".join(f"{width:g}" for width in manifest.widths),
-        "routers": f"hidden {router.hidden}, modulation {router.modulation}" if router else "none: nothing is skipped",
+        "routers": f"hidden {router.hidden}, modulation {router.modulation}"
+        if router
+        else "none: tiers and schedules alone skip blocks",
         "policy": f"threshold {policy.threshold:g}, margin {policy.margin:g}, at most {policy.max_reuse} reuses, "
         f"{policy.warmup_steps} warm-up steps",
         "timestep": manifest.timestep,

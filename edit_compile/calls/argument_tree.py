@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from runtime.base.errors import InputError
-from runtime.face.arguments import IGNORED, Constant, flatten, unflatten
+from runtime.face.arguments import IGNORED, Constant, as_plain, flatten, unflatten
 
 Kind = Literal["tuple", "list", "dict"]
 
@@ -32,9 +33,7 @@ def flat_arguments(arguments: Mapping[str, object]) -> FlatArguments:
     for name, value in given.items():
         _check_key(name, "the forward")
         _describe(name, value, kinds, constants)
-    tensors, others = flatten(given)
-    constants |= {name: _plain(name, value) for name, value in others.items()}
-    return FlatArguments(tensors, constants, kinds)
+    return FlatArguments(flatten(given)[0], constants, kinds)
 
 
 def whole_arguments(leaves: Mapping[str, object], kinds: Mapping[str, Kind]) -> dict[str, Any]:
@@ -50,9 +49,9 @@ def whole_arguments(leaves: Mapping[str, object], kinds: Mapping[str, Kind]) -> 
 
 
 def _describe(name: str, value: object, kinds: dict[str, Kind], constants: dict[str, Constant]) -> None:
-    """Note what `flatten` leaves out: None, and which places are tuples, lists or dicts, empty ones among them."""
-    if value is None:
-        constants[name] = None
+    """Note constants, None among them, and which places are tuples, lists or dicts, empty ones among them."""
+    if as_plain(value) is not None or value is None:
+        constants[name] = _plain(name, value)
     elif isinstance(value, Mapping):
         kinds[name] = "dict"
         for key, item in value.items():
@@ -71,9 +70,11 @@ def _check_key(key: object, where: str) -> None:
         raise InputError(f"{where} holds the key {key!r}: keys have to be text without a dot")
 
 
-def _plain(name: str, value: Constant) -> Constant:
-    """`value` in one of JSON's own types, which numpy's scalars and enumerations of text only inherit from."""
-    if isinstance(value, bool):
+def _plain(name: str, value: object) -> Constant:
+    """`value` in one of JSON's own types; enumerations of numbers or text, and numpy's scalars, are what they hold."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return str.__str__(value)
@@ -85,7 +86,7 @@ def _plain(name: str, value: Constant) -> Constant:
         if not math.isfinite(value):
             raise InputError(f"argument {name!r} is {value}: NaN or infinity")
         return float(value)
-    return value
+    raise InputError(f"argument {name!r} is a {type(value).__name__}: a recording holds plain data, pass its text")
 
 
 def _restored(name: str, value: Any, kinds: Mapping[str, Kind]) -> Any:

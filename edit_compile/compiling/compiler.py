@@ -11,6 +11,7 @@ from torch import nn
 
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.tracer import CompileError, Tracer
+from edit_compile.elastic.block_hooks import carries_hooks
 from edit_compile.elastic.layout import PASSES
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
 from edit_compile.elastic.transformer import ElasticTransformer
@@ -77,6 +78,11 @@ def compile(
         raise CompileError(
             "this is compiled already: give compile() the model, or the elastic model, that it was made of"
         )
+    if not isinstance(model, ElasticTransformer) and carries_hooks(model):
+        raise CompileError(
+            f"this {type(model).__name__} is inside an elastic model, whose hooks are on its blocks: "
+            "give compile() the elastic model, or the model loaded anew"
+        )
     dump = dump or os.environ.get("EDIT_COMPILE_DUMP") or None
     tracer = Tracer(model, check_widths(widths), timestep, policy, PASSES if passes is None else passes, dump, blocks)
     if engine is not None:
@@ -95,7 +101,7 @@ def compile(
             "load them, or ask for dry_run=True"
         )
     if policy is None or isinstance(policy, RoutingPolicy):
-        _warn_of_routers(model)
+        _warn_of_routers(model, isinstance(inputs, RecordedCalls))
     program = tracer.untraced() if inputs is None else _traced(tracer, inputs)
     compiled = CompiledTransformer(
         program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
@@ -107,21 +113,20 @@ def compile(
     return compiled
 
 
-def _warn_of_routers(model: nn.Module) -> None:
+def _warn_of_routers(model: nn.Module, recorded: bool) -> None:
     """Say so where no router will ever skip or narrow a block, since there is none, or since none was trained."""
-    kind = type(model).__name__
+    kind, first = type(model).__name__, "" if recorded else "record some generations (edit_compile.record) and "
     if not isinstance(model, ElasticTransformer):
         warnings.warn(
-            f"{kind} has no routers, so no block will be skipped or narrowed by itself: record some generations "
-            "(edit_compile.record) and let edit_compile.tune find steps to reuse in, or edit_compile.elasticize(model) "
-            "and train",
+            f"{kind} has no routers, so no block will be skipped or narrowed by itself: {first}let "
+            "edit_compile.tune find steps to reuse in, or edit_compile.elasticize(model) and train",
             stacklevel=3,
         )
     elif model.untrained:
         warnings.warn(
             f"the routers of {type(model.model).__name__} were never trained, so every block will be computed in full: "
-            "train them (edit-compile train; the dense model's outputs can be what they learn), or tune schedules, "
-            "which need none (edit_compile.record, then edit_compile.tune)",
+            "train them (edit-compile train; the dense model's outputs can be what they learn), or "
+            f"{first}let edit_compile.tune find schedules, which need none",
             stacklevel=3,
         )
 

@@ -139,13 +139,13 @@ class Tracer:
     def grow(self, given: Mapping[str, object], program: Program) -> Program:
         """`program`, which this tracer made, with the form of the call `given` added.
 
-        Raises CompileError where the model's weights are not those that were compiled any more.
+        Raises CompileError where the model's weights and attributes are not those that were compiled any more.
         """
         changed = self.changed()
         if changed is not None:
             raise CompileError(
-                f"the weights of {type(self.model).__name__} have changed since it was compiled (first: {changed}): "
-                "compile it anew"
+                f"weights or attributes of {type(self.model).__name__} have changed since it was compiled (first: "
+                f"{changed}): compile it anew"
             )
         assert self._snapshot is not None
         snapshot = self._snapshot
@@ -158,7 +158,7 @@ class Tracer:
         return grown.program
 
     def changed(self) -> str | None:
-        """Name of the first parameter or buffer that is not as it was at the first trace; None where all are.
+        """Name of the first weight or attribute that is not as it was at the first trace; None where all are.
 
         What the model itself writes when it runs does not count.
         """
@@ -292,13 +292,12 @@ class Tracer:
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
-        """The base model in eval mode without an elastic model's hooks; without a warning that every export repeats.
+        """The base model in eval mode without an elastic model's hooks.
 
         Adapters that add nothing, as they are fused or switched off, are left out of sight.
         """
         hooks = self.elastic.detached() if self.elastic is not None else nullcontext()
-        with hooks, adapters_aside(self.model, adds_nothing), undisturbed(self.model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
+        with hooks, adapters_aside(self.model, adds_nothing), undisturbed(self.model):
             yield
 
     def _source(self) -> Source:

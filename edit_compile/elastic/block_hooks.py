@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from edit_compile.elastic.transformer import ElasticTransformer
 
 
+def carries_hooks(model: nn.Module) -> bool:
+    """Whether `model` is inside an elastic model that has its routers."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, BeforeBlock) for hook in hooks)
+
+
 class BeforeBlock:
     """Runs the router on the block's inputs."""
 

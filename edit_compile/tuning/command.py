@@ -8,13 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from edit_compile.bundles.tier_table import tier_table
 from edit_compile.calls.generations import Recording
 from edit_compile.loading import UserError
+from edit_compile.tuning.table import tables
 from edit_compile.tuning.tune import tune
-from edit_compile.tuning.tuned import Tuned
 from runtime.bundle.files import check_place
 from runtime.face.load import load
 
@@ -53,36 +51,11 @@ def tune_bundle(asked: Asked, console: Console) -> None:
             progress=lambda what, done, total: shown.update(task, description=what, completed=done, total=total),
         )
     tuned.add_to(compiled)
-    console.print(tier_table(tuned.tiers))
-    console.print(against_fewer_steps(tuned))
+    console.print(tables(tuned))
     compiled.save(asked.output)
     console.print(f"wrote {asked.output}")
     if asked.picture is not None:
         console.print(f"wrote {tuned.plot(asked.picture)}")
-
-
-def against_fewer_steps(tuned: Tuned) -> Table:
-    """Each tier beside plain sampling: with as many steps as it computes, and with as many as take its time.
-
-    The last column says which of it and the latter is better; below, which tiers are not worth having.
-    """
-    table = Table(title="beside fewer sampling steps, on the held-out generations")
-    headings = ("tier", "steps computed", "dB", "dB of as many steps", "steps in its time", "better by, dB", "better")
-    for heading in headings:
-        table.add_column(heading)
-    worse = []
-    for name, tier in tuned.tiers.items():
-        rival, gain = tuned.steps_in_time[name], tuned.gain[name]
-        better = "equal" if gain.value == 0 else "the tier" if gain.low > 0 else "the tier, not surely"
-        if gain.value < 0:
-            better = f"{rival} STEPS INSTEAD"
-            worse.append(f"{name} (sample with {rival} steps)")
-        numbers = f"{tier.quality_db or 0:.1f}", f"{tuned.fewer_steps[name].value:.1f}", str(rival)
-        told = f"{gain.value:.1f} ({gain.low:.1f} to {gain.high:.1f})"
-        table.add_row(name, str(tuned.computed_steps[name]), *numbers, told, better)
-    if worse:
-        table.caption = f"plain fewer steps are better than {', '.join(worse)}: do not use these tiers"
-    return table
 
 
 def parse_named(given: Sequence[str]) -> dict[str, float]:

@@ -67,7 +67,8 @@ def tune(
             outside (0, 1] or below what reuse itself costs, or a quality that is not reached; says the best there is.
         EditError: `work` holds the work of another bundle, or cannot be read.
 
-    A RuntimeWarning where no result was recorded, or the sampler is explained badly (`Sampler.explained`).
+    A RuntimeWarning where no result was recorded, or the sampler is explained badly (`Sampler.explained`), a
+    UserWarning where plain sampling with fewer steps is better than a tier.
     """
     wanted, reached = dict(budget or {}) if budget or quality else dict(BUDGETS), dict(quality or {})
     check_tiers(wanted, reached)
@@ -88,6 +89,8 @@ def tune(
     tuned = _predicted(predict_by, chosen, repeats)
     for name, decibels in reached.items():
         _warn_of_quality(name, decibels, tuned.tiers[name].quality_db)
+    if tuned.advice is not None:
+        warnings.warn(tuned.advice, stacklevel=2)
     return tuned
 
 

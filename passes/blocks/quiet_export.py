@@ -1,8 +1,11 @@
-"""torch.export without what it prints: its graph so far where the code stops it, and symbols whose source it lost."""
+"""torch.export without what it prints: its graph so far where the code stops it, symbols whose source it lost, and what
+it says of its own code, which nobody here can change.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +36,10 @@ def exported(module: nn.Module, example: Sequence[Tensor], free: Sequence[Any]) 
     """`module` as a graph of plain operators, at the shapes of `example`, with the dimensions in `free` as symbols."""
     _talkative.addFilter(_is_told)
     try:
-        program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
-        return without_composites(program)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
+            program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
+            return without_composites(program)
     finally:
         _talkative.removeFilter(_is_told)
 

@@ -24,6 +24,7 @@ from passes.graphs.record import undisturbed
 from passes.graphs.weightless import hollow
 from passes.observe.settled import Settled
 from runtime.base.errors import EditError
+from runtime.face.arguments import exactly
 
 _BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
 
@@ -52,7 +53,7 @@ def check_constants(site: BlockSite) -> None:
                 )
         elif not isinstance(leaf, (*_BAKEABLE, BlockMask)):
             raise ExportError(f"{site.name}: {name} is a {kind}: pass tensors and plain values")
-        if any(call.leaves[at] != leaf for call in site.calls):
+        if any(exactly(call.leaves[at]) != exactly(leaf) for call in site.calls):
             told = f"a {kind}" if isinstance(leaf, nn.Module | BlockMask) else repr(leaf)
             raise ExportError(f"{site.name}: {name} ({told}) is no tensor and differs between runs")
 

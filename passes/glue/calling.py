@@ -7,36 +7,48 @@ how many samples there are is read off the model's own arguments when it is call
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from passes.blocks.complex_to_real import as_real
-from passes.graphs.batch_layout import Adapter, Samples
+from passes.graphs.batch_layout import Adapter, Samples, part_samples
 from passes.graphs.graph import BlockGraph, BlockSite, States
 from passes.graphs.uncompiled import WRAPPER
 from passes.observe.adapt import joined_leaves, split_leaves
 from runtime.base.errors import InnerShapeError
-from runtime.base.guard import ANY, guard
+from runtime.base.guard import ANY, checked, guard
+from runtime.face.arguments import exactly
 
-_samples: ContextVar[int] = ContextVar("edit_compile_samples")
-"""Samples in the call of a guarded model that is under way."""
+
+@dataclass(frozen=True)
+class _Batch:
+    """How many samples the call of a guarded model holds, and its offsets as checked, by the tokens of a sample."""
+
+    samples: int
+    checked: MutableMapping[Tensor, dict[str, Tensor]] = field(default_factory=WeakTensorKeyDictionary)
+
+
+_batch: ContextVar[_Batch] = ContextVar("edit_compile_batch")
+"""Of the call that is under way."""
 
 
 @dataclass(frozen=True)
 class Calling:
     """How a block is called and answered, without the tensors of any call.
 
-    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and (value,) of every other;
-    `spec` is their structure. `leaves` and `states` are those of the graph (passes.graphs.graph.BlockGraph), `targets`
-    the positions of the states among `outputs`, which hold what the block returns beside them. `read` are (leaf,
-    dimension of the batch, numbers) of leaves of the block's own call that must hold these numbers, in every row.
+    `kinds` has (dimensions, dtype) of each leaf of the block's own call that is a tensor, and what every other
+    exactly is; `spec` is their structure. `leaves` and `states` are those of the graph
+    (passes.graphs.graph.BlockGraph), `targets` the positions of the states among `outputs`, which hold what the block
+    returns beside them. `read` are (leaf, dimension of the batch, numbers) of leaves of the block's own call that must
+    hold these numbers, in every row.
     """
 
     spec: pytree.TreeSpec
@@ -81,13 +93,16 @@ class Calling:
         Numbers of a graph that is being made are symbols where values of the model's inputs set them.
         """
         for leaf, kind in zip(leaves, self.kinds, strict=False):
-            if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) and leaf.node.maybe_as_int() != kind[0]:
+            if not isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+                continue
+            if _kind(getattr(leaf.node, f"maybe_as_{leaf.node.pytype.__name__}")()) != kind:
                 raise InnerShapeError(f"{name} is given a number that values of the model's inputs set")
 
-    def inputs(self, leaves: Sequence[object]) -> list[Tensor]:
-        """What the plan takes, of the leaves of the block's own call."""
+    def inputs(self, leaves: Sequence[object], name: str) -> list[Tensor]:
+        """What the plan takes, of the leaves of the own call of the block `name`."""
         if self.adapter is not None:
-            leaves = split_leaves(self.adapter, leaves, _samples.get())
+            batch = _batch.get()
+            leaves = split_leaves(self.adapter, _with_checks(self.adapter, leaves, batch, name), batch.samples)
         return [as_real(leaves[position]) for position in self.leaves]
 
     def result(self, states: Sequence[Tensor]) -> Any:
@@ -99,8 +114,24 @@ class Calling:
         return pytree.tree_unflatten(outputs, self.output_spec)
 
 
+def _with_checks(adapter: Adapter, leaves: Sequence[object], batch: _Batch, name: str) -> list[Any]:
+    """`leaves` with offsets that are checked to part the samples where their rows end; once for all blocks."""
+    found: list[Any] = list(leaves)
+    for at, said, counted in adapter.counted:
+        tokens, offsets = adapter.tokens(counted, leaves, batch.samples), found[at]
+        known = batch.checked.setdefault(offsets, {})
+        if str(tokens) not in known:
+            told = (
+                f"block {name}: {said} does not part the samples after every {tokens} tokens, rising from 0 to the "
+                "tokens of all samples, so that none could be computed alone: pad all samples to one length"
+            )
+            known[str(tokens)] = checked(offsets, part_samples(offsets, batch.samples, tokens), told)
+        found[at] = known[str(tokens)]
+    return found
+
+
 def _kind(leaf: object) -> tuple[object, ...]:
-    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else (exactly(leaf),)
 
 
 def _numbers(value: Tensor) -> tuple[float, ...]:
@@ -130,7 +161,7 @@ class Guard:
         form, calling = self._chosen(leaves, spec) if self.hosted else self.ways[0]
         if not self.hosted:
             calling.check_constants(leaves, self.name)
-        return calling.result(guard(calling.inputs(leaves), calling.states, self.index, form))
+        return calling.result(guard(calling.inputs(leaves, self.name), calling.states, self.index, form))
 
     def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
         """The way of this call. Shapes tell forms apart, but where other ways have another structure it is named."""
@@ -173,4 +204,4 @@ class _Counting:
     samples: Samples
 
     def __call__(self, _model: nn.Module, _args: object, kwargs: Mapping[str, object]) -> None:
-        _samples.set(self.samples.count(kwargs))
+        _batch.set(_Batch(self.samples.count(kwargs)))

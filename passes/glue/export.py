@@ -32,7 +32,7 @@ from passes.graphs.graph import Report, Run
 from passes.graphs.shapes import fits_any
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
-from runtime.face.arguments import flatten
+from runtime.face.arguments import exactly, flatten
 
 
 class GuardError(EditError):
@@ -56,7 +56,8 @@ def guard_glue(
         GuardError: torch.export cannot follow the model's own forward.
     """
     (tensors, constants), (others, as_given) = (flatten(run.kwargs) for run in (doubled, given))
-    if tensors.keys() == others.keys() and constants == as_given:
+    same = constants.keys() == as_given.keys() and all(exactly(constants[n]) == exactly(as_given[n]) for n in constants)
+    if tensors.keys() == others.keys() and same:
         with suppress(GuardError):
             glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given), name)
             if glue.batch_dims and fits(glue, given):

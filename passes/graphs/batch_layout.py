@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ class Packing:
     def plain(self) -> bool:
         """Whether it is one row per sample."""
         return not self.folded and not self.shared and not self.offsets
+
+    def tokens(self, value: object, samples: int) -> int | None:
+        """How many tokens (all but the last dimension) of floats each sample has; None where they lie not together."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or self.shared or self.strided:
+            return None
+        each = value.shape[self.dim] // samples if self.folded else 1
+        inner = value.shape[self.dim + 1 : -1]
+        return each * inner.numel() if self.dim < value.ndim - 1 and (self.folded or inner) else None
 
     @property
     def parts(self) -> int:
@@ -71,16 +79,30 @@ class Packing:
         return torch.cat([shared, rows] if self.leading else [rows, shared], self.dim)
 
 
+def part_samples(offsets: Tensor, samples: int, tokens: int) -> Tensor:
+    """Whether `offsets` rise from 0, and one of them stands after every `tokens`, where a sample ends."""
+    starts = offsets[:-1].unflatten(0, (samples, -1))[:, 0]
+    meant = tokens * torch.arange(samples, device=offsets.device)
+    return (starts == meant).all() & (offsets[-1] == samples * tokens) & (offsets.diff() >= 0).all()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """How every argument and result of a block holds the batch, in the order of its call's leaves.
 
-    None stands for a leaf that holds no batch. `spec` is the structure of the block's own arguments.
+    None stands for a leaf that holds no batch. `spec` is the structure of the block's own arguments. `counted` has, of
+    each leaf that holds offsets, its position, its name, and the positions of the leaves whose tokens they count.
     """
 
     inputs: tuple[Packing | None, ...]
     outputs: tuple[Packing | None, ...]
     spec: TreeSpec
+    counted: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
+
+    def tokens(self, counted: Sequence[int], leaves: Sequence[object], samples: int) -> int:
+        """How many tokens each sample has in the leaves `counted`, together."""
+        held = ((self.inputs[at] or Packing()).tokens(leaves[at], samples) for at in counted)
+        return sum(tokens or 0 for tokens in held)
 
     @property
     def plain(self) -> bool:

@@ -26,13 +26,14 @@ import copy
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.graphs.batch_layout import Adapter, Packing
+from passes.graphs.batch_layout import Adapter, Packing, part_samples
 from passes.graphs.graph import Call, Discovery, Run
 from passes.graphs.naming import spoken
 from passes.graphs.numbers import TOLERANCE
@@ -40,6 +41,8 @@ from passes.graphs.record import record, undisturbed
 from passes.graphs.weightless import hollow
 
 _ALLOWED = TOLERANCE["rows"]
+_MOST = 3
+"""Arguments whose tokens one tensor of offsets may count."""
 
 
 def leads(small: Tensor, large: Tensor) -> bool:
@@ -91,7 +94,24 @@ def find_adapter(block: nn.Module, calls: Sequence[Call], runs: Sequence[Run], o
     assert not isinstance(outputs, int)
     if any(packing is not None and packing.shared for packing in outputs):
         return "returns rows that all samples share: no sample could skip it alone"
-    return Adapter(inputs, outputs, calls[0].spec)
+    return _counted(Adapter(inputs, outputs, calls[0].spec), block, calls, [run.batch for run in runs])
+
+
+def _counted(adapter: Adapter, block: nn.Module, calls: Sequence[Call], batches: Sequence[int]) -> Adapter | str:
+    """`adapter` with what its offsets count, by the calls of all runs; or that this cannot be told."""
+    places = [at for at, packing in enumerate(adapter.inputs) if packing is not None]
+    found = []
+    for at in (at for at, packing in enumerate(adapter.inputs) if packing is not None and packing.offsets):
+        name = spoken(block, calls[0], at)
+        for some in (some for count in range(1, _MOST + 1) for some in combinations(places, count)):
+            tokens = (adapter.tokens(some, call.leaves, batch) for call, batch in zip(calls, batches, strict=True))
+            offsets: list[Any] = [call.leaves[at] for call in calls]
+            if all(map(part_samples, offsets, batches, tokens)):
+                found.append((at, name, some))
+                break
+        else:
+            return f"{name} holds offsets, but in no tokens that the block is given: where samples end cannot be told"
+    return replace(adapter, counted=tuple(found))
 
 
 def lone(runs: Sequence[Run]) -> bool:

@@ -4,6 +4,9 @@
 inputs in plan order and gives its states after the block. `form` says in which of its forms the block is called
 (`runtime.bundle.spec.Block.forms`); ANY leaves it to the shapes of the inputs. Which dispatcher answers is set per
 thread and per task by `answering`, so that two compiled models never see each other.
+
+``edit_compile::checked(Tensor value, Tensor right, str told) -> Tensor`` gives a copy of `value`, or raises InputError
+where `right` does not hold: of what values of the model's inputs tell, and no shape.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from runtime.base.errors import InputError
+
 Answer = Callable[[int, Sequence[Tensor], int], list[Tensor]]
 """From a block's number, its inputs and its form to its states."""
 
@@ -22,6 +27,7 @@ ANY = -1
 """The form that goes by the shapes of the inputs: the model's own Python may call a block with others each time."""
 
 _answer: ContextVar[Answer] = ContextVar("edit_compile_guard")
+_check: ContextVar[Callable[[Tensor, str], None]] = ContextVar("edit_compile_check")
 _library = torch.library.Library("edit_compile", "DEF")
 _library.define("guard(Tensor[] inputs, int[] states, int block, int form=0) -> Tensor[]")
 
@@ -40,11 +46,33 @@ torch.library.register_fake("edit_compile::guard", _fake_guard, lib=_library)
 guard = torch.ops.edit_compile.guard.default
 
 
+def refuse_unless(right: Tensor, told: str) -> None:
+    """InputError where `right` does not hold. Synchronises with the device."""
+    if not right:
+        raise InputError(told)
+
+
+def _checked(value: Tensor, right: Tensor, told: str) -> Tensor:
+    _check.get(refuse_unless)(right, told)
+    return value.clone()
+
+
+_library.define("checked(Tensor value, Tensor right, str told) -> Tensor")
+_library.impl("checked", _checked, "CompositeExplicitAutograd")
+torch.library.register_fake("edit_compile::checked", lambda value, right, told: torch.empty_like(value), lib=_library)
+
+checked = torch.ops.edit_compile.checked.default
+
+
 @contextmanager
-def answering(answer: Answer) -> Iterator[None]:
-    """Let `answer(block, inputs, form) -> states` serve the guards run inside the ``with`` block."""
-    token = _answer.set(answer)
+def answering(answer: Answer, check: Callable[[Tensor, str], None] = refuse_unless) -> Iterator[None]:
+    """Let `answer(block, inputs, form) -> states` serve the guards run inside the ``with`` block.
+
+    `check` looks at what is checked there.
+    """
+    token, other = _answer.set(answer), _check.set(check)
     try:
         yield
     finally:
         _answer.reset(token)
+        _check.reset(other)

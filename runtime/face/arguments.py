@@ -6,6 +6,7 @@ Lists, tuples and dicts are flattened to dotted names (``x.0``), and made of the
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -77,14 +78,28 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
 
 
 def as_plain(value: object) -> Constant:
-    """A scalar as what a manifest can hold: members of enums, dtypes and devices by name; None for anything else."""
-    if isinstance(value, np.generic):
-        value = value.item()
+    """A scalar as what a manifest can hold; None for anything else.
+
+    What a model can tell from a plain number or text, as members of enums and numpy's scalars, is a text that nobody
+    writes: ``<Mode.A>``, ``<float32 0.5>``. So are NaN and infinity, which JSON lacks.
+    """
+    kind = type(value)
+    if kind in (bool, int, str) or (kind is float and math.isfinite(value)):  # type: ignore[arg-type]
+        return value  # type: ignore[return-value]
     if isinstance(value, Enum):
-        return value.value if isinstance(value, (int, str)) else f"<{type(value).__qualname__}.{value.name}>"
-    if isinstance(value, (bool, int, float, str)):
-        return value
+        return f"<{kind.__qualname__}.{value.name or value.value}>"
+    if isinstance(value, np.generic):
+        return f"<{kind.__name__} {value.item()!r}>"
+    base = next((base for base in (int, float, str) if isinstance(value, base)), None)
+    if base is not None:
+        return f"<{kind.__qualname__} {base.__repr__(value)}>"
     return str(value) if isinstance(value, (torch.dtype, torch.device)) else None
+
+
+def exactly(value: object) -> object:
+    """Of a number or text, what is equal for two that are of one type, value and sign alone; all else as it is."""
+    plain = isinstance(value, (int, float, complex, str, np.generic))
+    return (type(value), repr(value)) if plain else value
 
 
 def mapped(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
@@ -157,8 +172,9 @@ def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Map
             return InputError(f"{told}: cast it, or compile with inputs of this dtype, too")
     typed = [glue for glue in shaped if _typed(glue, tensors)]
     if typed:
-        traced, called = _plain(typed[0].constants), dict(constants)
-        names = sorted(n for n in traced.keys() | called.keys() if traced.get(n) != called.get(n))
+        traced, called = typed[0].constants, constants
+        one, other = _exactly(traced), _exactly(called)
+        names = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
         told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {called.get(n)!r}" for n in names)
         return ShapeError(f"these arguments are fixed when compiling: {told}")
     if shaped:
@@ -216,11 +232,11 @@ def _typed(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
-    return _plain(glue.constants) == dict(constants)
+    return _exactly(glue.constants) == _exactly(constants)
 
 
-def _plain(constants: Mapping[str, Constant]) -> dict[str, Constant]:
-    return {name: value for name, value in constants.items() if value is not None and name not in IGNORED}
+def _exactly(constants: Mapping[str, Constant]) -> dict[str, object]:
+    return {n: exactly(value) for n, value in constants.items() if value is not None and n not in IGNORED}
 
 
 def _shape(shape: Sequence[int | None]) -> str:

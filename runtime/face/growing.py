@@ -28,7 +28,7 @@ class Tracer(Protocol):
         """`program` and what a call with the arguments `given` needs beyond it; EditError where that cannot be made."""
 
     def changed(self) -> str | None:
-        """Name of a weight of the model that is not what it was at the first trace; None where all are."""
+        """Name of a weight or attribute of the model that is not what it was at the first trace; None where all are."""
 
     def untraced(self) -> Program:
         """A program that says what the model is and holds nothing yet."""
@@ -79,7 +79,10 @@ class GrowingProgram:
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
     ) -> tuple[Glue, Mapping[str, Tensor]]:
         """The glue for these arguments, traced first if need be, and the tensors as it takes them."""
-        form = (tuple((name, t.shape, t.dtype) for name, t in tensors.items()), tuple(constants.items()))
+        form = (
+            tuple((name, t.shape, t.dtype) for name, t in tensors.items()),
+            tuple((name, arguments.exactly(value)) for name, value in constants.items()),
+        )
         found = self._found.get(form) or self._search(tensors, constants)
         if found is None and self.tracer is not None:
             with self._lock:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -122,13 +123,14 @@ class Session(GrowingProgram):
         step = self.program.manifest.timestep
         timestep = tensors.get(step)
         if timestep is None:
-            value = constants.get(step)
-            if not isinstance(value, (int, float)):
+            value = given.get(step)
+            if not isinstance(value, (int, float, np.number)):
                 raise InputError(f"missing input {step!r}")
             timestep = torch.tensor([float(value)], dtype=torch.float64)
         advanced = {name for name, _ in glue.latents}
         conditioning = {name: t for name, t in tensors.items() if name != step and name not in advanced}
-        sighting = Sighting(timestep, _latents(glue, tensors), conditioning, current_context(), constants)
+        others = {name: arguments.exactly(value) for name, value in constants.items()}
+        sighting = Sighting(timestep, _latents(glue, tensors), conditioning, current_context(), others)
         return Call(glue, given, tensors, sighting)
 
     def _run(self, call: Call, policy: Decider) -> object:
@@ -228,7 +230,7 @@ class Session(GrowingProgram):
         return result, [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]
 
     def _check_weights(self, glue: Glue, begins: bool) -> None:
-        """Refuse, or warn once as a generation `begins`, where the model has other weights than were compiled."""
+        """Refuse, or warn once as a generation `begins`, where the model is another than was compiled."""
         asked = glue.file is None or (begins and not self._said_changed)
         if self.tracer is None or not asked:
             return
@@ -236,11 +238,11 @@ class Session(GrowingProgram):
             name = self.tracer.changed()
         if name is None:
             return
-        told = f"the model's weights have changed since it was compiled (first: {name})"
+        told = f"weights or attributes of the model have changed since it was compiled (first: {name})"
         if glue.file is None:
             raise EditError(f"{told}, and parts of it run beside the compiled blocks: compile it anew")
         self._said_changed = True
-        warnings.warn(f"{told}: what runs are the weights as they were; compile it anew", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{told}: what runs is the model as it was; compile it anew", RuntimeWarning, stacklevel=2)
 
     def _count(self, glue: Glue, done: Counters, rows: int) -> None:
         own = rows * glue.flops
