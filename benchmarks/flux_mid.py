@@ -2,7 +2,8 @@
 
 python -m benchmarks.flux_mid            all figures, minutes
 python -m benchmarks.flux_mid --small    the same code on a toy, seconds
-python -m benchmarks.flux_mid --runs bfloat16:torch float32:torch:low_rank    dtype:engine[:modulation of the routers]
+python -m benchmarks.flux_mid --runs bfloat16 float32:torch float32::low_rank float32::full:4
+    dtype[:engine[:modulation of the routers[:their token stride]]]; without an engine the one chosen where none is named
 
 Random weights; decisions at random at FLUX's budget (half of the blocks, mean width .6), the routers run all the same.
 Writes benchmarks/results/flux_mid.json, from which the README's table is made.
@@ -27,16 +28,19 @@ import edit_compile
 from benchmarks.configurations import FLUX_MID, Place
 from benchmarks.measures import against_inductor, dispatch_cost, plan_counts, width_costs
 from benchmarks.memory import measure_memory, tensor_bytes
+from benchmarks.readme import routers_of
 from edit_compile.compiling.compiler import compile as compile_model
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.measuring.benchmarking import benchmark
 from edit_compile.measuring.machine import describe_machine, summary
+from runtime.bundle.spec import RouterConfig
 from runtime.face.load import load
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.schedule import ScheduledPolicy
 
 RESULTS = Path(__file__).parent / "results"
 GATE, WIDTH = 0.5, 0.6
+RUNS = ["float32", "bfloat16", "float32::full:4", "bfloat16::full:4", "float32:torch", "float32:onnxruntime"]
 console = Console()
 
 
@@ -85,27 +89,30 @@ SMALL = Shape("flux-small", double=1, single=2, heads=2, head_dim=32, side=4, te
 
 
 def run(
-    shape: Shape, dtype: torch.dtype, engine: str, modulation: str, compare_inductor: bool, folder: Path
+    shape: Shape, dtype: torch.dtype, engine: str | None, routers: RouterConfig, compare_inductor: bool, folder: Path
 ) -> dict[str, Any]:
-    """P1 to P6 of one dtype and engine."""
+    """P1 to P6 of one dtype and engine, the one chosen where None."""
     model = shape.model(dtype)
     inputs = shape.inputs(model)
-    bundle = folder / f"{shape.name}-{engine}.edit"
-    elastic = edit_compile.elasticize(model, inputs, config=edit_compile.RouterConfig(modulation=modulation))
+    bundle = folder / f"{shape.name}.edit"
+    elastic = edit_compile.elasticize(model, inputs, config=routers)
     compile_seconds, held = _compile(elastic, inputs, engine, bundle)
     compiled, load_seconds = _load(bundle, engine)
+    choice = compiled.engine_choice
     blocks = len(compiled.program.manifest.blocks)
     compiled.policy = ScheduledPolicy.at_budget(shape.steps, blocks, GATE, WIDTH)
     comparison = benchmark(model, compiled, inputs, shape.steps, shape.repeats)
     console.print(comparison)
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "engine": engine,
-        "modulation": modulation,
+        "engine": compiled.engine,
+        "chosen_by": None if choice is None else {"why": choice.why, "milliseconds": choice.milliseconds},
+        "modulation": routers.modulation,
+        "token_stride": routers.token_stride,
         "comparison": json.loads(comparison.to_json()),
         "widths": width_costs(model, compiled, inputs, shape.repeats),
         "dispatch": asdict(dispatch_cost(compiled, inputs, shape.repeats)),
-        "memory": measure_memory(bundle, engine, comparison.dense_bytes)
+        "memory": measure_memory(bundle, compiled.engine, comparison.dense_bytes)
         | {"held_after_compile": held / comparison.dense_bytes},
         "builds": {"compile_seconds": compile_seconds, "load_seconds": load_seconds} | plan_counts(compiled),
         "inductor": _inductor(model, compiled, inputs, shape) if compare_inductor else None,
@@ -118,7 +125,9 @@ def _inductor(
     return against_inductor(torch.compile(model, dynamic=False), compiled, inputs, shape.repeats)
 
 
-def _compile(elastic: ElasticTransformer, inputs: dict[str, Any], engine: str, bundle: Path) -> tuple[float, int]:
+def _compile(
+    elastic: ElasticTransformer, inputs: dict[str, Any], engine: str | None, bundle: Path
+) -> tuple[float, int]:
     """Seconds of it, and bytes of the tensors that it leaves behind: the compiled weights, and what else is held."""
     before, started = tensor_bytes(), time.perf_counter()
     compiled = compile_model(elastic, inputs=inputs, engine=engine, output=bundle)
@@ -134,7 +143,7 @@ def _held(run: dict[str, Any]) -> str:
     return "" if held is None else f"{held:.3f}"
 
 
-def _load(bundle: Path, engine: str) -> tuple[CompiledTransformer, dict[str, float]]:
+def _load(bundle: Path, engine: str | None) -> tuple[CompiledTransformer, dict[str, float]]:
     """The transformer, and the seconds of loading it for the first and for the second time."""
     seconds = []
     for _ in ("cold", "warm"):
@@ -155,8 +164,7 @@ def table_of(results: dict[str, Any]) -> Table:
 
 
 def _heading(run: dict[str, Any]) -> str:
-    told = "" if run["modulation"] == "full" else f", {run['modulation']} routers"
-    return f"{run['dtype']}, {run['engine']}{told}"
+    return f"{run['dtype']}, {run['engine']}{routers_of(run)}"
 
 
 def _spread(spread: dict[str, float]) -> str:
@@ -191,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy model: shows that the code runs, nothing more")
     parser.add_argument("--inductor", action="store_true", help="P6: also compare with torch.compile (minutes)")
-    parser.add_argument("--runs", nargs="+", default=["float32:onnxruntime", "float32:torch", "float32:torch:low_rank"])
+    parser.add_argument("--runs", nargs="+", default=RUNS)
     parser.add_argument("--steps", type=int, help="steps of a request")
     parser.add_argument("--repeats", type=int, help="timed requests")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -202,9 +210,11 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"{shape.name.replace('-', '_')}.json"
     for wanted in given.runs:
-        dtype, engine, modulation = (*wanted.split(":"), "full")[:3]
+        dtype, engine, modulation, stride = (*wanted.split(":"), "", "", "")[:4]
+        routers = RouterConfig(modulation=modulation or "full", token_stride=int(stride or 1))
         with tempfile.TemporaryDirectory() as folder:
-            results["runs"].append(run(shape, getattr(torch, dtype), engine, modulation, given.inductor, Path(folder)))
+            made = run(shape, getattr(torch, dtype), engine or None, routers, given.inductor, Path(folder))
+        results["runs"].append(made)
         path.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table_of(results))
     console.print(f"wrote {path}")
