@@ -3,7 +3,7 @@
 python -m benchmarks.flux_mid            all figures, minutes
 python -m benchmarks.flux_mid --small    the same code on a toy, seconds
 python -m benchmarks.flux_mid --runs bfloat16 float32:torch float32::low_rank float32::full:4
-    dtype[:engine[:modulation of the routers[:their token stride]]]; without an engine the one chosen where none is named
+    dtype[:engine[:modulation of the routers[:their token stride]]]; the engine chosen by itself where none is named
 
 Random weights; decisions at random at FLUX's budget (half of the blocks, mean width .6), the routers run all the same.
 Writes benchmarks/results/flux_mid.json, from which the README's table is made.
