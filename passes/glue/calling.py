@@ -23,7 +23,7 @@ from passes.graphs.graph import BlockGraph, BlockSite, States
 from passes.graphs.uncompiled import WRAPPER
 from passes.observe.adapt import joined_leaves, split_leaves
 from runtime.base.errors import InnerShapeError
-from runtime.base.guard import ANY, guard
+from runtime.base.guard import any_but, guard
 
 _samples: ContextVar[int] = ContextVar("edit_compile_samples")
 """Samples in the call of a guarded model that is under way."""
@@ -133,12 +133,12 @@ class Guard:
         return calling.result(guard(calling.inputs(leaves), calling.states, self.index, form))
 
     def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
-        """The way of this call. Shapes tell forms apart, but where other ways have another structure it is named."""
+        """The way of this call; where several have its structure, shapes tell which of these."""
         fitting = [(form, calling) for form, calling in self.ways if calling.fits(leaves, spec)]
         if not fitting:
             raise InnerShapeError(f"block {self.name} is called with other arguments than it was compiled for")
-        form, calling = fitting[0]
-        return (form if len(fitting) == 1 and len(self.ways) > 1 else ANY), calling
+        others = {form for form, _ in self.ways} - {form for form, _ in fitting}
+        return any_but(others), fitting[0][1]
 
 
 def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
