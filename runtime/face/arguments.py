@@ -68,6 +68,8 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
     if isinstance(value, Tensor):
         tensors[name] = value
     elif (plain := as_plain(value)) is not None:
+        if plain != plain:
+            raise InputError(f"argument {name!r} is NaN, which equals no other call's: pass another, or a tensor")
         constants[name] = plain
     elif isinstance(value, (list, tuple, Mapping)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
