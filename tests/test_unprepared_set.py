@@ -166,6 +166,22 @@ def test_an_attribute_of_shapes_is_another_in_another_form() -> None:
             torch.testing.assert_close(compiled(**other), model(**other), rtol=1e-4, atol=1e-5)
 
 
+class Stepped(Scaled):
+    """Sets something else beyond a threshold, which no recorded value is."""
+
+    def set(self, block: Any, s: Tensor, size: int) -> None:
+        block.scale = 3.0 if float(s) > 100 else 1.0
+
+
+def test_an_attribute_that_is_another_beyond_a_threshold_is_looked_at_in_every_call() -> None:
+    with torch.no_grad():
+        model = Stepped().eval()
+        compiled = edit_compile.compile(model, inputs=given(), engine="torch")
+        for value in (1.0, 200.0, 1.0, 300.0):
+            torch.testing.assert_close(compiled(**given(value)), model(**given(value)), rtol=1e-4, atol=1e-5)
+        assert len(compiled.program.manifest.plans) == 2
+
+
 class OwnSize(Net):
     """Blocks set an attribute and read it."""
 

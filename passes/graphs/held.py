@@ -26,6 +26,7 @@ Name = tuple[int, str]
 """-1 and the qualified name of an attribute of the block, or k and that of one of the k-th module that it is given."""
 Held = Mapping[Name, Mapping[str, object]]
 """The leaves of each attribute, by the keys that lead to them."""
+Plain = tuple[tuple[Name, tuple[tuple[str, object], ...]], ...]
 
 MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
@@ -42,6 +43,24 @@ def held_by(block: nn.Module, given: Sequence[nn.Module] = ()) -> dict[Name, dic
         for key, value in (*vars(module).items(), *module._buffers.items())
         if key not in MODULE and key != "forward"
     }
+
+
+def plainly(held: Held) -> Plain:
+    """The leaves in `held` that are no tensors."""
+    leaves = (
+        (name, tuple(pair for pair in own.items() if not isinstance(pair[1], Tensor))) for name, own in held.items()
+    )
+    return tuple((name, own) for name, own in leaves if own)
+
+
+def holds(block: nn.Module, given: Sequence[nn.Module], wanted: Plain) -> bool:
+    """Whether `block` and the modules `given` to it hold what is `wanted` of them."""
+    for (k, name), leaves in wanted:
+        path, _, key = name.rpartition(".")
+        found = dict(_leaves(vars((block, *given)[k + 1].get_submodule(path)).get(key), "", 0))
+        if any(own not in found or found[own] != leaf for own, leaf in leaves):
+            return False
+    return True
 
 
 def same_held(one: object, other: object) -> bool:
