@@ -28,7 +28,7 @@ Held = Mapping[Name, Mapping[str, object]]
 """The leaves of each attribute, by the keys that lead to them."""
 Plain = tuple[tuple[Name, tuple[tuple[str, object], ...]], ...]
 
-MODULE = frozenset(vars(nn.Module()))
+MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
 _DEEPEST = 4
 _FOREIGN = ("torch", "threading", "logging", "builtins")
