@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 
 from passes.blocks.complex_to_real import complex_to_real
-from passes.blocks.export import ExportError, export_block
+from passes.blocks.export import ExportError, check_held, export_block
 from passes.blocks.headless_attention import one_head
 from passes.graphs.graph import BlockGraph, BlockSite, Refusal, Report
 from passes.graphs.progress import tell
@@ -144,14 +145,18 @@ def _settled(settled: Callable[[], Mapping[str, Settled]], site: BlockSite) -> S
     if site.adapter is None:
         return own
     packings = site.adapter.inputs
-    plain = {at for at in own.leaves if (packing := packings[at]) is None or packing.plain}
-    leaves = frozenset(at for at, origin in enumerate(site.adapter.origins) if origin in plain)
-    return Settled(leaves, own.held)
+    plain = {at for at in own if (packing := packings[at]) is None or packing.plain}
+    return frozenset(at for at, origin in enumerate(site.adapter.origins) if origin in plain)
 
 
 def _computes(graph: BlockGraph, site: BlockSite) -> bool:
-    """Whether the graph gives what the block of `site` gives; without numbers, what `group_blocks` compared is all."""
-    return weightless(site.module) or computes(graph, site)
+    """Whether the graph gives what the block of `site` gives; without numbers, shapes and attributes are all."""
+    if not weightless(site.module):
+        return computes(graph, site)
+    with suppress(ExportError):
+        check_held(graph, site)
+        return True
+    return False
 
 
 def _make_real(compilation: Compilation, group: Group) -> Changed:

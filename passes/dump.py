@@ -8,12 +8,29 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import fx
 
 from passes.mlp.written_states import state_names
 from passes.program.compilation import Compilation, Group
+from runtime.base.errors import EditError
+
+
+class DumpError(EditError):
+    """The folder of a dump cannot be written to; the message says why."""
+
+
+@contextmanager
+def dumping(folder: Path) -> Iterator[None]:
+    """Inside the ``with`` block, where something is written to `folder`, an OSError is a DumpError."""
+    try:
+        yield
+    except OSError as error:
+        raise DumpError(
+            f"dump={str(folder)!r} (or EDIT_COMPILE_DUMP) cannot be written to ({error.strerror}): give another folder"
+        ) from error
 
 
 def start(folder: Path, compilation: Compilation) -> None:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType
 from typing import Protocol
 
 from torch import nn
 
 from passes.block_passes import GROWTH, HEADS, MLPS, REAL, STATES, Dedupe, Discover, Export, Streams
 from passes.blocks.export import ExportError, validate
-from passes.dump import graph_texts, modules, start, write_pass
+from passes.dump import dumping, graph_texts, modules, start, write_pass
 from passes.lowering.lower import Lower, check_proven
 from passes.observe.statement import Statements
 from passes.program.assemble import Assemble
@@ -75,12 +76,14 @@ def run_passes(
     Raises:
         PassError: a pass that cannot be left out is missing, stands before one that it needs, or is there twice.
         CheckError: a graph does not give what the model gives.
+        DumpError: nothing can be written to `dump`.
         Others, as the passes say.
     """
     check_passes(passes, until)
     folder = None if dump is None else Path(dump)
     if folder is not None and not compilation.seconds:
-        start(folder, compilation)
+        with dumping(folder):
+            start(folder, compilation)
     with compilation.memory.unless_raised():
         for number, one in enumerate(passes, 1):
             if one.name not in compilation.seconds:
@@ -92,6 +95,13 @@ def run_passes(
 
 def check_passes(passes: Sequence[Pass], until: str | None = None) -> None:
     """PassError where `passes` cannot run (see `run_passes`)."""
+    for place, each in enumerate(passes):
+        if not isinstance(getattr(each, "name", None), str) or not callable(getattr(each, "run", None)):
+            kind = each.__qualname__ if isinstance(each, type | FunctionType) else type(each).__name__
+            raise PassError(
+                f"passes[{place}] ({kind}) is no pass: give an object with a name, a string, and "
+                "run(compilation) -> compilation"
+            )
     names = [one.name for one in passes]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -103,7 +113,8 @@ def check_passes(passes: Sequence[Pass], until: str | None = None) -> None:
     last = max((own.index(name) for name in wanted if name in own), default=-1) if until else len(own) - 1
     missing = [one.name for one in PASSES[: last + 1] if getattr(one, "needed", False) and one.name not in names]
     if missing:
-        raise PassError(f"the pass {missing[0]!r} cannot be left out: {_purpose(PASSES[own.index(missing[0])])}")
+        purpose = _purpose(PASSES[own.index(missing[0])])
+        raise PassError(f"the pass {missing[0]!r} cannot be left out: there is no program without it ({purpose})")
     order = [own.index(name) for name in names if name in own]
     if order != sorted(order):
         raise PassError(f"the passes are in another order than they need each other: {', '.join(own)}")
@@ -130,6 +141,8 @@ def _run(one: Pass, compilation: Compilation, number: int, folder: Path | None) 
     graphs = graph_texts(compilation) if folder is not None or foreign else {}
     started, before = time.perf_counter(), len(compilation.reports)
     made = one.run(compilation)
+    if not isinstance(made, Compilation):
+        raise PassError(f"the pass {one.name!r} in passes= gave {type(made).__name__}: return the compilation from run")
     if foreign:
         _check_changed(one, made, graphs)
     seconds = time.perf_counter() - started
@@ -141,14 +154,24 @@ def _run(one: Pass, compilation: Compilation, number: int, folder: Path | None) 
             log.info("%s: left %s alone: %s", report.name, refusal.where, refusal.reason)
     log.info("%s: %d blocks of %d kinds, %.2f s", one.name, len(made.blocks), len(made.groups), seconds)
     if folder is not None:
-        write_pass(folder, number, one.name, made, graphs)
+        with dumping(folder):
+            write_pass(folder, number, one.name, made, graphs)
     return made
 
 
 def _check_changed(one: Pass, made: Compilation, graphs: Mapping[str, str]) -> None:
-    """CheckError where a group's graph is not what it was in `graphs` and does not give what its blocks give."""
-    for module in modules(made).values():
+    """CheckError where a group's graph is not what it was in `graphs` and does not give what its blocks give.
+
+    PassError where a graph holds something itself, which no engine is given.
+    """
+    for key, module in modules(made).items():
         module.recompile()
+        held = next((node for node in module.graph.nodes if node.op in ("get_attr", "call_module")), None)
+        if held is not None:
+            raise PassError(
+                f"the pass {one.name!r} put {held.target!r} into the graph of {key}, which may hold nothing: "
+                "make it of operators in the graph (aten.full, aten.scalar_tensor), or hold it in the block as a buffer"
+            )
     if Lower.name in made.seconds:
         check_proven(made)
     now = graph_texts(made)

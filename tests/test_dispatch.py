@@ -95,7 +95,7 @@ class Fake:
     def forms(self):
         return [[self.ready]]
 
-    def fitting(self, block, form, inputs, sized_by):
+    def fitting(self, block, form, inputs, glue):
         return self.ready
 
     routers = None

@@ -136,7 +136,7 @@ def test_a_pass_can_be_left_out(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["discover", "export", "real", "plans", "assemble", "lower"])
 def test_a_pass_that_is_needed_says_so(model: nn.Module, name: str) -> None:
-    with pytest.raises(PassError, match=f"the pass '{name}' cannot be left out: [A-Z]"):
+    with pytest.raises(PassError, match=f"the pass '{name}' cannot be left out: there is no program without it"):
         compiled(model, passes=[one for one in edit_compile.PASSES if one.name != name])
 
 

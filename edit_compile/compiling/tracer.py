@@ -24,6 +24,7 @@ from edit_compile.elastic.layout import PASSES, Layout
 from edit_compile.elastic.recorded_inputs import Inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.progress import shown
+from passes.dump import DumpError, dumping
 from passes.graphs.graph import MlpSite, Report
 from passes.graphs.progress import tell
 from passes.graphs.record import undisturbed
@@ -80,6 +81,9 @@ class Tracer:
         self.stated = self._stated(as_statements(blocks))
         self.policy = policy if isinstance(policy, RoutingPolicy) else self._own_policy()
         self.passes, self.dump = tuple(passes), None if dump is None else Path(dump)
+        if self.dump is not None:
+            with dumping(self.dump):
+                self.dump.mkdir(parents=True, exist_ok=True)
         self.reports: tuple[Report, ...] = ()
         self._runs = 0
         self._memory = Memory()
@@ -152,7 +156,12 @@ class Tracer:
         device = next(self.model.parameters()).device
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(given))
         with shown(f"adding a form of call to {type(self.model).__name__}"):
-            grown = self._completed(self._given(self.model, moved, self._memory, program))
+            try:
+                grown = self._completed(self._given(self.model, moved, self._memory, program))
+            except DumpError as error:  # what serves goes on
+                warnings.warn(f"{error}; nothing more is dumped", stacklevel=2)
+                self.dump = None
+                grown = self._completed(self._given(self.model, moved, self._memory, program))
         self._snapshot = snapshot.without_changes(self.model)
         assert grown.program is not None
         return grown.program

@@ -25,6 +25,7 @@ from passes.blocks.fold_counts import known_counts
 from passes.blocks.functional import CONSTANT, PlainError, plain
 from passes.blocks.tracing import ExportError, ReadError, check_constants, is_known, trace
 from passes.graphs.graph import BlockGraph, BlockSite, Call, Report, Run, States
+from passes.graphs.held import held_by, modules_in, same_held
 from passes.graphs.naming import argument_names, spoken
 from passes.graphs.numbers import TOLERANCE, distance
 from passes.graphs.shapes import fits_any
@@ -111,7 +112,7 @@ def _reading(
     try:
         return _faithful(site, states, call, moving, settled)
     except ReadError as other:
-        if any(site.batch_dims.get(at) is not None for at in settled.leaves):
+        if any(site.batch_dims.get(at) is not None for at in settled):
             with suppress(ReadError):
                 return _row_graph(site, states, call, moving, other, settled)
         return _without_routing(site, states, call, moving, other)
@@ -156,7 +157,7 @@ def _graph(
 
     With `settled`, numbers are known of the tensors that the block holds, and of these leaves where no dimension moves.
     """
-    program, read = trace(site, states, call, moving, settled)
+    program, read, held = trace(site, states, call, moving, settled)
     try:
         counts = known_counts(program.graph_module)
     except Exception as error:
@@ -170,7 +171,7 @@ def _graph(
         raise ExportError(f"{site.name}: {error}") from error
     inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder" and node.name not in weights)
     positions = tuple(list(moving).index(at) for _, at in states.pairs)
-    return BlockGraph(module, weights, inputs, tuple(moving), positions, read=read), (*counts, *flex.done)
+    return BlockGraph(module, weights, inputs, tuple(moving), positions, read=read, held=held), (*counts, *flex.done)
 
 
 def _row_graph(
@@ -212,6 +213,7 @@ def validate(graph: BlockGraph, site: BlockSite) -> None:
 
     `site` is the exported block or one of its group. Raises ExportError on the first mismatch.
     """
+    check_held(graph, site)
     for at, value in graph.read.items():
         if not is_known(site, at, value):
             raise ExportError(f"{site.name}: {spoken(site.module, site.calls[0], at)} holds other numbers elsewhere")
@@ -221,6 +223,16 @@ def validate(graph: BlockGraph, site: BlockSite) -> None:
             _compare(site, f"run {index}", graph, weights, call)
         states = States(tuple((k, graph.leaves[index]) for k, index in enumerate(graph.states)))
         _compare(site, "a single row", graph, weights, _row(site, states, site.calls[-1], -1))
+
+
+def check_held(graph: BlockGraph, site: BlockSite) -> None:
+    """ExportError where `site` holds, or is given, something else than is baked into `graph`, or not in every call."""
+    held = held_by(site.module, modules_in(site.calls[0].leaves))
+    for name, leaves in graph.held.items():
+        own = held.get(name, {})
+        same = own.keys() == leaves.keys() and all(same_held(leaf, own[key]) for key, leaf in leaves.items())
+        if not same or name in site.changing:
+            raise ExportError(f"{site.name}: holds another {name[1]} than is baked into the graph")
 
 
 def leaf_names(site: BlockSite) -> list[str]:

@@ -1,7 +1,8 @@
 """A block's code followed by torch.export, as a function of the tensors that it is called with.
 
 All else that it is called with is baked in: plain values, modules that hold no parameters (their tensors become
-constants), and numbers that the code reads where these are the same in every call (passes.blocks.reading).
+constants), numbers that the code reads where these are the same in every call (passes.blocks.reading), and what it
+reads of the attributes of modules (passes.graphs.held).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from passes.blocks.quiet_export import exported, stopping_quietly, why
 from passes.blocks.reading import LARGEST, Reading, same_numbers
 from passes.graphs.graph import BlockSite, Call, States
+from passes.graphs.held import Name, held_by, modules_in, noting_reads
 from passes.graphs.naming import held_tensors, spoken
 from passes.graphs.record import undisturbed
 from passes.graphs.weightless import hollow
@@ -76,7 +78,8 @@ class _Flat(nn.Module):
     ) -> None:
         super().__init__()
         self.block = site.module
-        self.given = nn.ModuleList(leaf for leaf in call.leaves if isinstance(leaf, nn.Module))
+        self.given = nn.ModuleList(modules_in(call.leaves))
+        self.looked_at: set[Name] = set()
         self._call = Call(
             tuple(None if at in tensors else leaf for at, leaf in enumerate(call.leaves)), call.spec, (), call.spec
         )
@@ -92,8 +95,9 @@ class _Flat(nn.Module):
         for name, value in held_tensors(self.block).items():
             reading.follow(value, f"its {name}", self._held.get(name))
         args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
-        with stopping_quietly(), reading:
+        with stopping_quietly(), reading, noting_reads(self.block, [*self.given]) as looked_at:
             results = pytree.tree_leaves(self.block(*args, **kwargs))
+        self.looked_at |= looked_at
         return tuple(results[at] for at in self._outputs)
 
 
@@ -103,17 +107,19 @@ def trace(
     call: Call,
     moving: Mapping[int, tuple[int, ...]],
     settled: Settled | None,
-) -> tuple[ExportedProgram, dict[int, Tensor]]:
-    """The block exported as it was called, free in the dimensions that are `moving`, and the numbers of leaves in it.
+) -> tuple[ExportedProgram, dict[int, Tensor], dict[Name, dict[str, object]]]:
+    """The block exported as it was called, free in the dimensions that are `moving`; the numbers of leaves in it; and
+    what is baked in of the attributes of the block and of the modules that it is given.
 
     With `settled`, numbers are known of the tensors that the block holds, and of these leaves where no dimension moves.
 
     Raises ExportError; ReadError where the code reads numbers that are not known.
     """
-    told = settled or Settled()
-    known = {at: row for at in told.leaves if not moving[at] and (row := _known(site, at, call)) is not None}
-    tensors = held_tensors(site.module) if told.held else {}
-    held = {name: value.clone() for name, value in tensors.items() if value.numel() <= LARGEST}
+    known = {at: row for at in settled or () if not moving[at] and (row := _known(site, at, call)) is not None}
+    tensors = {} if settled is None else held_tensors(site.module)
+    steady = (name for name, value in tensors.items() if value.numel() <= LARGEST and (-1, name) not in site.changing)
+    held = {name: tensors[name].clone() for name in steady if not hollow(tensors[name])}
+    before = held_by(site.module, modules_in(call.leaves))
     reading = Reading()
     own = {at: value.clone() for at, value in known.items()}
     flat = _Flat(site, call, list(moving), [output for output, _ in states.pairs], own, held, reading)
@@ -126,8 +132,22 @@ def trace(
         if reading.place:
             raise ReadError(f"{site.name}: {_told_of_read(reading)} ({why(error)})") from error
         raise ExportError(f"{site.name}: torch.export cannot follow its code: {why(error)}") from error
+    for name in sorted(flat.looked_at & site.changing):
+        raise ExportError(_told_of_change(site, call, *name))
     read = {at: known[at] for at, name in zip(moving, flat.names, strict=True) if name in reading.read}
-    return program, read
+    buffers = {(-1, name) for name, _ in site.module.named_buffers() if f"its {name}" not in reading.read}
+    return program, read, {name: before[name] for name in flat.looked_at & before.keys() - buffers}
+
+
+def _told_of_change(site: BlockSite, call: Call, given: int, name: str) -> str:
+    if given < 0:
+        return (
+            f"{site.name}: its {name} changes from call to call: pass what the forward of the model, or of the block, "
+            "sets there to the block as an argument"
+        )
+    at = [at for at, leaf in enumerate(call.leaves) if isinstance(leaf, nn.Module)][given]
+    kind = type(call.leaves[at]).__name__
+    return f"{spoken(site.module, call, at)} is a {kind} whose {name} changes from call to call: pass that"
 
 
 def _told_of_read(reading: Reading) -> str:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from passes.blocks.complex_to_real import as_real
 from passes.graphs.batch_layout import Adapter, Samples, part_samples
 from passes.graphs.graph import BlockGraph, BlockSite, States
+from passes.graphs.held import Plain, holds, modules_in, plainly
 from passes.graphs.uncompiled import WRAPPER
 from passes.observe.adapt import joined_leaves, split_leaves
 from runtime.base.errors import InnerShapeError
-from runtime.base.guard import ANY, checked, guard
+from runtime.base.guard import any_but, checked, guard
 from runtime.face.arguments import exactly
 
 
@@ -48,7 +50,7 @@ class Calling:
     exactly is; `spec` is their structure. `leaves` and `states` are those of the graph
     (passes.graphs.graph.BlockGraph), `targets` the positions of the states among `outputs`, which hold what the block
     returns beside them. `read` are (leaf, dimension of the batch, numbers) of leaves of the block's own call that must
-    hold these numbers, in every row.
+    hold these numbers, in every row; `held` is what the block, and modules that it is given, must hold.
     """
 
     spec: pytree.TreeSpec
@@ -60,6 +62,7 @@ class Calling:
     output_spec: pytree.TreeSpec
     adapter: Adapter | None
     read: tuple[tuple[int, int | None, tuple[float, ...]], ...] = ()
+    held: Plain = ()
 
     @staticmethod
     def of(site: BlockSite, graph: BlockGraph, states: States) -> Calling:
@@ -77,18 +80,20 @@ class Calling:
             call.output_spec,
             adapter,
             tuple((origins[at], site.batch_dims.get(at), _numbers(value)) for at, value in graph.read.items()),
+            plainly(graph.held),
         )
 
-    def fits(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> bool:
-        """Whether a call is of this structure, with the numbers that were read; its sizes do not matter."""
+    def fits(self, block: nn.Module, leaves: Sequence[object], spec: pytree.TreeSpec) -> bool:
+        """Whether a call of `block` is of this structure, with what was read; its sizes do not matter."""
         return (
             spec == self.spec
             and tuple(map(_kind, leaves)) == self.kinds
             and all(_holds(leaves[at], dim, numbers) for at, dim, numbers in self.read)
+            and holds(block, modules_in(leaves), self.held)
         )
 
-    def check_constants(self, leaves: Sequence[object], name: str) -> None:
-        """GuardError where a call, while it is exported, holds a number in which its plan was not seen.
+    def check_constants(self, block: nn.Module, leaves: Sequence[object], name: str) -> None:
+        """InnerShapeError where a call, while it is exported, holds a number in which its plan was not seen.
 
         Numbers of a graph that is being made are symbols where values of the model's inputs set them.
         """
@@ -97,6 +102,8 @@ class Calling:
                 continue
             if _kind(getattr(leaf.node, f"maybe_as_{leaf.node.pytype.__name__}")()) != kind:
                 raise InnerShapeError(f"{name} is given a number that values of the model's inputs set")
+        if not holds(block, modules_in(leaves), self.held):
+            raise InnerShapeError(f"{name} holds something else than it was compiled with: the model's forward sets it")
 
     def inputs(self, leaves: Sequence[object], name: str) -> list[Tensor]:
         """What the plan takes, of the leaves of the own call of the block `name`."""
@@ -155,21 +162,21 @@ class Guard:
     ways: Sequence[tuple[int, Calling]]
     hosted: bool = False
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Called with the block's arguments; gives the block's output structure."""
+    def __call__(self, block: nn.Module, /, *args: object, **kwargs: object) -> Any:
+        """Called with the block, or what stands in its place, and its arguments; gives the block's output structure."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        form, calling = self._chosen(leaves, spec) if self.hosted else self.ways[0]
+        form, calling = self._chosen(block, leaves, spec) if self.hosted else self.ways[0]
         if not self.hosted:
-            calling.check_constants(leaves, self.name)
+            calling.check_constants(block, leaves, self.name)
         return calling.result(guard(calling.inputs(leaves, self.name), calling.states, self.index, form))
 
-    def _chosen(self, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
-        """The way of this call. Shapes tell forms apart, but where other ways have another structure it is named."""
-        fitting = [(form, calling) for form, calling in self.ways if calling.fits(leaves, spec)]
+    def _chosen(self, block: nn.Module, leaves: Sequence[object], spec: pytree.TreeSpec) -> tuple[int, Calling]:
+        """The way of this call; where several have its structure, shapes tell which of these."""
+        fitting = [(form, calling) for form, calling in self.ways if calling.fits(block, leaves, spec)]
         if not fitting:
             raise InnerShapeError(f"block {self.name} is called with other arguments than it was compiled for")
-        form, calling = fitting[0]
-        return (form if len(fitting) == 1 and len(self.ways) > 1 else ANY), calling
+        others = {form for form, _ in self.ways} - {form for form, _ in fitting}
+        return any_but(others), fitting[0][1]
 
 
 def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | None = None) -> nn.Module:
@@ -185,7 +192,7 @@ def guarded_copy(model: nn.Module, guards: Sequence[Guard], samples: Samples | N
         known |= {id(value): value for value in given if isinstance(value, nn.Module | BlockMask)}
         original = model.get_submodule(one.name)
         block = copy.copy(original)
-        block.forward = one
+        block.forward = partial(one, block)
         known[id(original)] = block
         outer, _, last = one.name.rpartition(".")
         while last == WRAPPER:  # what torch.compile gave would call the block itself

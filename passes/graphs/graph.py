@@ -60,7 +60,8 @@ class BlockSite:
     `calls[r]` is its call in run r. `batch_dims` maps a leaf's position to the dimension that
     carries the batch (only tensor leaves that carry it appear). `time` is the position of the leaf
     that is the time embedding (B, E), or None. `adapter` is there where the block does not hold one
-    row per sample itself: then `module` is the adapted copy, and everything here is as that sees it.
+    row per sample itself: then `module` is the adapted copy, and everything here is as that sees it. `changing` are
+    attributes (passes.graphs.held.Name) that the block, or a module that it is given, does not hold in every call.
     """
 
     name: str
@@ -69,6 +70,7 @@ class BlockSite:
     batch_dims: Mapping[int, int]
     time: int | None
     adapter: Adapter | None = None
+    changing: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class BlockGraph:
     output k continues it. Nodes carry ``meta["val"]`` (fake tensors). Where `row_dims` is there the graph
     takes one row of the batch per call, and `row_dims` is the dimension of each input that carries it.
     `experts` names the modules inside the block whose routed experts it sums up (see passes.blocks.experts).
-    `read` are the numbers (of one row, where they carry the batch) that leaves must hold, since the code read them.
+    `read` are the numbers (of one row, where they carry the batch) that leaves must hold, since the code read them,
+    and `held` the attributes (passes.graphs.held) that it read of the block and of the modules that it is given.
     """
 
     module: fx.GraphModule
@@ -129,6 +132,7 @@ class BlockGraph:
     row_dims: tuple[int | None, ...] | None = None
     experts: tuple[str, ...] = ()
     read: Mapping[int, Tensor] = field(default_factory=dict)
+    held: Mapping[tuple[int, str], Mapping[str, object]] = field(default_factory=dict)
 
     def run(self, module: fx.GraphModule, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """The states that `module`, this graph in some form, gives for inputs of any batch."""

@@ -17,22 +17,23 @@ A model that keeps something of its arguments for later calls is refused (passes
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.graphs.batch_layout import Adapter, Samples
 from passes.graphs.graph import BlockSite, Call, Discovery, Refusal, Report, Run
+from passes.graphs.held import Held
 from passes.graphs.naming import told_of_structure
 from passes.graphs.progress import tell
-from passes.graphs.record import record, undisturbed
+from passes.graphs.record import own, record, undisturbed
 from passes.graphs.weightless import changed_by, hollow, same
 from passes.observe.adapt import adapted, check_alone, find_adapter, leads, leads_in_runs, lone, unpacked
 from passes.observe.batch_probe import batches_of, disturbed_all, doublings, entries_alone, opaque, other_steps, told_by
 from passes.observe.candidates import find_candidates
-from passes.observe.given_modules import Given, noting_writes
 from passes.observe.kept import Attributes, find_kept
+from passes.observe.sights import Sights
 from passes.observe.statement import StatementError, Statements, check_batch, check_blocks, stated_batch, stated_sizes
 from runtime.base.errors import EditError
 
@@ -49,6 +50,23 @@ class _Observation:
 
     calls: dict[str, Call]
     output: object
+    held: Mapping[str, Held]
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Runs `model` and tells what its `sights.watched` modules were called with; `sights` keeps what they held."""
+
+    model: nn.Module
+    sights: Sights
+
+    def see(self, kwargs: Mapping[str, object]) -> _Observation:
+        with self.sights.taken() as held:
+            return _Observation(*record(self.model, kwargs, self.sights.watched), held)
+
+    def count(self, observation: _Observation) -> _Observation:
+        self.sights.keep(observation.held)
+        return observation
 
 
 def discover(
@@ -86,21 +104,18 @@ def discover(
         strange = [] if only is None else [name for name in watched if name not in only]
         refused += [Refusal(name, "was no block when the model was first traced") for name in strange]
         watched = {name: module for name, module in watched.items() if name not in strange}
-        runs, seen = _observe(model, buckets, step, watched, stated_batch(stated))
-        given = Given.of(seen[0].calls.values())
+        watch = _Watch(model, Sights(watched))
+        runs, seen = _observe(watch, buckets, step, stated_batch(stated))
         tell("running the model", len(buckets), len(buckets) + 1)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
-        with noting_writes() as written:
-            probe = changed_by(moved[step], lambda: record(model, moved, watched)[0], seen[0].calls)
+        probe = changed_by(moved[step], lambda: watch.count(watch.see(moved)).calls, seen[0].calls)
+        watch.sights.see_otherwise(lambda kwargs: model(**own(kwargs)), buckets[0])
     samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
-        objection = given.objection(watched[name], seen[0].calls[name], written)
-        if objection:
-            refused.append(Refusal(name, objection))
-            continue
-        calls = tuple(observation.calls.get(name) for observation in (*seen, _Observation(probe, None)))
+        calls = (*(observation.calls.get(name) for observation in seen), probe.get(name))
         site = _site(name, watched[name], calls, runs, samples)
+        site = site if isinstance(site, Refusal) else replace(site, changing=watch.sights.changing(name))
         if isinstance(site, Refusal):
             refused.append(site)
         else:
@@ -119,19 +134,16 @@ def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:
 
 
 def _observe(
-    model: nn.Module,
-    buckets: Sequence[Mapping[str, object]],
-    step: str,
-    watched: Mapping[str, nn.Module],
-    stated: Mapping[str, int | None],
+    watch: _Watch, buckets: Sequence[Mapping[str, object]], step: str, stated: Mapping[str, int | None]
 ) -> tuple[tuple[Run, ...], list[_Observation]]:
     """Every bucket as given, then every bucket doubled."""
     given: list[tuple[Run, _Observation]] = []
     doubled: list[tuple[Run, _Observation]] = []
     for index, kwargs in enumerate(buckets):
         tell("running the model", index, len(buckets) + 1)
-        first = _Observation(*record(model, kwargs, watched))
-        run, twice, second = _double_run(model, kwargs, index, step, watched, first, stated)
+        first = watch.count(watch.see(kwargs))
+        run, twice, second = _double_run(watch, kwargs, index, step, first, stated)
+        watch.count(second)
         given.append((run, first))
         doubled.append((twice, second))
     pairs = given + doubled
@@ -139,11 +151,10 @@ def _observe(
 
 
 def _double_run(
-    model: nn.Module,
+    watch: _Watch,
     given: Mapping[str, object],
     bucket: int,
     step: str,
-    watched: Mapping[str, nn.Module],
     first: _Observation,
     stated: Mapping[str, int | None],
 ) -> tuple[Run, Run, _Observation]:
@@ -156,7 +167,7 @@ def _double_run(
     lone = not sizes and _only_rows(first) and _one_time(given[step]) and not any(opaque(given))
     for batch, kwargs in ((size, kwargs) for size in batches for kwargs in doublings(given, step, size, stated)):
         try:
-            second = _Observation(*record(model, kwargs, watched))
+            second = watch.see(kwargs)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
@@ -167,7 +178,7 @@ def _double_run(
         lone = lone and not (entries_alone(given, kwargs, batch) and _gained_tokens(first, second, batch))
     if lone:
         kwargs = disturbed_all(given, step)
-        return Run(given, 1, bucket), Run(kwargs, 1, bucket), _Observation(*record(model, kwargs, watched))
+        return Run(given, 1, bucket), Run(kwargs, 1, bucket), watch.see(kwargs)
     if sizes:
         places = " and ".join(
             f"not in {name!r}" if dim is None else f"dimension {dim} of {name!r}" for name, dim in stated.items()

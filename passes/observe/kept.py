@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from passes.graphs.held import MODULE
 from passes.graphs.record import own, tensors_in
 from passes.graphs.weightless import hollow
 from passes.observe.batch_probe import disturbed, other_steps
-
-_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Attributes:
     def of(model: nn.Module) -> Attributes:
         """Those that `model` has now."""
         names = {module: name for name, module in model.named_modules()}
-        held = {(module, key): value for module in names for key, value in vars(module).items() if key not in _MODULE}
+        held = {(module, key): value for module in names for key, value in vars(module).items() if key not in MODULE}
         contents: dict[tuple[nn.Module, str], Any] = {
             place: value.copy() for place, value in held.items() if type(value) in (dict, OrderedDict, list)
         }
@@ -47,7 +46,7 @@ class Attributes:
     def restore(self) -> None:
         """Give the modules these attributes again."""
         for module in self.names:
-            for key in [key for key in vars(module) if key not in _MODULE and (module, key) not in self.held]:
+            for key in [key for key in vars(module) if key not in MODULE and (module, key) not in self.held]:
                 delattr(module, key)
         for (module, key), value in self.held.items():
             vars(module)[key] = value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.graphs.graph import Call, Discovery
 from passes.graphs.record import record, tensors_in, undisturbed
-from passes.observe.given_modules import first_changed, marks_of
 
 _aten = torch.ops.aten
 _OF_SHAPES = frozenset(
@@ -31,42 +29,31 @@ _UNSEEN_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack_
 _UNSEEN_SIZES = (torch.tensor_split, Tensor.tensor_split)
 
 
-@dataclass(frozen=True)
-class Settled:
-    """The `leaves` of a block's call that are settled, and whether the tensors are that the block holds (`held`)."""
-
-    leaves: frozenset[int] = frozenset()
-    held: bool = False
+Settled = frozenset[int]
+"""The leaves of a block's call that are settled."""
 
 
 def settled_in_every_run(discovery: Discovery) -> dict[str, Settled]:
     """For each block, what is settled of its own call in every given run; repeats those runs.
 
-    Nothing is where a run cannot be followed, nor what a block holds where the run writes to it.
+    Nothing is where a run cannot be followed.
     """
     blocks = {site.name: discovery.model.get_submodule(site.name) for site in discovery.blocks}
     found: dict[str, Settled] = {}
     for given, _ in discovery.buckets:
         now = _settled_in(discovery.model, given.kwargs, blocks)
-        for name in blocks:
-            own = now.get(name, Settled())
-            before = found.get(name, own)
-            found[name] = Settled(before.leaves & own.leaves, before.held and own.held)
+        found = {name: found.get(name, own) & own for name in blocks for own in [now.get(name, Settled())]}
     return found
 
 
 def _settled_in(model: nn.Module, kwargs: Mapping[str, object], blocks: Mapping[str, nn.Module]) -> dict[str, Settled]:
     calls: dict[str, Call] = {}
     followed = _Following(tensors_in(dict(kwargs)))
-    before = {name: marks_of(block) for name, block in blocks.items()}
     with suppress(RuntimeError, NotImplementedError), undisturbed(model), followed, _Reads(followed):
         calls = record(model, kwargs, blocks)[0]
     return {
-        name: Settled(
-            frozenset(
-                at for at, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor) and not followed.has([leaf])
-            ),
-            first_changed(before[name], marks_of(blocks[name])) is None,
+        name: frozenset(
+            at for at, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor) and not followed.has([leaf])
         )
         for name, call in calls.items()
     }

@@ -208,10 +208,13 @@ class Compilation:
                 groups.append(group)
                 continue
             try:
-                made, report = change(group)
+                changed = change(group)
             except Refused as error:
                 reports.append(Report(name, refused=error.refusals))
                 continue
+            if not isinstance(changed, tuple) or len(changed) != 2:
+                raise PassError(f"the pass {name!r} gave no (group, report) for {group.first.name}: return both")
+            made, report = changed
             groups += made if isinstance(made, tuple) else (made,)
             reports += (report,) if report is not None else ()
         return self.with_groups(groups).reported(*reports)

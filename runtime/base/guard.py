@@ -2,8 +2,9 @@
 
 ``edit_compile::guard(Tensor[] inputs, int[] states, int block, int form=0) -> Tensor[]`` takes a block's tensor
 inputs in plan order and gives its states after the block. `form` says in which of its forms the block is called
-(`runtime.bundle.spec.Block.forms`); ANY leaves it to the shapes of the inputs. Which dispatcher answers is set per
-thread and per task by `answering`, so that two compiled models never see each other.
+(`runtime.bundle.spec.Block.forms`); ANY leaves it to the shapes of the inputs, `any_but` to these among
+all but some. Which dispatcher answers is set per thread and per task by `answering`, so that two compiled models never
+see each other.
 
 ``edit_compile::checked(Tensor value, Tensor right, str told) -> Tensor`` gives a copy of `value`, or raises InputError
 where `right` does not hold: of what values of the model's inputs tell, and no shape.
@@ -11,20 +12,36 @@ where `right` does not hold: of what values of the model's inputs tell, and no s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from runtime.base.errors import InputError
+from runtime.base.errors import EditError, InputError
 
 Answer = Callable[[int, Sequence[Tensor], int], list[Tensor]]
 """From a block's number, its inputs and its form to its states."""
 
 ANY = -1
 """The form that goes by the shapes of the inputs: the model's own Python may call a block with others each time."""
+
+
+def any_but(forms: Iterable[int]) -> int:
+    """The form that goes by the shapes of the inputs, and is none of `forms`: ANY, or a number below it."""
+    bits = sum(1 << form for form in set(forms))
+    if bits.bit_length() > _MOST:
+        raise EditError(f"a block is called in more than {_MOST} forms: compile the model anew for those still needed")
+    return ANY - bits
+
+
+def admits(form: int, number: int) -> bool:
+    """Whether the form `number` is none that the guard's `form`, where this is ANY or below, leaves out."""
+    return form >= 0 or not (ANY - form) >> number & 1
+
+
+_MOST = 62  # bits of an operator's integer
 
 _answer: ContextVar[Answer] = ContextVar("edit_compile_guard")
 _check: ContextVar[Callable[[Tensor, str], None]] = ContextVar("edit_compile_check")

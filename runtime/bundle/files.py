@@ -25,7 +25,7 @@ from torch import Tensor
 
 from runtime.base.errors import BundleError
 from runtime.bundle.checks import check
-from runtime.bundle.folder import separate, written_whole
+from runtime.bundle.folder import separate, temporary_beside, written_whole
 from runtime.bundle.program import Program
 from runtime.bundle.spec import SCHEMA, Manifest
 from runtime.bundle.tiers import explain_tiers
@@ -34,6 +34,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 ROUTERS = "routers.safetensors"
 _READ_AGAIN = 5
+_LONGEST = 255
+"""Bytes of a name in the usual file systems."""
 
 
 def save(program: Program, path: str | Path) -> None:
@@ -50,6 +52,11 @@ def save(program: Program, path: str | Path) -> None:
 
 def check_place(target: Path) -> None:
     """BundleError where no bundle can be written to `target`, or something else is there."""
+    if not target.name or "\0" in str(target):
+        raise BundleError(f"{str(target)!r} is no name for a bundle: give that of a folder to make, as 'model.edit'")
+    longest = max((*target.parts, temporary_beside(target).name), key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(longest)) > _LONGEST:
+        raise BundleError(f"{target} cannot be written: its name is too long for a file system: choose a shorter one")
     if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
     there = next(parent for parent in target.absolute().parents if parent.exists())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from runtime import engines
 from runtime.base.errors import BundleError, EditError, InnerShapeError
-from runtime.base.guard import ANY
+from runtime.base.guard import admits
 from runtime.base.rows import RowByRow
 from runtime.bundle import archive
 from runtime.bundle.program import Program
@@ -94,23 +94,35 @@ class BoundBlocks:
         """`form` of `block`; the first where the form is ANY."""
         return self.forms[block][max(form, 0)]
 
-    def fitting(self, block: int, form: int, inputs: Sequence[Tensor], sized_by: Sequence[str]) -> BoundBlock:
+    def fitting(self, block: int, form: int, inputs: Sequence[Tensor], glue: Glue) -> BoundBlock:
         """`form` of `block` if `inputs` are what it is for, else that which is for them and the fewest others.
 
-        InnerShapeError, naming the arguments `sized_by` (all where there are none), where there is no such form.
+        Shapes do not tell what else plans differ in, as numbers that are baked into them: only plans that were made
+        for calls of this `glue` serve it, and none of a form that the guard leaves out. InnerShapeError, naming the
+        arguments that set sizes in the glue (all where there are none), where there is no such form.
         """
         forms = self.forms[block]
-        if form != ANY and forms[form].fits(inputs):
+        if form >= 0 and forms[form].fits(inputs):
             return forms[form]
-        fitting = [ready for ready in forms if ready.fits(inputs)]
+        made = self._made_for(glue)
+        fitting = [
+            ready
+            for number, ready in enumerate(forms)
+            if ready.plan.id in made and admits(form, number) and ready.fits(inputs)
+        ]
         if fitting:
             return min(fitting, key=lambda ready: sum(given.shape.count(None) for given in ready.plan.inputs))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        told = f"the values of {', '.join(sized_by)}" if sized_by else "the values of the model's arguments"
+        told = f"the values of {', '.join(glue.sized_by)}" if glue.sized_by else "the values of the model's arguments"
         raise InnerShapeError(
             f"block {forms[0].name} is called with shapes ({shapes}) that were not compiled. They depend on {told}: "
             "compile with inputs of this kind, too"
         )
+
+    def _made_for(self, glue: Glue) -> set[str]:
+        """The plans of calls of `glue`, which may have more since a call began."""
+        now = next((own for own in self._program.manifest.glues if own.id == glue.id), glue)
+        return {cost.plan for cost in now.costs}
 
     def bound_again(self, block: int, form: int) -> BoundBlock:
         """A form of a block with bindings of its own: what an engine keeps for a binding is shared with nobody."""

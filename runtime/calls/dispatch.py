@@ -63,7 +63,7 @@ class Dispatch:
         self._embedding: Tensor | None = None
         self._copies = glue.file is None
         self._checks = self._copies or bool(glue.sized_by)
-        self._sized_by = glue.sized_by
+        self._glue = glue
         self.answered: list[tuple[Plan, list[float]]] = []
         self.rows = 1
 
@@ -77,12 +77,12 @@ class Dispatch:
     def _fitting(self, block: int, form: int, inputs: Sequence[Tensor]) -> BoundBlock:
         """The form that takes inputs of these shapes, traced first if need be; InnerShapeError where there is none."""
         try:
-            return self._blocks.fitting(block, form, inputs, self._sized_by)
+            return self._blocks.fitting(block, form, inputs, self._glue)
         except InnerShapeError:
             if self._grow is None:
                 raise
         self._grow()
-        return self._blocks.fitting(block, form, inputs, self._sized_by)
+        return self._blocks.fitting(block, form, inputs, self._glue)
 
     def _answer(self, block: int, ready: BoundBlock, inputs: Sequence[Tensor], states: list[Tensor]) -> list[Tensor]:
         rows = self.rows = ready.rows(inputs)
