@@ -20,9 +20,10 @@ from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
-os.environ["EDIT_COMPILE_ENGINE"] = (
-    "onnxruntime"  # which engine is the fastest is no matter here, but for test_engine_choice
-)
+# Which engine is the fastest matters to test_engine_choice alone. A worker has one core, and the processes that it starts.
+os.environ["EDIT_COMPILE_ENGINE"] = "onnxruntime"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
