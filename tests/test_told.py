@@ -14,7 +14,7 @@ import edit_compile
 from passes.block_passes import GroupPass
 from passes.dump import DumpError
 from passes.program.compilation import Compilation, Group, PassError
-from runtime.base.errors import BundleError, EditError
+from runtime.base.errors import BundleError
 from tests.unprepared import Net, close, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no routers:UserWarning")
