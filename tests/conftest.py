@@ -20,7 +20,7 @@ from tests.models import tiny_dit, tiny_flux, tiny_sd3
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
-# Which engine is the fastest matters to test_engine_choice alone. A worker keeps to one core, as do processes it starts.
+# Which engine is the fastest matters to test_engine_choice alone. A worker keeps to one core; so do its processes.
 os.environ["EDIT_COMPILE_ENGINE"] = "onnxruntime"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
