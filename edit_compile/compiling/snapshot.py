@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -32,10 +32,16 @@ class Snapshot:
         now = _marks(model)
         return next((name for name, mark in self.marks.items() if now.get(name) != mark), None)
 
-    def without_changes(self, model: nn.Module) -> Snapshot:
-        """Without those that have changed: the model has written to them itself, when we ran it."""
+    def without_changes(self, model: nn.Module, written: Collection[str]) -> Snapshot:
+        """Without those that have changed, and attributes that were `written`: by the model itself, when we ran it."""
         now = _marks(model)
-        return Snapshot({name: mark for name, mark in self.marks.items() if now.get(name) == mark})
+        return Snapshot(
+            {
+                name: mark
+                for name, mark in self.marks.items()
+                if now.get(name) == mark and not any(name == own or name.startswith(f"{own}.") for own in written)
+            }
+        )
 
 
 def _marks(model: nn.Module) -> dict[str, object]:

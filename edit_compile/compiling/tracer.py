@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edit_compile.compiling.described import attributes_of, config_of, dtype_of
 from edit_compile.compiling.dry_run import DryRun
 from edit_compile.compiling.snapshot import Snapshot
 from edit_compile.elastic.adapters import adapters_aside, adds_nothing
@@ -26,6 +26,7 @@ from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.progress import shown
 from passes.dump import DumpError, dumping
 from passes.graphs.graph import MlpSite, Report
+from passes.graphs.held import noting_writes
 from passes.graphs.progress import tell
 from passes.graphs.record import undisturbed
 from passes.graphs.uncompiled import unwrapped
@@ -89,6 +90,7 @@ class Tracer:
         self._memory = Memory()
         self._sites: tuple[tuple[str, tuple[MlpSite, ...]], ...] = ()
         self._snapshot: Snapshot | None = None
+        self._written: set[str] = set()  # attributes that the model's own forward sets
 
     def _own_policy(self) -> RoutingPolicy:
         """The elastic model's own policy; the default one where it has none."""
@@ -133,7 +135,7 @@ class Tracer:
         made = self._completed(found)
         if self.elastic is not None and isinstance(made.layout, Layout):
             self.elastic.attach(made.layout)
-        self._memory, self._snapshot = memory, snapshot.without_changes(self.model)
+        self._memory, self._snapshot = memory, snapshot.without_changes(self.model, self._written)
         owners = (made.groups[owner] for owner in made.group_of)
         self._sites = tuple((site.name, group.sites) for site, group in zip(made.blocks, owners, strict=True))
         routers = self.elastic.router_tensors() if self.elastic is not None else {}
@@ -162,7 +164,7 @@ class Tracer:
                 warnings.warn(f"{error}; nothing more is dumped", stacklevel=2)
                 self.dump = None
                 grown = self._completed(self._given(self.model, moved, self._memory, program))
-        self._snapshot = snapshot.without_changes(self.model)
+        self._snapshot = snapshot.without_changes(self.model, self._written)
         assert grown.program is not None
         return grown.program
 
@@ -295,8 +297,8 @@ class Tracer:
         )
 
     def _run(self, compilation: Compilation, until: str | None = None) -> Compilation:
-        with self._dense():
-            folder = self.dump if self.dump is None or self._runs < 2 else self.dump / f"run-{self._runs}"
+        folder = self.dump if self.dump is None or self._runs < 2 else self.dump / f"run-{self._runs}"
+        with self._dense(), noting_writes(self.model, self._written):
             return run_passes(compilation, self.passes, until, folder)
 
     @contextmanager
@@ -312,13 +314,13 @@ class Tracer:
     def _source(self) -> Source:
         return Source(
             model=type(self.model).__name__,
-            config=_config(self.model),
-            dtype=str(_dtype(self.model)).removeprefix("torch."),
+            config=config_of(self.model),
+            dtype=str(dtype_of(self.model)).removeprefix("torch."),
             timestep=self.timestep or "timestep",
             arguments=argument_names(self.model.forward),
             router=self.elastic.router_config if self.elastic is not None else None,
             policy=self.policy.to_spec(),
-            attributes=_attributes(self.model),
+            attributes=attributes_of(self.model),
         )
 
 
@@ -326,24 +328,6 @@ def _copied(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """`kwargs` with copies of its tensors, for a model that writes into them."""
     copied: dict[str, Any] = pytree.tree_map_only(Tensor, Tensor.clone, dict(kwargs))
     return copied
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in: diffusers knows (some parameters may be kept wider), else its first parameter's."""
-    own = getattr(model, "dtype", None)
-    return own if isinstance(own, torch.dtype) else next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def _config(model: nn.Module) -> dict[str, object]:
-    """The model's diffusers config without its private entries; empty for other models."""
-    return {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
-
-
-def _attributes(model: nn.Module) -> dict[str, bool | int | float | str | None]:
-    """The model's own plain attributes: not those of every module, nor private ones."""
-    own = vars(model).keys() - vars(nn.Module()).keys()
-    plain = {name: getattr(model, name) for name in sorted(own) if not name.startswith("_")}
-    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str))}
 
 
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:

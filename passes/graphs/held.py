@@ -14,6 +14,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -120,7 +121,9 @@ def modules_in(leaves: Sequence[object]) -> list[nn.Module]:
 
 
 _lock = threading.Lock()
-_noting: dict[int, Callable[[nn.Module, str, bool], None]] = {}
+_listening: dict[int, list[Listener]] = {}
+"""Who is told, by thread, of attributes of modules that are read or set in it."""
+_set = nn.Module.__setattr__
 
 
 @contextmanager
@@ -139,27 +142,64 @@ def noting_reads(block: nn.Module, given: Sequence[nn.Module] = ()) -> Iterator[
             elif name not in written:
                 read.add(name)
 
-    def reading(module: nn.Module, key: str) -> object:
-        if key not in MODULE and (own := _noting.get(threading.get_ident())) is not None:
-            own(module, key, False)
-        return object.__getattribute__(module, key)
-
-    def setting(module: nn.Module, key: str, value: object) -> None:
-        if (own := _noting.get(threading.get_ident())) is not None:
-            own(module, key, True)
-        _set(module, key, value)  # type: ignore[arg-type]
-
-    with _lock:
-        _noting[threading.get_ident()] = note
-        nn.Module.__getattribute__, nn.Module.__setattr__ = reading, setting  # type: ignore[method-assign, assignment]
-    try:
+    with _told(Listener(note, reads=True)):
         yield read
+
+
+@contextmanager
+def noting_writes(model: nn.Module, written: set[str]) -> Iterator[None]:
+    """Inside the ``with`` block, attributes of `model` and its children that this thread sets are `written`, by name."""
+    names = {id(module): path for path, module in model.named_modules()}
+
+    def note(module: nn.Module, key: str, writes: bool) -> None:
+        if writes and id(module) in names:
+            written.add(f"{names[id(module)]}.{key}".lstrip("."))
+
+    with _told(Listener(note)):
+        yield
+
+
+@dataclass(frozen=True)
+class Listener:
+    """`note(module, attribute, whether it is set)` is told what is set, and with `reads` what is read."""
+
+    note: Callable[[nn.Module, str, bool], None]
+    reads: bool = False
+
+
+@contextmanager
+def _told(listener: Listener) -> Iterator[None]:
+    own = threading.get_ident()
+    with _lock:
+        _listening.setdefault(own, []).append(listener)
+        _install()
+    try:
+        yield
     finally:
         with _lock:
-            del _noting[threading.get_ident()]
-            if not _noting:
-                del nn.Module.__getattribute__
-                nn.Module.__setattr__ = _set  # type: ignore[method-assign]
+            _listening[own].remove(listener)
+            _install()
 
 
-_set = nn.Module.__setattr__
+def _install() -> None:
+    """Have modules tell of what somebody listens to, and of nothing else."""
+    listeners = [one for own in _listening.values() for one in own]
+    nn.Module.__setattr__ = _setting if listeners else _set  # type: ignore[method-assign, assignment]
+    if any(one.reads for one in listeners):
+        nn.Module.__getattribute__ = _reading  # type: ignore[method-assign, assignment]
+    elif "__getattribute__" in vars(nn.Module):
+        del nn.Module.__getattribute__
+
+
+def _reading(module: nn.Module, key: str) -> object:
+    if key not in MODULE:
+        for listener in _listening.get(threading.get_ident(), ()):
+            if listener.reads:
+                listener.note(module, key, False)
+    return object.__getattribute__(module, key)
+
+
+def _setting(module: nn.Module, key: str, value: object) -> None:
+    for listener in _listening.get(threading.get_ident(), ()):
+        listener.note(module, key, True)
+    _set(module, key, value)  # type: ignore[arg-type]
