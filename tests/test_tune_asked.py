@@ -305,8 +305,8 @@ def test_the_picture_has_tiers_and_fewer_steps_with_intervals(tuned: Tuned, tmp_
     (axes,) = quality_against_time(tuned).axes
     tiers, fewer = axes.containers
     assert (tiers.get_label(), fewer.get_label()) == ("tiers", "as many sampling steps instead")
-    assert {text.get_text() for text in axes.texts} >= {"half", "draft"}
-    assert "full" not in {text.get_text() for text in axes.texts}  # what was recorded itself, at 200 dB
+    shown = {text.get_text() for text in axes.texts}
+    assert shown >= {"half", "draft"} and "full" not in shown  # which was recorded itself, at 200 dB
     drawn = dict(zip(*tiers.lines[0].get_data(), strict=True))
     assert drawn == {tuned.seconds[name].tier: tuned.tiers[name].quality_db for name in ("half", "draft")}
     assert all(line.has_yerr for line in (tiers, fewer))
@@ -323,8 +323,7 @@ def test_the_table_says_where_plain_fewer_steps_are_better(tuned: Tuned) -> None
     worse = "plain fewer steps are better"
     assert worse not in str(with_gain(tuned, 2.0, 1.0))
     said = str(with_gain(tuned, -2.0, 1.0))
-    assert "7 STEPS INSTEAD" in said
-    assert f"{worse} than draft (sample with 7 steps): do not use these tiers" in said
+    assert "7 STEPS INSTEAD" in said and f"{worse} than draft (sample with 7 steps): do not use these tiers" in said
     unsure = str(with_gain(tuned, 2.0, 3.0))
     assert "the tier, not surely" in unsure and worse not in unsure
     assert "equal" in str(with_gain(tuned, 0.0, 0.0))
@@ -339,8 +338,8 @@ def test_a_tier_that_plain_steps_beat_is_warned_of(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         edit_compile.tune(compiled, recording, budget={"draft": 0.6}, reach=3, repeats=1)
-    told = [str(one.message) for one in caught if "do not use these tiers" in str(one.message)]
-    assert told == ["plain fewer steps are better than draft (sample with 7 steps): do not use these tiers"][mean > 0 :]
+    told = [one for one in caught if "better than draft (sample with 7 steps): do not use these" in str(one.message)]
+    assert len(told) == (mean < 0)
 
 
 def test_plain_steps_have_the_time_that_the_tier_takes(tuned: Tuned) -> None:

@@ -148,7 +148,7 @@ def noting_reads(block: nn.Module, given: Sequence[nn.Module] = ()) -> Iterator[
 
 @contextmanager
 def noting_writes(model: nn.Module, written: set[str]) -> Iterator[None]:
-    """Inside the ``with`` block, attributes of `model` and its children that this thread sets are `written`, by name."""
+    """Inside the ``with`` block, what this thread sets of `model` and its children is `written`, by name."""
     names = {id(module): path for path, module in model.named_modules()}
 
     def note(module: nn.Module, key: str, writes: bool) -> None:
