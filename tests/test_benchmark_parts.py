@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from edit_compile.measuring.comparison import BlockWork, Comparison
 from edit_compile.measuring.timing import Spread, interleaved
+from runtime.base import machine
 
 MACHINE = {"cpu": "a processor", "cores": "2", "torch": "2.13.0"}
 
@@ -41,6 +44,23 @@ def test_calls_are_interleaved_step_by_step_and_take_turns_at_going_first() -> N
     assert rounds == ["b0a0a1b1"] * 3
     assert seconds["a"].shape == seconds["b"].shape == (2, 2)
     assert (seconds["a"] >= 0).all()
+
+
+@pytest.mark.parametrize(("waited", "told"), [(0.5, "for 50% of the time"), (0.05, None), (0.0, None)])
+def test_a_machine_too_busy_for_figures_is_warned_of(
+    waited: float, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([(3.0, 1.0), (4.0 - waited, 1.0 + waited)])
+    monkeypatch.setattr(machine, "core_seconds", lambda: next(counts))
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        interleaved({"a": [lambda: None]}, repeats=1)
+
+
+def test_the_time_of_threads_on_cores_is_counted() -> None:
+    before, end = machine.core_seconds()[0], time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    assert machine.core_seconds()[0] - before > 0.1
 
 
 @pytest.mark.parametrize("runs", [{"a": []}, {"a": [print], "b": [print, print]}])

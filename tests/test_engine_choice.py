@@ -13,6 +13,7 @@ from torch import Tensor
 
 import edit_compile
 from runtime import engines
+from runtime.base import machine
 from runtime.base.errors import EngineError
 from runtime.engines import choice
 from runtime.face.transformer import CompiledTransformer
@@ -50,6 +51,7 @@ class Takes:
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "core_seconds", lambda: (0.0, 0.0))
     monkeypatch.delenv("EDIT_COMPILE_ENGINE")
     monkeypatch.setenv("EDIT_COMPILE_CACHE", str(tmp_path))
     Takes.loads = []
@@ -115,6 +117,16 @@ def test_it_is_measured_once_on_a_machine(speeds: Callable[..., None], tmp_path:
     assert "measured earlier here" in again.why
     (kept,) = (tmp_path / "engines").iterdir()
     assert json.loads(kept.read_text())["torch"] == 2000
+
+
+def test_what_a_busy_machine_says_is_not_kept(
+    speeds: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts = iter([(1.0, 0.0), (2.0, 0.5)])
+    monkeypatch.setattr(machine, "core_seconds", lambda: next(counts))
+    speeds(onnxruntime=3, torch=2, inductor=3)
+    assert "while the machine was busy" in choice.choose(programs.make()).why
+    assert not (tmp_path / "engines").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", '{"torch": "x"}', '{"torch": null}', "{}", '{"other": 1}'])

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edit_compile.measuring.waiting import warning_of_waits
+
 Call = Callable[[], object]
 
 
@@ -41,7 +43,8 @@ def interleaved(
     """Seconds of every call, per name as (repeats, steps).
 
     Step k of all runs is timed before step k + 1 of any, and which one goes first alternates, so that a machine that
-    slows down slows all of them. `before_run` is called, untimed, before each of the `warmup` + `repeats` rounds.
+    slows down slows all of them. `before_run` is called, untimed, before each of the `warmup` + `repeats` rounds. Warns
+    where the machine was too busy with other things.
 
     Raises:
         ValueError: no repeats, or runs of different lengths.
@@ -52,15 +55,16 @@ def interleaved(
     (steps,) = lengths
     seconds = {name: np.zeros((repeats, steps)) for name in runs}
     order = list(runs)
-    for repeat in range(-warmup, repeats):
-        if before_run:
-            before_run()
-        for step in range(steps):
-            order.reverse()
-            for name in order:
-                elapsed = timed(runs[name][step])
-                if repeat >= 0:
-                    seconds[name][repeat, step] = elapsed
+    with warning_of_waits():
+        for repeat in range(-warmup, repeats):
+            if before_run:
+                before_run()
+            for step in range(steps):
+                order.reverse()
+                for name in order:
+                    elapsed = timed(runs[name][step])
+                    if repeat >= 0:
+                        seconds[name][repeat, step] = elapsed
     return seconds
 
 

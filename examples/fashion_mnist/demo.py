@@ -43,7 +43,7 @@ def compile_models(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"))
-    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--engine", help="default: the fastest here")
     parser.add_argument("--images", type=int, default=100, help="images per row that are judged")
     parser.add_argument("--repeats", type=int, default=2, help="timed samplings")
     given = parser.parse_args()
@@ -52,7 +52,8 @@ def main() -> None:
         sys.exit(f"{WEIGHTS} lacks {', '.join(missing)}: see examples/fashion_mnist/README.md for how they are made")
     given.output.mkdir(parents=True, exist_ok=True)
     compile_models(given.output)
-    options = ["--engine", given.engine, "--images", str(given.images), "--repeats", str(given.repeats)]
+    options = ["--images", str(given.images), "--repeats", str(given.repeats)]
+    options += ["--engine", given.engine] if given.engine else []
     command = [sys.executable, "-m", "examples.fashion_mnist.demo_measure", str(given.output), *options]
     finished = subprocess.run(command, check=False)
     if finished.returncode:

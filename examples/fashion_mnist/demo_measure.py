@@ -98,7 +98,7 @@ def flops_left(model: nn.Module) -> float:
     return model.counters.flops / max(model.counters.dense_flops, 1)
 
 
-def measure(folder: Path, engine: str, images: int, repeats: int, progress: Progress) -> dict[str, Any]:
+def measure(folder: Path, engine: str | None, images: int, repeats: int, progress: Progress) -> dict[str, Any]:
     """All figures; writes the pictures beside the bundles in `folder`."""
     judge, reference = load_judge(WEIGHTS / "judge.safetensors"), load_reference()
     models: dict[str, nn.Module] = {BASE: load_model("dense")}
@@ -120,7 +120,7 @@ def measure(folder: Path, engine: str, images: int, repeats: int, progress: Prog
     save(router_heat_map(elastic.trace[-1], "cond"), folder / "router.png")
     save(latency_bars({row.name: row.ms for row in rows}), folder / "latency.png")
     return {
-        "engine": engine,
+        "engine": elastic.engine,
         "images": images,
         "steps": FEW_STEPS,
         "repeats": repeats,
@@ -147,7 +147,7 @@ def _begin(models: Mapping[str, nn.Module]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--engine", help="default: the fastest here")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()

@@ -2,7 +2,7 @@
 
 The block is one of the kind on which most of the work lies, at full width, for one row, on noise. What was measured is
 kept for this machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only
-the first load takes the seconds. EDIT_COMPILE_ENGINE names an engine and saves the measuring.
+the first load takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from runtime import engines
 from runtime.base.errors import EngineError
-from runtime.base.machine import cores, cpu_model
+from runtime.base.machine import BUSY, CoreWait, cores, cpu_model
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
 
@@ -63,8 +63,12 @@ def choose(program: Program) -> Choice:
     known = _folder() / f"{_key(plan)}.json"
     times, when = _kept(known), "earlier here"
     if not times:
+        wait = CoreWait()
         times, when = _measured(program, plan), "here"
-        _keep(known, times)
+        if wait.share > BUSY:
+            when = "here while the machine was busy, so the next process measures again"
+        else:
+            _keep(known, times)
     if not times:
         return Choice(USUAL, f"a {plan.kind} of {program.manifest.model} takes no noise that could be timed", {})
     fastest = min(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))
