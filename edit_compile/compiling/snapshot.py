@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from runtime.face.arguments import exactly
 
 _MODULE = frozenset(vars(nn.Module()))
+_TENSORS = ("_parameters", "_buffers")
 
 
 @dataclass(frozen=True)
@@ -17,68 +19,83 @@ class Snapshot:
     """Where each tensor of a model is, of what dtype, and how often it was written to; and its plain values.
 
     Of plain attributes, those in lists, tuples and dicts are seen, too. What goes around torch's counting, as writing
-    to ``parameter.data`` does, is not.
+    to ``parameter.data`` does, is not. It is looked at as a generation begins: so that a look is quick, places are
+    found once, and what is the very same object there is not compared.
     """
 
-    marks: Mapping[str, object]
+    places: tuple[_Place, ...]
 
     @staticmethod
     def of(model: nn.Module) -> Snapshot:
         """As they are now."""
-        return Snapshot(_marks(model))
+        return Snapshot(tuple(_places(model)))
 
-    def changed(self, model: nn.Module) -> str | None:
+    def changed(self) -> str | None:
         """Name of the first that is not as it was; what came to it since does not count."""
-        now = _marks(model)
-        return next((name for name, mark in self.marks.items() if now.get(name) != mark), None)
+        return next((place.name for place in self.places if not place.is_as_it_was()), None)
 
-    def without_changes(self, model: nn.Module, written: Collection[str]) -> Snapshot:
+    def without_changes(self, written: Collection[str]) -> Snapshot:
         """Without those that have changed, and attributes that were `written`: by the model itself, when we ran it."""
-        now = _marks(model)
+        own = tuple(f"{name}." for name in written)
         return Snapshot(
-            {
-                name: mark
-                for name, mark in self.marks.items()
-                if now.get(name) == mark and not any(name == own or name.startswith(f"{own}.") for own in written)
-            }
+            tuple(place for place in self.places if not f"{place.name}.".startswith(own) and place.is_as_it_was())
         )
 
 
-def _marks(model: nn.Module) -> dict[str, object]:
-    weights = (*model.named_parameters(), *model.named_buffers())
-    marks: dict[str, object] = {name: _mark(tensor) for name, tensor in weights}
+@dataclass(frozen=True)
+class _Place:
+    """An entry of a module's own dictionary, or what its `keys` lead to from there, and what was there."""
+
+    name: str
+    holder: Mapping[str, Any]
+    keys: tuple[Any, ...]
+    value: object
+    mark: object = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mark", _mark(self.value))
+
+    def is_as_it_was(self) -> bool:
+        now: Any = self.holder
+        for key in self.keys:
+            try:
+                now = now[key]
+            except (KeyError, IndexError, TypeError):
+                return False
+        if now is self.value:
+            return not isinstance(now, Tensor) or _mark(now) == self.mark
+        return not isinstance(self.value, Tensor | nn.Module) and _mark(now) == self.mark
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
     for prefix, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in _MODULE}
-        marks.update(_attributes(prefix, own))
-    return marks
+        own = vars(module)
+        for kind in _TENSORS:
+            for key, tensor in own[kind].items():
+                if tensor is not None:
+                    yield _Place(f"{prefix}.{key}".lstrip("."), own[kind], (key,), tensor)
+        for key, child in own["_modules"].items():
+            yield _Place(f"{prefix}.{key}".lstrip("."), own["_modules"], (key,), child)
+        for key, value in own.items():
+            if key not in _MODULE:
+                yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value)
 
 
-def _attributes(where: str, value: object) -> Iterator[tuple[str, object]]:
+def _leaves(name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object) -> Iterator[_Place]:
     if isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _attributes(f"{where}.{key}".lstrip("."), item)
-    elif isinstance(value, Tensor):
-        yield where, (_mark(value), _Same(value))
-    elif value is None or isinstance(value, bool | int | float | str):
-        yield where, exactly(value)
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield from _leaves(f"{name}.{key}", holder, (*keys, key), item)
+    elif value is None or isinstance(value, Tensor | bool | int | float | str):
+        yield _Place(name, holder, keys, value)
 
 
-class _Same:
-    """A tensor, equal to itself alone; held, since another one might get its memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._tensor is other._tensor
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _mark(tensor: Tensor) -> object:
-    version = 0 if tensor.is_inference() else tensor._version
+def _mark(value: object) -> object:
+    """All that is told of a value; of a tensor without its numbers."""
+    if not isinstance(value, Tensor):
+        return exactly(value)
+    version = 0 if value.is_inference() else value._version
     try:
-        place = tensor.data_ptr()
+        place = value.data_ptr()
     except RuntimeError:  # without memory, as on the meta device
         place = 0
-    return version, place, tensor.dtype, tensor.device, tuple(tensor.shape)
+    return version, place, value.dtype, value.device, value.shape

@@ -135,7 +135,7 @@ class Tracer:
         made = self._completed(found)
         if self.elastic is not None and isinstance(made.layout, Layout):
             self.elastic.attach(made.layout)
-        self._memory, self._snapshot = memory, snapshot.without_changes(self.model, self._written)
+        self._memory, self._snapshot = memory, snapshot.without_changes(self._written)
         owners = (made.groups[owner] for owner in made.group_of)
         self._sites = tuple((site.name, group.sites) for site, group in zip(made.blocks, owners, strict=True))
         routers = self.elastic.router_tensors() if self.elastic is not None else {}
@@ -164,7 +164,7 @@ class Tracer:
                 warnings.warn(f"{error}; nothing more is dumped", stacklevel=2)
                 self.dump = None
                 grown = self._completed(self._given(self.model, moved, self._memory, program))
-        self._snapshot = snapshot.without_changes(self.model, self._written)
+        self._snapshot = snapshot.without_changes(self._written)
         assert grown.program is not None
         return grown.program
 
@@ -173,7 +173,7 @@ class Tracer:
 
         What the model itself writes when it runs does not count.
         """
-        return None if self._snapshot is None else self._snapshot.changed(self.model)
+        return None if self._snapshot is None else self._snapshot.changed()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the model, and its routers, as `torch.nn.Module.to` does."""
