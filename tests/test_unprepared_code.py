@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import edit_compile
 from passes.graphs.uncompiled import uncompiled
-from tests.unprepared import UNTRAINED, Block, Net, close, dry, guarded, inputs, masked, reasons
+from tests.unprepared import DIM, UNTRAINED, Block, Net, close, dry, guarded, inputs, masked, reasons
 
 pytestmark = UNTRAINED
 
@@ -229,3 +230,36 @@ def test_a_dry_run_of_what_is_understood_tells_what_would_be_gained() -> None:
     said = str(dry(Net(), inputs()))
     assert "2 blocks are guarded, 9" in said and "FLOPs left at width 0.25 everywhere: " in said
     assert "left alone" not in said
+
+
+class Flexed(Block):
+    """Flex attention that is given no mask, and so makes one."""
+
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 1, DIM)).permute(2, 0, 3, 1, 4)
+        return self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FlexedNet(Net):
+    block = Flexed
+
+
+def test_flex_attention_without_a_mask_is_attention() -> None:
+    guarded(FlexedNet(), inputs(), inputs(3))
+
+
+class Writing(Net):
+    """Writes into a dict that it is given."""
+
+    def forward(self, x: Tensor, t: Tensor, told: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        told["tokens"] = x.shape[1] * told["scale"]
+        return super().forward(x * told["scale"], t)
+
+
+def test_what_a_model_writes_into_arguments_is_not_left_in_them() -> None:
+    given = inputs() | {"told": {"scale": 2}}
+    model = Writing()
+    compiled = edit_compile.compile(model.eval(), inputs=given, engine="torch")
+    assert given["told"] == {"scale": 2}
+    with torch.no_grad():
+        close(compiled(**given), model(**given))

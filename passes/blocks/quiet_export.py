@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.attention import flex_attention
 
 from passes.blocks.composites import without_composites
 
@@ -38,10 +39,26 @@ def exported(module: nn.Module, example: Sequence[Tensor], free: Sequence[Any]) 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)
-            program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
+            with _empty_mask_made(example[0].device if example else None):
+                program = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(free),), strict=False)
             return without_composites(program)
     finally:
         _talkative.removeFilter(_is_told)
+
+
+@contextmanager
+def _empty_mask_made(device: torch.device | None) -> Iterator[None]:
+    """Inside the ``with`` block flex attention that is given no mask has one that was made before it.
+
+    It would make the same one each time, by vmap, of which torch.export leaves what no graph can hold.
+    """
+    make = flex_attention._create_empty_block_mask
+    mask = make(*2 * [torch.empty(1, device=device)])
+    flex_attention._create_empty_block_mask = lambda query, key: mask
+    try:
+        yield
+    finally:
+        flex_attention._create_empty_block_mask = make
 
 
 def why(error: Exception) -> str:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
 from passes.graphs.graph import PlanGraph, Run
+from passes.graphs.record import own
 from runtime.base.guard import Answer, answering, guard
 from runtime.bundle.spec import Plan
 
@@ -55,14 +56,14 @@ def hosted_flops(guarded: nn.Module, states: Mapping[int, Sequence[int]], run: R
     `states` are the positions of each block's states in its inputs.
     """
     with _frozen(guarded), counting() as counter, torch.no_grad(), answering(_skipping(states)):
-        guarded(**run.kwargs)
+        guarded(**own(run.kwargs))
     return counter.get_total_flops() // run.batch
 
 
 def model_flops(model: nn.Module, run: Run) -> int:
     """Floating-point operations of the whole model for one row; runs it once."""
     with _frozen(model), counting() as counter, torch.no_grad():
-        model(**run.kwargs)
+        model(**own(run.kwargs))
     return counter.get_total_flops() // run.batch
 
 

@@ -13,7 +13,7 @@ from passes.blocks.export import weight_values
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
 from passes.graphs.graph import BlockSite, MlpSite, PlanGraph, Run
 from passes.graphs.numbers import TOLERANCE, distance, largest
-from passes.graphs.record import here, undisturbed
+from passes.graphs.record import here, own, undisturbed
 from passes.graphs.weightless import hollow
 from passes.mlp.weights import site_rows
 from passes.program.compilation import Group
@@ -51,7 +51,7 @@ def check_open(
     Gives the outputs.
     """
     with undisturbed(model), answering(answer):
-        expected = _tensors(model(**run.kwargs))
+        expected = _tensors(model(**own(run.kwargs)))
         found = outputs()
     for output, reference in zip(found, expected, strict=True):
         _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
@@ -71,7 +71,7 @@ def glue_outputs(glue: GlueGraph, run: Run) -> Callable[[], Sequence[Tensor]]:
 
 def hosted_outputs(guarded: nn.Module, run: Run) -> Callable[[], Sequence[Tensor]]:
     """The guarded model itself on the inputs of `run`."""
-    return lambda: _tensors(guarded(**run.kwargs))
+    return lambda: _tensors(guarded(**own(run.kwargs)))
 
 
 class masked:
