@@ -263,3 +263,17 @@ def test_what_a_model_writes_into_arguments_is_not_left_in_them() -> None:
     assert given["told"] == {"scale": 2}
     with torch.no_grad():
         close(compiled(**given), model(**given))
+
+
+class Counting(Net):
+    """Reads numbers out of tensors that are made of shapes and plain values, around its blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, scale: int = 2) -> Tensor:
+        told = torch.tensor([x.shape[1], scale])
+        tokens, scale = (told + torch.arange(2)).tolist()
+        return super().forward(x[:, :tokens] * (scale - 1), t)
+
+
+def test_numbers_made_of_shapes_are_read_around_the_blocks_too() -> None:
+    compiled = guarded(Counting(), inputs(), inputs(3), inputs(2, 5), inputs() | {"scale": 3})
+    assert all(glue.file is not None for glue in compiled.program.manifest.glues)

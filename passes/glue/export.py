@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from passes.blocks.quiet_export import exported, stopping_quietly, why
+from passes.blocks.reading import Reading
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
 from passes.graphs.graph import Report, Run
 from passes.graphs.shapes import fits_any
@@ -176,7 +177,7 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         leaves = [next(rest) if leaf is None else leaf[0] for leaf in self.leaves]
-        with stopping_quietly():
+        with stopping_quietly(), Reading():  # so that numbers made of shapes and plain values are read as they are
             outputs = self.model(**pytree.tree_unflatten(leaves, self.spec))
         self.note(_output_names(outputs, _wraps(self.model)))
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
