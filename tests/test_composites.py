@@ -14,6 +14,12 @@ from torch.export import Dim
 
 from passes.blocks.quiet_export import exported
 
+
+def _imaginary(x: Tensor, twin: bool = False) -> Tensor:
+    z = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
+    return (z.conj() if twin else z).resolve_conj().imag.repeat(1, 1, 2)
+
+
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {  # each maps (batch, tokens, 8) to the same
     "chunk": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
     "chunk, one part unused": lambda x: x.chunk(2, -1)[1].repeat(1, 1, 2),
@@ -28,6 +34,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {  # each maps (batch, tokens, 8)
     "type_as": lambda x: x.bool().type_as(x) + x,
     "tensor_split": lambda x: torch.cat(x.tensor_split([3, 5], -1)[::-1], -1),
     "swapped twice": lambda x: x.swapaxes(0, 1).swapaxes(0, 1),
+    "of both twins of a complex number": lambda x: _imaginary(x) + _imaginary(x, twin=True),
     "products of heads": lambda x: x.view(*x.shape[:2], 2, 4).matmul(x.new_ones(4, 4)).flatten(2),
 }
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {

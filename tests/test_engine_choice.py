@@ -59,10 +59,13 @@ def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def have(**units: float | Exception) -> None:
+    def made(name: str, given: Any) -> Takes:
+        return given if isinstance(given, Takes) else Takes(name, given)
+
+    def have(**units: float | Exception | Takes) -> None:
         make = engines.make
         monkeypatch.setattr(
-            engines, "make", lambda name, program=None: Takes(name, units[name]) if name in units else make(name)
+            engines, "make", lambda name, program=None: made(name, units[name]) if name in units else make(name)
         )
         monkeypatch.setattr(choice.time, "perf_counter", lambda: Takes.clock)
 
@@ -99,7 +102,9 @@ def test_most_of_the_work_is_what_is_measured_in_full(speeds: Callable[..., None
 
 def test_where_none_runs_it_is_an_error_that_says_why(speeds: Callable[..., None]) -> None:
     speeds(**{name: EngineError(f"{name} is gone") for name in CPU})
-    with pytest.raises(EngineError, match=r"onnxruntime is gone; torch: torch is gone; inductor: inductor is gone"):
+    with pytest.raises(
+        EngineError, match=r"torch is gone; onnxruntime: onnxruntime is gone; inductor: inductor is gone"
+    ):
         CompiledTransformer(programs.make())
 
 
@@ -154,6 +159,20 @@ def test_the_environment_can_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDIT_COMPILE_ENGINE", "fastest")
     with pytest.raises(EngineError, match="no engine 'fastest'"):
         CompiledTransformer(programs.make())
+
+
+def test_where_it_does_not_run_all_of_the_program_the_next_is_taken(speeds: Callable[..., None]) -> None:
+    def load(plan: Any, variant: int, files: Any) -> Any:
+        if plan.kind == "Single":
+            raise EngineError("no bfloat16")
+        return engine
+
+    engine = Takes("onnxruntime", 1)
+    engine.load = load  # type: ignore[method-assign]
+    speeds(onnxruntime=engine, torch=2, inductor=3)
+    compiled = CompiledTransformer(programs.make())
+    assert compiled.engine == "torch"
+    assert "but for onnxruntime: no bfloat16" in str(compiled.engine_choice)
 
 
 def test_a_named_engine_is_not_measured(speeds: Callable[..., None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,18 @@ Change = Callable[[Any], None]
 class Tables(PlainDiT):
     """Holds tensors and numbers as modules may: as attributes, and in lists, tuples and dicts of them."""
 
+    share = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self.table = noise(32, seed=3)
         self.tables = {"deep": [noise(32, seed=4)], "pair": (noise(32, seed=5), 0.5)}
         self.clock.scale = 1.0
         self.mode: str | None = None
+        self.act, self.steps = torch.tanh, np.ones(1, dtype=np.float32)
 
     def forward(self, x: Tensor, t: Tensor, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        t = self.act(t) * self.share * float(self.steps[0])
         vector = self.clock(t[:, None].expand(-1, self.dim)) * self.clock.scale + self.table
         other, share = self.tables["pair"]
         vector = vector + self.tables["deep"][0] + other * share + (1 if self.mode == "odd" else 0)
@@ -72,6 +77,22 @@ def text(model: Any) -> None:
     model.mode = "odd"
 
 
+def of_the_class(model: Any) -> None:
+    model.share = 3.0
+
+
+def function(model: Any) -> None:
+    model.act = torch.sin
+
+
+def array(model: Any) -> None:
+    model.steps = 2 * model.steps
+
+
+def forward(model: Any) -> None:
+    model.head.forward = lambda x: x[..., :4]
+
+
 CHANGES: list[tuple[Change, str]] = [
     (written, "table"),
     (replaced, "table"),
@@ -81,6 +102,10 @@ CHANGES: list[tuple[Change, str]] = [
     (number_in_a_tuple, "tables.pair.1"),
     (number, "clock.scale"),
     (text, "mode"),
+    (of_the_class, "share"),
+    (function, "act"),
+    (array, "steps"),
+    (forward, "head.forward"),
 ]
 
 

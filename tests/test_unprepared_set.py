@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,22 @@ pytestmark = [*UNTRAINED, pytest.mark.filterwarnings("ignore:.*has no routers:Us
 
 def given(value: Any = 1.0, batch: int = 2) -> dict[str, Any]:
     return inputs(batch) | {"s": torch.tensor(value)}
+
+
+class Slotted:
+    """Holds what it does without a dictionary, in a module whose name begins as torch's does."""
+
+    __module__ = "torch_like"
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+def _number(scale: Any) -> Any:
+    if isinstance(scale, Slotted):
+        return scale.scale
+    return float(scale[0]) if isinstance(scale, np.ndarray) else scale[0] if isinstance(scale, tuple) else scale
 
 
 class Rope(nn.Module):
@@ -79,7 +96,7 @@ class Scaled(Net):
 
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             x = x + self.attend(x + c[:, None])
-            return x + self.mlp(x) * self.gain * (self.scale[0] if isinstance(self.scale, tuple) else self.scale)
+            return x + self.mlp(x) * self.gain * _number(self.scale)
 
     def set(self, block: Any, s: Tensor, size: int) -> None:
         block.scale = float(s)
@@ -110,6 +127,20 @@ class Held(Scaled):
         block.scale = s
 
 
+class InAnArray(Scaled):
+    """In an array of numpy's."""
+
+    def set(self, block: Any, s: Tensor, size: int) -> None:
+        block.scale = np.full(1, float(s), dtype=np.float32)
+
+
+class InSlots(Scaled):
+    """In an object that has slots."""
+
+    def set(self, block: Any, s: Tensor, size: int) -> None:
+        block.scale = Slotted(float(s))
+
+
 class ForAWhile(Scaled):
     """Takes it back after the block's call."""
 
@@ -124,7 +155,7 @@ class Gain(Scaled):
         block.gain.copy_(s)
 
 
-@pytest.mark.parametrize("make", [Scaled, Listed, Held, ForAWhile, Gain])
+@pytest.mark.parametrize("make", [Scaled, Listed, Held, InAnArray, InSlots, ForAWhile, Gain])
 def test_an_attribute_that_follows_from_an_argument_is_not_baked_in(make: Any) -> None:
     told = reasons(make(), given())
     name = "gain" if make is Gain else "scale"

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from runtime.face.arguments import exactly
 
 _MODULE = frozenset(vars(nn.Module()))
 _TENSORS = ("_parameters", "_buffers")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Where each tensor of a model is, of what dtype, and how often it was written to; and its plain values.
 
-    Of plain attributes, those in lists, tuples and dicts are seen, too. What goes around torch's counting, as writing
-    to ``parameter.data`` does, is not. It is looked at as a generation begins: so that a look is quick, places are
-    found once, and what is the very same object there is not compared.
+    Of plain attributes, those in lists, tuples and dicts are seen, too, and those of classes that a module now has of
+    its own, its forward among them; of other objects it is seen whether they are the same. What goes around torch's
+    counting, as writing to ``parameter.data`` does, is not seen, nor are hooks. It is looked at as a generation begins:
+    so that a look is quick, places are found once, and what is the very same object there is not compared.
     """
 
     places: tuple[_Place, ...]
@@ -61,10 +68,10 @@ class _Place:
             try:
                 now = now[key]
             except (KeyError, IndexError, TypeError):
-                return False
+                return self.value is _ABSENT
         if now is self.value:
             return not isinstance(now, Tensor) or _mark(now) == self.mark
-        return not isinstance(self.value, Tensor | nn.Module) and _mark(now) == self.mark
+        return isinstance(self.value, _PLAIN) and _mark(now) == self.mark
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -79,13 +86,27 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         for key, value in own.items():
             if key not in _MODULE:
                 yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value)
+        for key in {"forward", *_of_class(type(module))} - own.keys():  # type: ignore[arg-type]
+            yield _Place(f"{prefix}.{key}".lstrip("."), own, (key,), _ABSENT)
+
+
+@functools.cache
+def _of_class(kind: type[nn.Module]) -> frozenset[str]:
+    """Plain attributes of a class, which one of its modules may come to have of its own."""
+    return frozenset(
+        key
+        for one in kind.__mro__
+        if one not in (nn.Module, object)
+        for key, value in vars(one).items()
+        if isinstance(value, _PLAIN) and not key.startswith("__")
+    )
 
 
 def _leaves(name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object) -> Iterator[_Place]:
     if isinstance(value, dict | list | tuple):
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             yield from _leaves(f"{name}.{key}", holder, (*keys, key), item)
-    elif value is None or isinstance(value, Tensor | bool | int | float | str):
+    else:
         yield _Place(name, holder, keys, value)
 
 

@@ -26,7 +26,6 @@ from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.progress import shown
 from passes.dump import DumpError, dumping
 from passes.graphs.graph import MlpSite, Report
-from passes.graphs.held import noting_writes
 from passes.graphs.progress import tell
 from passes.graphs.record import undisturbed
 from passes.graphs.uncompiled import unwrapped
@@ -90,7 +89,6 @@ class Tracer:
         self._memory = Memory()
         self._sites: tuple[tuple[str, tuple[MlpSite, ...]], ...] = ()
         self._snapshot: Snapshot | None = None
-        self._written: set[str] = set()  # attributes that the model's own forward sets
 
     def _own_policy(self) -> RoutingPolicy:
         """The elastic model's own policy; the default one where it has none."""
@@ -135,7 +133,7 @@ class Tracer:
         made = self._completed(found)
         if self.elastic is not None and isinstance(made.layout, Layout):
             self.elastic.attach(made.layout)
-        self._memory, self._snapshot = memory, snapshot.without_changes(self._written)
+        self._memory, self._snapshot = memory, snapshot.without_changes(made.discovery.written)
         owners = (made.groups[owner] for owner in made.group_of)
         self._sites = tuple((site.name, group.sites) for site, group in zip(made.blocks, owners, strict=True))
         routers = self.elastic.router_tensors() if self.elastic is not None else {}
@@ -164,7 +162,7 @@ class Tracer:
                 warnings.warn(f"{error}; nothing more is dumped", stacklevel=2)
                 self.dump = None
                 grown = self._completed(self._given(self.model, moved, self._memory, program))
-        self._snapshot = snapshot.without_changes(self._written)
+        self._snapshot = snapshot.without_changes(grown.discovery.written)
         assert grown.program is not None
         return grown.program
 
@@ -298,7 +296,7 @@ class Tracer:
 
     def _run(self, compilation: Compilation, until: str | None = None) -> Compilation:
         folder = self.dump if self.dump is None or self._runs < 2 else self.dump / f"run-{self._runs}"
-        with self._dense(), noting_writes(self.model, self._written):
+        with self._dense():
             return run_passes(compilation, self.passes, until, folder)
 
     @contextmanager

@@ -35,6 +35,9 @@ def without_composites(program: ExportedProgram) -> ExportedProgram:
             expanded.put(node)
         else:
             expanded.sizes.setdefault(_size(node), node)
+    for spec, result in zip(program.graph_signature.output_specs, graph.output_node().args[0], strict=True):
+        if isinstance(result, fx.Node):
+            spec.arg.name = result.name
     graph.eliminate_dead_code()
     graph.lint()
     program.graph_module.recompile()

@@ -86,7 +86,8 @@ class Discovery:
     """Blocks of a model in execution order, with the runs in which they were seen.
 
     `timestep` is the keyword of the model's forward that holds the timestep; `samples` says where its
-    arguments tell the batch, None where none of them tells it in every bucket.
+    arguments tell the batch, None where none of them tells it in every bucket. `written` are the attributes, by name,
+    that the model's forward was seen to set to something else.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Discovery:
     timestep: str
     samples: Samples | None = None
     work: Work = Work()
+    written: frozenset[str] = frozenset()
 
     @property
     def buckets(self) -> tuple[tuple[Run, Run], ...]:

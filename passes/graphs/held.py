@@ -14,8 +14,8 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +44,17 @@ def held_by(block: nn.Module, given: Sequence[nn.Module] = ()) -> dict[Name, dic
         for key, value in (*vars(module).items(), *module._buffers.items())
         if key not in MODULE and key != "forward"
     }
+
+
+def differing(held: Held, later: Held) -> frozenset[str]:
+    """Names of attributes of a module that hold something else `later`."""
+    return frozenset(
+        name
+        for (k, name), leaves in held.items()
+        if (now := later.get((k, name))) is None
+        or leaves.keys() - now.keys()
+        or not all(same_held(leaf, now[key]) for key, leaf in leaves.items())
+    )
 
 
 def plainly(held: Held) -> Plain:
@@ -97,10 +108,19 @@ def _leaves(value: object, path: str, depth: int) -> Iterator[tuple[str, object]
         yield path, (getattr(value, "__module__", ""), value.__qualname__)
         cells = getattr(value, "__closure__", None) or ()
         yield from _inside({k: _content(cell) for k, cell in enumerate(cells)}, path, depth)
+    elif isinstance(value, np.ndarray):
+        yield path, (value.dtype.str, value.shape, value.tobytes() if value.dtype != object else repr(value))
     else:
         yield path, type(value)
-        if not type(value).__module__.startswith(_FOREIGN):
-            yield from _inside(getattr(value, "__dict__", {}), path, depth)
+        if type(value).__module__.partition(".")[0] not in _FOREIGN:
+            own = {key: getattr(value, key) for key in _slots(type(value)) if hasattr(value, key)}
+            yield from _inside(own | getattr(value, "__dict__", {}), path, depth)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for one in kind.__mro__:
+        own = vars(one).get("__slots__", ())
+        yield from (own,) if isinstance(own, str) else own
 
 
 def _inside(items: Mapping[object, object], path: str, depth: int) -> Iterator[tuple[str, object]]:
@@ -121,9 +141,9 @@ def modules_in(leaves: Sequence[object]) -> list[nn.Module]:
 
 
 _lock = threading.Lock()
-_listening: dict[int, list[Listener]] = {}
-"""Who is told, by thread, of attributes of modules that are read or set in it."""
-_set = nn.Module.__setattr__
+_noting: dict[int, Callable[[nn.Module, str, bool], None]] = {}
+_replaced: dict[str, Any] = {}
+"""What nn.Module had itself of the two methods by which it tells what is read and set, while somebody notes."""
 
 
 @contextmanager
@@ -142,64 +162,41 @@ def noting_reads(block: nn.Module, given: Sequence[nn.Module] = ()) -> Iterator[
             elif name not in written:
                 read.add(name)
 
-    with _told(Listener(note, reads=True)):
-        yield read
-
-
-@contextmanager
-def noting_writes(model: nn.Module, written: set[str]) -> Iterator[None]:
-    """Inside the ``with`` block, what this thread sets of `model` and its children is `written`, by name."""
-    names = {id(module): path for path, module in model.named_modules()}
-
-    def note(module: nn.Module, key: str, writes: bool) -> None:
-        if writes and id(module) in names:
-            written.add(f"{names[id(module)]}.{key}".lstrip("."))
-
-    with _told(Listener(note)):
-        yield
-
-
-@dataclass(frozen=True)
-class Listener:
-    """`note(module, attribute, whether it is set)` is told what is set, and with `reads` what is read."""
-
-    note: Callable[[nn.Module, str, bool], None]
-    reads: bool = False
-
-
-@contextmanager
-def _told(listener: Listener) -> Iterator[None]:
-    own = threading.get_ident()
     with _lock:
-        _listening.setdefault(own, []).append(listener)
-        _install()
+        if not _noting:
+            _install()
+        _noting[threading.get_ident()] = note
     try:
-        yield
+        yield read
     finally:
         with _lock:
-            _listening[own].remove(listener)
-            _install()
+            del _noting[threading.get_ident()]
+            if not _noting:
+                _remove()
 
 
 def _install() -> None:
-    """Have modules tell of what somebody listens to, and of nothing else."""
-    listeners = [one for own in _listening.values() for one in own]
-    nn.Module.__setattr__ = _setting if listeners else _set  # type: ignore[method-assign, assignment]
-    if any(one.reads for one in listeners):
-        nn.Module.__getattribute__ = _reading  # type: ignore[method-assign, assignment]
-    elif "__getattribute__" in vars(nn.Module):
-        del nn.Module.__getattribute__
+    """Have modules tell what is read and set of them."""
+    _replaced.update({key: vars(nn.Module).get(key) for key in ("__getattribute__", "__setattr__")})
+    get, put = nn.Module.__getattribute__, nn.Module.__setattr__
+
+    def reading(module: nn.Module, key: str) -> object:
+        if key not in MODULE and (own := _noting.get(threading.get_ident())) is not None:
+            own(module, key, False)
+        return get(module, key)
+
+    def setting(module: nn.Module, key: str, value: Any) -> None:
+        if (own := _noting.get(threading.get_ident())) is not None:
+            own(module, key, True)
+        put(module, key, value)
+
+    nn.Module.__getattribute__, nn.Module.__setattr__ = reading, setting  # type: ignore[method-assign, assignment]
 
 
-def _reading(module: nn.Module, key: str) -> object:
-    if key not in MODULE:
-        for listener in _listening.get(threading.get_ident(), ()):
-            if listener.reads:
-                listener.note(module, key, False)
-    return object.__getattribute__(module, key)
-
-
-def _setting(module: nn.Module, key: str, value: object) -> None:
-    for listener in _listening.get(threading.get_ident(), ()):
-        listener.note(module, key, True)
-    _set(module, key, value)  # type: ignore[arg-type]
+def _remove() -> None:
+    """Give nn.Module back what it had."""
+    for key, own in _replaced.items():
+        if own is None:
+            delattr(nn.Module, key)
+        else:
+            setattr(nn.Module, key, own)

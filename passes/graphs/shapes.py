@@ -39,7 +39,7 @@ def question(node: fx.Node) -> str:
 
 def _told(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return (value.dtype, value.device, tuple(value.shape), value.stride())
+        return (value.dtype, value.device, tuple(value.shape), value.stride(), value.is_conj(), value.is_neg())
     return tuple(map(_told, value)) if isinstance(value, (tuple, list)) else value
 
 

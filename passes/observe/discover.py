@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graphs.batch_layout import Adapter, Samples
 from passes.graphs.graph import BlockSite, Call, Discovery, Refusal, Report, Run
-from passes.graphs.held import Held
+from passes.graphs.held import Held, differing, held_by
 from passes.graphs.naming import told_of_structure
 from passes.graphs.progress import tell
 from passes.graphs.record import own, record, undisturbed
@@ -107,9 +107,11 @@ def discover(
         watch = _Watch(model, Sights(watched))
         runs, seen = _observe(watch, buckets, step, stated_batch(stated))
         tell("running the model", len(buckets), len(buckets) + 1)
+        held = held_by(model)
         moved = dict(buckets[0]) | {step: other_steps(buckets[0][step])}
         probe = changed_by(moved[step], lambda: watch.count(watch.see(moved)).calls, seen[0].calls)
         watch.sights.see_otherwise(lambda kwargs: model(**own(kwargs)), buckets[0])
+        written = differing(held, held_by(model))
     samples = _samples(runs)
     sites: list[BlockSite] = []
     for name in (name for name in seen[0].calls if name in watched):
@@ -123,7 +125,8 @@ def discover(
     done = tuple(_sentence(site) for site in sites)
     if lone(runs):
         done = ("the inputs are taken as one sample, since nothing in them can be doubled", *done)
-    return Discovery(model, runs, tuple(sites), step, samples, work), Report("discover", done, tuple(refused))
+    discovery = Discovery(model, runs, tuple(sites), step, samples, work, written)
+    return discovery, Report("discover", done, tuple(refused))
 
 
 def _step_name(buckets: Sequence[Mapping[str, object]]) -> str:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -39,11 +39,15 @@ _ROUNDS, _SECONDS = 5, 2.0
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine chosen, what it was chosen by, and milliseconds of each that runs the block (none: not measured)."""
+    """The engine chosen, what it was chosen by, and milliseconds of each that runs the block (none: not measured).
+
+    `others` are those to try where it does not run the rest of the program, the fastest first.
+    """
 
     engine: str
     why: str
     milliseconds: Mapping[str, float]
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         taken = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
@@ -71,8 +75,17 @@ def choose(program: Program) -> Choice:
             _keep(known, times)
     if not times:
         return Choice(USUAL, f"a {plan.kind} of {program.manifest.model} takes no noise that could be timed", {})
-    fastest = min(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))
-    return Choice(fastest, f"the fastest for one {plan.kind} of {program.manifest.model}, measured {when}", times)
+    fastest, *others = sorted(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))
+    why = f"the fastest for one {plan.kind} of {program.manifest.model}, measured {when}"
+    return Choice(fastest, why, times, tuple(others))
+
+
+def next_best(choice: Choice, error: EngineError) -> Choice:
+    """What is chosen where `choice` does not run the program, for `error`; raises that where nothing is left."""
+    if not choice.others:
+        raise error
+    told = f"{choice.why}, but for {choice.engine}: {error}"
+    return replace(choice, engine=choice.others[0], why=told, others=choice.others[1:])
 
 
 def _heaviest(program: Program) -> Plan:
@@ -90,7 +103,8 @@ def _measured(program: Program, plan: Plan) -> dict[str, float]:
     inputs = _noise(plan)
     runs: dict[str, Callable[[], object]] = {}
     refused = []
-    for name, entry in engines.TABLE.items():
+    # torch comes first: where it does not take the noise, the others are not tried, which print what they think of it
+    for name, entry in sorted(engines.TABLE.items(), key=lambda item: item[0] != "torch"):
         if entry.cpu:
             log.info("trying engine %s on one %s of %s", name, plan.kind, program.manifest.model)
             try:
@@ -99,8 +113,10 @@ def _measured(program: Program, plan: Plan) -> dict[str, float]:
                 runs[name] = run
             except EngineError as error:
                 refused.append(f"{name}: {error}")
-            except (RuntimeError, ValueError, IndexError, TypeError):  # its code does not take noise
+            except (RuntimeError, ValueError, IndexError, TypeError):
                 log.info("engine %s does not run noise through %s", name, plan.kind)
+                if name == "torch":
+                    return {}
     if len(refused) == sum(entry.cpu for entry in engines.TABLE.values()):
         raise EngineError(f"no engine of a CPU runs {program.manifest.model} here: {'; '.join(refused)}")
     return _timed(runs)

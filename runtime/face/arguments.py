@@ -80,8 +80,8 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
 def as_plain(value: object) -> Constant:
     """A scalar as what a manifest can hold; None for anything else.
 
-    What a model can tell from a plain number or text, as members of enums and numpy's scalars, is a text that nobody
-    writes: ``<Mode.A>``, ``<float32 0.5>``. So are NaN and infinity, which JSON lacks.
+    What a model can tell from a plain number or text, as members of enums, numpy's scalars and dtypes, is a text that
+    nobody writes: ``<Mode.A>``, ``<float32 0.5>``. So are NaN and infinity, which JSON lacks.
     """
     kind = type(value)
     if kind in (bool, int, str) or (kind is float and math.isfinite(value)):  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def as_plain(value: object) -> Constant:
     base = next((base for base in (int, float, str) if isinstance(value, base)), None)
     if base is not None:
         return f"<{kind.__qualname__} {base.__repr__(value)}>"
-    return str(value) if isinstance(value, (torch.dtype, torch.device)) else None
+    return f"<{value}>" if isinstance(value, (torch.dtype, torch.device)) else None
 
 
 def exactly(value: object) -> object:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from runtime import engines
+from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.calls.bound import BoundBlocks, glue_graph
-from runtime.engines.choice import Choice, choose
+from runtime.engines.choice import Choice, choose, next_best
 from runtime.face import arguments
 from runtime.face.arguments import Constant
 from runtime.face.output import Config
@@ -117,10 +118,8 @@ class GrowingProgram:
 
     def _start(self, program: Program) -> None:
         """Run `program` and forget what was made for another."""
-        self.choice: Choice | None = None
-        self.engine = self.asked or self._chosen(program)
-        program = engines.placed(self.engine, program)
-        self.blocks = BoundBlocks(program, self.engine)
+        self.choice: Choice | None = choose(program) if self.asked is None else None
+        program = self._bind(program)
         self.config = Config(program.manifest.config)
         self.dtype: torch.dtype = getattr(torch, program.manifest.dtype)
         tensors = (*program.weights.values(), *program.routers.values())
@@ -131,9 +130,18 @@ class GrowingProgram:
         self._found: dict[object, Glue] = {}
         self._run_from_now_on(program)
 
-    def _chosen(self, program: Program) -> str:
-        self.choice = choose(program)
-        return self.choice.engine
+    def _bind(self, program: Program) -> Program:
+        """`program` where its engine runs it; that is another than was chosen where this does not run all of it."""
+        while True:
+            self.engine = self.asked or (self.choice.engine if self.choice else "")
+            try:
+                program = engines.placed(self.engine, program)
+                self.blocks = BoundBlocks(program, self.engine)
+                return program
+            except EngineError as error:
+                if self.choice is None:
+                    raise
+                self.choice = next_best(self.choice, error)
 
     def _run_from_now_on(self, program: Program) -> None:
         for glue in program.manifest.glues:
