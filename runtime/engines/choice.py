@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 USUAL = "onnxruntime"
 """Taken where nothing can be measured: the program has no blocks."""
-_WORTH = {"inductor": 0.9}
+_WORTH = {"inductor": 0.95}
 """An engine that compiles for each set of shapes, for seconds, has to be faster than the others by that much."""
-_ROUNDS, _SECONDS = 5, 2.0
+_ROUNDS, _SECONDS = 8, 3.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def _measured(program: Program, plan: Plan) -> dict[str, float]:
             log.info("trying engine %s on one %s of %s", name, plan.kind, program.manifest.model)
             try:
                 run = _run(name, program, plan, inputs)
-                run()
+                with _no_workers():
+                    run()
                 runs[name] = run
             except EngineError as error:
                 refused.append(f"{name}: {error}")
@@ -120,6 +121,14 @@ def _measured(program: Program, plan: Plan) -> dict[str, float]:
     if len(refused) == sum(entry.cpu for entry in engines.TABLE.values()):
         raise EngineError(f"no engine of a CPU runs {program.manifest.model} here: {'; '.join(refused)}")
     return _timed(runs)
+
+
+def _no_workers() -> AbstractContextManager[object]:
+    """Inside the ``with`` block torch.compile starts no processes to compile in, which take cores as they start."""
+    from torch._inductor import config
+
+    patched: AbstractContextManager[object] = config.patch(compile_threads=1)
+    return patched
 
 
 def _run(name: str, program: Program, plan: Plan, inputs: Sequence[Tensor]) -> Callable[[], object]:
