@@ -17,7 +17,7 @@ def warning_of_waits() -> Iterator[None]:
     share = wait.share
     if share > BUSY:
         warnings.warn(
-            f"the machine was busy: threads waited for a core for {share:.0%} of the time in which they had work, "
-            "so these times tell little. Time on an idle machine, with no more threads than cores (OMP_NUM_THREADS)",
+            f"threads waited for a core for {share:.0%} of the time in which they had work: these times tell "
+            "little, since other work holds cores, or this process has more threads than cores (OMP_NUM_THREADS=1)",
             stacklevel=4,
         )

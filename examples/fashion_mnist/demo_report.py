@@ -45,7 +45,7 @@ def caption(results: dict[str, Any]) -> str:
     """How the figures were taken, in one line."""
     return (
         f"{results['images']} images per row, {results['steps']} steps, both guidance branches; "
-        f"a step is timed with ten images, engine {results['engine']}"
+        f"a step is timed with ten images on one thread, engine {results['engine']}"
     )
 
 

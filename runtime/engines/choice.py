@@ -61,7 +61,7 @@ def choose(program: Program) -> Choice:
     if named:
         return Choice(engines.entry(named).name, "as EDIT_COMPILE_ENGINE says", {})
     if not program.manifest.blocks:
-        return Choice(USUAL, "the program holds no blocks", {})
+        return Choice(USUAL, "until the first call, at which the model is traced and the engines are tried", {})
     if any(weight.device.type != "cpu" for weight in program.weights.values()):
         return Choice("torch", "it follows weights on a GPU", {})
     plan = _heaviest(program)
