@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import edit_compile
-from tests.unprepared import DIM, UNTRAINED, Block, Net, close, dry, guarded, inputs, masked, reasons
+from tests.unprepared import UNTRAINED, Block, Net, Packed, close, dry, guarded, inputs, masked, reasons
 
 pytestmark = UNTRAINED
 
@@ -82,18 +82,6 @@ def test_samples_go_ways_of_their_own() -> None:
         assert elastic.routing is not None
         gates |= {tuple(row) for row in elastic.routing.gate.T.tolist()}
     assert any(len(set(gate)) == 2 for gate in gates), "no call in which samples differ"
-
-
-class Packed(Block):
-    """Attends within segments of the tokens of the whole batch."""
-
-    def forward(self, x: Tensor, c: Tensor, cu: Tensor) -> Tensor:  # type: ignore[override]
-        batch, length, _ = x.shape
-        at = torch.arange(batch * length)
-        segment = torch.searchsorted(cu[1:].contiguous(), at, right=True)
-        tokens = (x + c[:, None]).flatten(0, 1)[None]
-        x = x + self.attend(tokens, segment[:, None] == segment[None]).view(batch, length, DIM)
-        return x + self.mlp(x)
 
 
 class Video(Net):

@@ -14,22 +14,18 @@ from torch.nn import functional as F
 import edit_compile
 from runtime.base.errors import InputError
 from tests.emulator import Emulator
-from tests.unprepared import DIM, UNTRAINED, Block, Net, close, guarded, inputs
+from tests.unprepared import DIM, UNTRAINED, Net, Packed, close, guarded, inputs
 
 pytestmark = [*UNTRAINED, pytest.mark.filterwarnings("ignore:.*has no routers:UserWarning")]
 TOKENS = 9
 REFUSED = r"block blocks\.0: argument 'cu' does not part the samples after every {} tokens"
 
 
-class Segmented(Block):
-    """Attends within segments of the tokens of the whole batch."""
+class Segmented(Packed):
+    """Takes offsets of any kind, sorted or not."""
 
-    def forward(self, x: Tensor, c: Tensor, cu: Tensor) -> Tensor:  # type: ignore[override]
-        batch, length, _ = x.shape
-        segment = (torch.arange(batch * length)[:, None] >= cu[None, 1:]).sum(1)
-        tokens = (x + c[:, None]).flatten(0, 1)[None]
-        x = x + self.attend(tokens, segment[:, None] == segment[None]).view(batch, length, DIM)
-        return x + self.mlp(x)
+    def segments(self, cu: Tensor, count: int) -> Tensor:
+        return (torch.arange(count)[:, None] >= cu[None, 1:]).sum(1)
 
 
 class Lengths(Net):

@@ -42,6 +42,21 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
+class Packed(Block):
+    """Attends within segments of the tokens of the whole batch."""
+
+    def segments(self, cu: Tensor, count: int) -> Tensor:
+        """Of each of so many tokens, the number of the segment that it is in."""
+        return torch.searchsorted(cu[1:].contiguous(), torch.arange(count), right=True)
+
+    def forward(self, x: Tensor, c: Tensor, cu: Tensor) -> Tensor:  # type: ignore[override]
+        batch, length, _ = x.shape
+        segment = self.segments(cu, batch * length)
+        tokens = (x + c[:, None]).flatten(0, 1)[None]
+        x = x + self.attend(tokens, segment[:, None] == segment[None]).view(batch, length, DIM)
+        return x + self.mlp(x)
+
+
 class Net(nn.Module):
     block: Callable[[], nn.Module] = Block
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runtime.face.arguments import exactly, flatten
+from runtime.face.arguments import all_exactly, flatten
 
 
 def one_of_each_form(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -19,4 +19,4 @@ def one_of_each_form(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 def _form(arguments: Mapping[str, Any]) -> tuple[object, ...]:
     tensors, constants = flatten(arguments)
     shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items())
-    return tuple(shapes), tuple(sorted((name, exactly(value)) for name, value in constants.items()))
+    return tuple(shapes), tuple(sorted(all_exactly(constants).items()))

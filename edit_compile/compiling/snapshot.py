@@ -5,18 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
+from passes.graphs.held import PLAIN
 from runtime.face.arguments import exactly
 
 _MODULE = frozenset(vars(nn.Module()))
 _TENSORS = ("_parameters", "_buffers")
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
 _ABSENT = object()
 
 
@@ -71,7 +68,7 @@ class _Place:
                 return self.value is _ABSENT
         if now is self.value:
             return not isinstance(now, Tensor) or _mark(now) == self.mark
-        return isinstance(self.value, _PLAIN) and _mark(now) == self.mark
+        return isinstance(self.value, PLAIN) and _mark(now) == self.mark
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -98,7 +95,7 @@ def _of_class(kind: type[nn.Module]) -> frozenset[str]:
         for one in kind.__mro__
         if one not in (nn.Module, object)
         for key, value in vars(one).items()
-        if isinstance(value, _PLAIN) and not key.startswith("__")
+        if isinstance(value, PLAIN) and not key.startswith("__")
     )
 
 

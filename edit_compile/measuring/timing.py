@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from edit_compile.measuring.waiting import warning_of_waits
+from runtime.base.machine import BUSY, CoreWait
 
 Call = Callable[[], object]
 
@@ -55,7 +57,7 @@ def interleaved(
     (steps,) = lengths
     seconds = {name: np.zeros((repeats, steps)) for name in runs}
     order = list(runs)
-    with warning_of_waits():
+    with _warning_of_waits():
         for repeat in range(-warmup, repeats):
             if before_run:
                 before_run()
@@ -66,6 +68,20 @@ def interleaved(
                     if repeat >= 0:
                         seconds[name][repeat, step] = elapsed
     return seconds
+
+
+@contextmanager
+def _warning_of_waits() -> Iterator[None]:
+    """UserWarning where, inside the ``with`` block, threads waited for a core for more than a `BUSY` share of time."""
+    wait = CoreWait()
+    yield
+    share = wait.share
+    if share > BUSY:
+        warnings.warn(
+            f"threads waited for a core for {share:.0%} of the time in which they had work: these times tell "
+            "little, since other work holds cores, or this process has more threads than cores (OMP_NUM_THREADS=1)",
+            stacklevel=4,
+        )
 
 
 def timed(call: Call) -> float:

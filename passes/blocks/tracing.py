@@ -8,10 +8,7 @@ reads of the attributes of modules (passes.graphs.held).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import Enum
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention.flex_attention import BlockMask
@@ -20,15 +17,13 @@ from torch.utils import _pytree as pytree
 from passes.blocks.quiet_export import exported, stopping_quietly, why
 from passes.blocks.reading import LARGEST, Reading, same_numbers
 from passes.graphs.graph import BlockSite, Call, States
-from passes.graphs.held import Name, held_by, modules_in, noting_reads
+from passes.graphs.held import PLAIN, Name, held_by, modules_in, noting_reads
 from passes.graphs.naming import held_tensors, spoken
 from passes.graphs.record import undisturbed
 from passes.graphs.weightless import hollow
 from passes.observe.settled import Settled
 from runtime.base.errors import EditError
 from runtime.face.arguments import exactly
-
-_BAKEABLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
 
 
 class ExportError(EditError):
@@ -53,7 +48,7 @@ def check_constants(site: BlockSite) -> None:
                 raise ExportError(
                     f"{site.name}: {name} is a {kind} with parameters: hold it in the block, or pass what it gives"
                 )
-        elif not isinstance(leaf, (*_BAKEABLE, BlockMask)):
+        elif not isinstance(leaf, (*PLAIN, BlockMask)):
             raise ExportError(f"{site.name}: {name} is a {kind}: pass tensors and plain values")
         if any(exactly(call.leaves[at]) != exactly(leaf) for call in site.calls):
             told = f"a {kind}" if isinstance(leaf, nn.Module | BlockMask) else repr(leaf)

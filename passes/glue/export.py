@@ -33,7 +33,7 @@ from passes.graphs.graph import Report, Run
 from passes.graphs.shapes import fits_any
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
-from runtime.face.arguments import exactly, flatten
+from runtime.face.arguments import all_exactly, flatten
 
 
 class GuardError(EditError):
@@ -57,8 +57,7 @@ def guard_glue(
         GuardError: torch.export cannot follow the model's own forward.
     """
     (tensors, constants), (others, as_given) = (flatten(run.kwargs) for run in (doubled, given))
-    same = constants.keys() == as_given.keys() and all(exactly(constants[n]) == exactly(as_given[n]) for n in constants)
-    if tensors.keys() == others.keys() and same:
+    if tensors.keys() == others.keys() and all_exactly(constants) == all_exactly(as_given):
         with suppress(GuardError):
             glue, report = _export_glue(guarded, doubled, moving_dims(doubled, given), name)
             if glue.batch_dims and fits(glue, given):

@@ -30,7 +30,8 @@ Held = Mapping[Name, Mapping[str, object]]
 Plain = tuple[tuple[Name, tuple[tuple[str, object], ...]], ...]
 
 MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, np.generic)
+"""Kinds of data that say what they are, and do not change."""
 _DEEPEST = 4
 _FOREIGN = ("torch", "threading", "logging", "builtins")
 
@@ -89,7 +90,7 @@ def _leaves(value: object, path: str, depth: int) -> Iterator[tuple[str, object]
     """Tensors, and all else as its type and what it says; an object that is no data is what it holds."""
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, _PLAIN):
+    elif isinstance(value, PLAIN):
         yield path, (type(value), repr(value))
     elif depth == _DEEPEST or isinstance(value, nn.Module):
         yield path, type(value)

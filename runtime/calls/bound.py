@@ -141,8 +141,7 @@ class BoundBlocks:
         weights = [program.weights[key] for key in form.weights]
         bound = []
         for kernel, variant in zip(self._kernels[plan.id], plan.variants, strict=True):
-            heads = [engines.head(weight, rows) for weight, rows in zip(weights, variant.rows, strict=True)]
-            bound.append(kernel.bind(heads, block.name))
+            bound.append(kernel.bind(engines.heads(weights, variant), block.name))
         return BoundBlock(plan, bound, block.name)
 
 

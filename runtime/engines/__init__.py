@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Plan
+from runtime.bundle.spec import Plan, Variant
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,11 @@ def plan_bytes(plan: Plan, variant: int, suffix: str, files: Mapping[str, bytes]
     return files[name]
 
 
-def head(weight: Tensor, rows: int) -> Tensor:
+def heads(weights: Sequence[Tensor], variant: Variant) -> list[Tensor]:
+    """What `variant` reads of a block's `weights`, without a copy."""
+    return [_head(weight, rows) for weight, rows in zip(weights, variant.rows, strict=True)]
+
+
+def _head(weight: Tensor, rows: int) -> Tensor:
     """The leading `rows` of `weight`, which a variant reads, without a copy; a scalar as it is."""
     return weight if weight.dim() == 0 or weight.shape[0] == rows else weight[:rows]

@@ -26,6 +26,7 @@ from torch import Tensor
 from runtime import engines
 from runtime.base.errors import EngineError
 from runtime.base.machine import BUSY, CoreWait, cores, cpu_model
+from runtime.bundle.folder import temporary_beside
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
 
@@ -136,10 +137,8 @@ def _run(name: str, program: Program, plan: Plan, inputs: Sequence[Tensor]) -> C
     """What runs the next of some blocks of `plan`: in a model, no block finds its weights in a cache."""
     engine, last = engines.make(name, program), len(plan.variants) - 1
     forms = [form for block in program.manifest.blocks for form in block.forms if form.plan == plan.id][:_BLOCKS]
-    kernel, bound = engine.load(plan, last, program.files), []
-    for form in forms:
-        pairs = zip(form.weights, plan.variants[last].rows, strict=True)
-        bound.append(kernel.bind([engines.head(program.weights[key], rows) for key, rows in pairs]))
+    kernel, weights = engine.load(plan, last, program.files), program.weights
+    bound = [kernel.bind(engines.heads([weights[key] for key in form.weights], plan.variants[last])) for form in forms]
     return partial(_hosted, engine, itertools.cycle(bound), inputs)
 
 
@@ -206,7 +205,7 @@ def _kept(place: Path) -> dict[str, float]:
 
 def _keep(place: Path, times: Mapping[str, float]) -> None:
     """Write `times`; where nothing can be written, the next process measures again."""
-    beside = place.with_suffix(f".{os.getpid()}")
+    beside = temporary_beside(place)
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(msgspec.json.encode(times))

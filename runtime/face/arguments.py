@@ -102,6 +102,11 @@ def exactly(value: object) -> object:
     return (type(value), repr(value)) if plain else value
 
 
+def all_exactly(constants: Mapping[str, Constant]) -> dict[str, object]:
+    """What `exactly` gives for each of a call's constants that says anything, by name."""
+    return {n: exactly(value) for n, value in constants.items() if value is not None and n not in IGNORED}
+
+
 def mapped(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
     """`arguments` with ``change(dotted name, tensor)`` in the place of every tensor."""
     return {name: _mapped(name, value, change) for name, value in arguments.items()}
@@ -173,7 +178,7 @@ def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Map
     typed = [glue for glue in shaped if _typed(glue, tensors)]
     if typed:
         traced, called = typed[0].constants, constants
-        one, other = _exactly(traced), _exactly(called)
+        one, other = all_exactly(traced), all_exactly(called)
         names = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
         told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {called.get(n)!r}" for n in names)
         return ShapeError(f"these arguments are fixed when compiling: {told}")
@@ -232,11 +237,7 @@ def _typed(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
-    return _exactly(glue.constants) == _exactly(constants)
-
-
-def _exactly(constants: Mapping[str, Constant]) -> dict[str, object]:
-    return {n: exactly(value) for n, value in constants.items() if value is not None and n not in IGNORED}
+    return all_exactly(glue.constants) == all_exactly(constants)
 
 
 def _shape(shape: Sequence[int | None]) -> str:

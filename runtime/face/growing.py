@@ -82,7 +82,7 @@ class GrowingProgram:
         """The glue for these arguments, traced first if need be, and the tensors as it takes them."""
         form = (
             tuple((name, t.shape, t.dtype) for name, t in tensors.items()),
-            tuple((name, arguments.exactly(value)) for name, value in constants.items()),
+            tuple(arguments.all_exactly(constants).items()),
         )
         found = self._found.get(form) or self._search(tensors, constants)
         if found is None and self.tracer is not None:

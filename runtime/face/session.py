@@ -129,7 +129,7 @@ class Session(GrowingProgram):
             timestep = torch.tensor([float(value)], dtype=torch.float64)
         advanced = {name for name, _ in glue.latents}
         conditioning = {name: t for name, t in tensors.items() if name != step and name not in advanced}
-        others = {name: arguments.exactly(value) for name, value in constants.items()}
+        others = arguments.all_exactly(constants)
         sighting = Sighting(timestep, _latents(glue, tensors), conditioning, current_context(), others)
         return Call(glue, given, tensors, sighting)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Block, Plan
-from runtime.engines import head, plan_bytes
+from runtime.engines import heads, plan_bytes
 from runtime.engines.tensorrt.build import Report, build
 from runtime.engines.tensorrt.library import Library, Target
 
@@ -142,8 +142,8 @@ def make(
 
 def _constants(plan: Plan, variant: int, block: Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A block's weights by the plan's names, cut to the rows that the variant reads."""
-    named = zip(plan.weights, block.weights, plan.variants[variant].rows, strict=True)
-    return {name: head(weights[key], rows) for name, key, rows in named}
+    cut = heads([weights[key] for key in block.weights], plan.variants[variant])
+    return dict(zip(plan.weights, cut, strict=True))
 
 
 def profiles_of(plan: Plan, max_batch: int = MAX_BATCH) -> tuple[Profile, ...]:
