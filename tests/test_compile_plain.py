@@ -77,7 +77,10 @@ def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypa
         "forward",
         lambda self, **kwargs: honest(self, **kwargs) * 1.01,
     )
-    with pytest.raises(EditError, match=r"torch engine at width 0\.5 differs"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(EditError, match=r"torch engine with blocks at width 0\.5, 1 differs"),
+        pytest.warns(UserWarning),
+    ):
         edit_compile.compile(model, [0.5, 1], inputs=inputs, engine="torch", output=tmp_path / "plain.edit")
     assert not list(tmp_path.iterdir())
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from edit_compile.compiling.described import attributes_of, config_of, dtype_of
 from edit_compile.compiling.dry_run import DryRun
+from edit_compile.compiling.mixed_widths import mixed_widths
 from edit_compile.compiling.snapshot import Snapshot
 from edit_compile.elastic.adapters import adapters_aside, adds_nothing
 from edit_compile.elastic.layout import PASSES, Layout
@@ -27,7 +28,7 @@ from edit_compile.progress import shown
 from passes.dump import DumpError, dumping
 from passes.graphs.graph import MlpSite, Report
 from passes.graphs.progress import tell
-from passes.graphs.record import undisturbed
+from passes.graphs.record import own, undisturbed
 from passes.graphs.uncompiled import unwrapped
 from passes.graphs.weightless import UNCHECKED, weightless
 from passes.observe.statement import BlockStatement, Statements, as_statements
@@ -216,33 +217,44 @@ class Tracer:
             )
 
     def prove(self, compiled: CompiledTransformer, inputs: Inputs) -> None:
-        """Compare what the engine runs with the masked eager model at every width (equation 13), on all `inputs`.
+        """Compare what the engine runs with the masked eager model (equation 13), every plan at every width.
 
-        Raises CheckError; the compiled transformer's policy and counters are put back.
+        On all `inputs`. Blocks of one plan have different widths in a call, so that few calls show all. Raises
+        CheckError; the compiled transformer's policy and counters are put back.
         """
-        with shown(f"checking {type(self.model).__name__}"), closing(self.at_widths(compiled, inputs)) as outputs:
-            for width, output, expected in outputs:
-                check_equal(output, expected, f"the {compiled.engine} engine at width {width}")
+        blocks = compiled.program.manifest.blocks
+        mixed = mixed_widths([tuple(form.plan for form in block.forms) for block in blocks], self.widths)
+        with shown(f"checking {type(self.model).__name__}"), closing(self.at(mixed, compiled, inputs)) as outputs:
+            for widths, output, expected in outputs:
+                told = ", ".join(f"{width:g}" for width in sorted(set(widths)))
+                check_equal(output, expected, f"the {compiled.engine} engine with blocks at width {told}")
 
     def at_widths(self, compiled: CompiledTransformer, inputs: Inputs) -> Generator[tuple[float, Any, Any], None, None]:
         """(width, what `compiled` gives, what the masked eager model gives) at every width, on all `inputs`.
 
         Close it: it then leaves no trace of its calls.
         """
+        alike = [(width,) * len(self._sites) for width in self.widths]
+        for widths, output, expected in self.at(alike, compiled, inputs):
+            yield widths[0], output, expected
+
+    def at(
+        self, widths: Sequence[tuple[float, ...]], compiled: CompiledTransformer, inputs: Inputs
+    ) -> Generator[tuple[tuple[float, ...], Any, Any], None, None]:
+        """As `at_widths`, with the blocks at each of `widths`, one for every block."""
         buckets = [inputs] if isinstance(inputs, Mapping) else inputs
-        total = len(buckets) * len(self.widths)
+        total = len(buckets) * len(widths)
         try:
-            for number, (kwargs, width) in enumerate(itertools.product(buckets, self.widths)):
+            for number, (kwargs, chosen) in enumerate(itertools.product(buckets, widths)):
                 tell("comparing widths with the model", number, total)
-                policy = ScheduledPolicy(np.full((1, len(self._sites)), width))
                 compiled._reset_stateful_cache()
                 with self._dense(), ExitStack() as masks:
-                    for name, sites in self._sites:
+                    for (name, sites), width in zip(self._sites, chosen, strict=True):
                         masks.enter_context(masked(self.model.get_submodule(name), sites, width))
-                    expected = self.model(**_copied(kwargs))
-                with compiled.decided_by(policy):
-                    output = compiled(**_copied(kwargs))
-                yield width, output, expected
+                    expected = self.model(**own(kwargs))
+                with compiled.decided_by(ScheduledPolicy(np.array([chosen]))):
+                    output = compiled(**own(kwargs))
+                yield chosen, output, expected
         finally:
             compiled._reset_stateful_cache()
             compiled.trace.clear()
@@ -320,12 +332,6 @@ class Tracer:
             policy=self.policy.to_spec(),
             attributes=attributes_of(self.model),
         )
-
-
-def _copied(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`kwargs` with copies of its tensors, for a model that writes into them."""
-    copied: dict[str, Any] = pytree.tree_map_only(Tensor, Tensor.clone, dict(kwargs))
-    return copied
 
 
 def _nothing(model: nn.Module, reports: Sequence[Any]) -> str:

@@ -46,11 +46,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Run:
-    """One eager run of the model: its keyword arguments, batch size, and which bucket it is of."""
+    """One eager run of the model: its keyword arguments, batch size and bucket, and what it gave where that is kept."""
 
     kwargs: Mapping[str, object]
     batch: int
     bucket: int
+    output: object = None
 
 
 @dataclass(frozen=True)

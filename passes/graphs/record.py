@@ -117,7 +117,7 @@ def _record(
         return hook
 
     with watching(watched, before, after):
-        output = model(**own(kwargs))
+        output = pytree.tree_map_only(Tensor, Tensor.clone, model(**own(kwargs)))  # later runs may write into it
     stale = any(version(tensor) != seen for tensor, seen in versions)
     return calls, output, stale
 

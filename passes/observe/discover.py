@@ -176,12 +176,13 @@ def _double_run(
             continue
         different = _difference(first, second, batch)
         if different is None:
-            return Run(given, batch, bucket), Run(kwargs, 2 * batch, bucket), second
+            return Run(given, batch, bucket, first.output), Run(kwargs, 2 * batch, bucket, second.output), second
         reasons.append(different)
         lone = lone and not (entries_alone(given, kwargs, batch) and _gained_tokens(first, second, batch))
     if lone:
         kwargs = disturbed_all(given, step)
-        return Run(given, 1, bucket), Run(kwargs, 1, bucket), watch.see(kwargs)
+        second = watch.see(kwargs)
+        return Run(given, 1, bucket, first.output), Run(kwargs, 1, bucket, second.output), second
     if sizes:
         places = " and ".join(
             f"not in {name!r}" if dim is None else f"dimension {dim} of {name!r}" for name, dim in stated.items()

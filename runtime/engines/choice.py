@@ -1,8 +1,9 @@
 """Which engine a program runs on where none was named: that which takes least time for one of its blocks here.
 
-The block is one of the kind on which most of the work lies, at full width, for one row, on noise. What was measured is
-kept for this machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only
-the first load takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
+The block is one of the kind on which most of the work lies, at the middle width, for one row, on noise: at a budget
+most blocks run near it, and what fusing gains shows there more than at full width. What was measured is kept for this
+machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only the first load
+takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 USUAL = "onnxruntime"
 """Taken where nothing can be measured: the program has no blocks."""
-_WORTH = {"inductor": 0.97}
+_WORTH = {"inductor": 0.98}
 """An engine that compiles for each set of shapes, for seconds, has to be faster than the others by that much."""
 _BLOCKS, _ROUNDS, _CALLS, _SECONDS = 4, 3, 4, 3.0
 
@@ -101,7 +102,7 @@ def _heaviest(program: Program) -> Plan:
 
 
 def _measured(program: Program, plan: Plan) -> dict[str, float]:
-    """Milliseconds of `plan` at full width by engine, where it takes noise; EngineError where no engine can run it."""
+    """Milliseconds of `plan` at its middle width by engine, where it takes noise; EngineError where none can run it."""
     inputs = _noise(plan)
     runs: dict[str, Callable[[], object]] = {}
     refused = []
@@ -135,11 +136,19 @@ def _no_workers() -> AbstractContextManager[object]:
 
 def _run(name: str, program: Program, plan: Plan, inputs: Sequence[Tensor]) -> Callable[[], object]:
     """What runs the next of some blocks of `plan`: in a model, no block finds its weights in a cache."""
-    engine, last = engines.make(name, program), len(plan.variants) - 1
+    engine, middle = engines.make(name, program), _middle(plan)
     forms = [form for block in program.manifest.blocks for form in block.forms if form.plan == plan.id][:_BLOCKS]
-    kernel, weights = engine.load(plan, last, program.files), program.weights
-    bound = [kernel.bind(engines.heads([weights[key] for key in form.weights], plan.variants[last])) for form in forms]
+    kernel, weights = engine.load(plan, middle, program.files), program.weights
+    bound = [
+        kernel.bind(engines.heads([weights[key] for key in form.weights], plan.variants[middle])) for form in forms
+    ]
     return partial(_hosted, engine, itertools.cycle(bound), inputs)
+
+
+def _middle(plan: Plan) -> int:
+    """The variant of the middle width, the narrower of two."""
+    by_width = sorted(range(len(plan.variants)), key=lambda variant: plan.variants[variant].width)
+    return by_width[(len(by_width) - 1) // 2]
 
 
 @torch.no_grad()
@@ -183,7 +192,7 @@ def _key(plan: Plan) -> str:
     for library in ("torch", "onnxruntime", "onnxruntime-gpu"):
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{library} {metadata.version(library)}")
-    told = (plan.id, plan.buckets[:1], cpu_model(), cores(), torch.get_num_threads(), versions)
+    told = (plan.id, _middle(plan), plan.buckets[:1], cpu_model(), cores(), torch.get_num_threads(), versions)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

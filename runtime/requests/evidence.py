@@ -85,7 +85,9 @@ class Chain:
         Where the call has another number of rows, each goes with the nearest of those before. Does not synchronise
         with the device.
         """
-        before, peers = self._last, _peers(self._last)
+        before, same = self._last, _same_latents(self._last)
+        # a host knows at no cost whether there are peers; elsewhere those that are not there are zeros
+        peers = _peers(same) if same.device.type != "cpu" or int(same.sum()) > len(same) else []
         outputs = [*self._outputs, *(peer.of(one) for one in self._outputs for peer in peers)]
         outputs = outputs[: min(max(sample.shape[1] // NUMBERS, 1), MOST)]
         if len(before) != len(sample):
@@ -114,7 +116,7 @@ class Chain:
         kept = self._outputs
         if len(self._last) != len(sample):  # a sampler of a higher order goes on with what guidance gave before
             nearest = _nearest(sample, self._last)
-            peers = _peers(self._last)
+            peers = _peers(_same_latents(self._last))
             kept = [rows[nearest] for one in kept for rows in (one, *(peer.of(one) for peer in peers))]
         self._last = sample
         self._outputs = [self.sample(self._beside_latents(output)), *kept[: OUTPUTS - 1]]
@@ -137,37 +139,38 @@ class Chain:
 def continues(gram: np.ndarray, eps: float, on: Grounds) -> bool:
     """Whether latents of the precision `eps` continue, by Gram matrices (rows, k, k)."""
     with np.errstate(all="ignore"):  # latents that are not finite do not continue
-        return all(_row_continues(row, eps, on) for row in gram)
+        return bool(_rows_continue(gram, eps, on).all())
 
 
-def _row_continues(gram: np.ndarray, eps: float, on: Grounds) -> bool:
-    moved, own = gram[0, 0], gram[0, 0] + 2 * gram[0, 1] + gram[1, 1]
+def _rows_continue(gram: np.ndarray, eps: float, on: Grounds) -> np.ndarray:
+    """Which rows do: (rows,) bool."""
+    moved, along, last = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+    own = moved + 2 * along + last
     rounding = (2 * eps) ** 2 * own
-    if moved <= 4 * rounding:
-        return True
-    unscaled, left = moved - (gram[0, 1] ** 2 / gram[1, 1] if gram[1, 1] > 0 else 0.0), _unexplained(gram)
-    if unscaled <= SCALED * moved:
-        return False
-    if on.near and moved <= NEAR**2 * own:
-        return True
-    before = unscaled
+    still: np.ndarray = moved <= 4 * rounding
+    if still.all():
+        return still
+    before = unscaled = moved - np.where(last > 0, along**2 / last, 0.0)
+    left = _unexplained(gram)
     if on.repeated:
-        earlier = [index for index in range(len(gram)) if index != LAST]
-        before = min(before, _unexplained(gram[np.ix_(earlier, earlier)]))
+        earlier = [index for index in range(gram.shape[1]) if index != LAST]
+        before = np.minimum(before, _unexplained(gram[:, earlier][:, :, earlier]))
     if on.strict:
-        return bool(before > 4 * rounding and left <= STRICT**2 * before + rounding)
-    return bool(left < EXPLAINED**2 * before)
+        explained = (before > 4 * rounding) & (left <= STRICT**2 * before + rounding)
+    else:
+        explained = left < EXPLAINED**2 * before
+    near = (moved <= NEAR**2 * own) & on.near
+    return still | ~(unscaled <= SCALED * moved) & (near | explained)
 
 
-def _unexplained(gram: np.ndarray) -> float:
-    """Squared length of d without its projection onto the others."""
-    lengths = np.sqrt(np.diag(gram)[1:])
-    there = lengths > 0
-    lengths = lengths[there]
-    others = gram[1:, 1:][np.ix_(there, there)] / np.outer(lengths, lengths)
-    along = gram[0, 1:][there] / lengths
-    parts = np.linalg.solve(others + RIDGE * np.eye(len(lengths)), along)
-    return max(float(gram[0, 0] - along @ parts), 0.0)
+def _unexplained(gram: np.ndarray) -> np.ndarray:
+    """Squared length (rows,) of each d without its projection onto the others; those of no length have no part."""
+    lengths = np.sqrt(np.diagonal(gram, axis1=1, axis2=2)[:, 1:])
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    others = gram[:, 1:, 1:] / (lengths[:, :, None] * lengths[:, None])
+    along = gram[:, 0, 1:] / lengths
+    parts = np.linalg.solve(others + RIDGE * np.eye(lengths.shape[1]), along[..., None])[..., 0]
+    return np.maximum(gram[:, 0, 0] - (along * parts).sum(1), 0.0)
 
 
 def _nearest(rows: Tensor, others: Tensor) -> Tensor:
@@ -187,16 +190,20 @@ class _Peers:
         return output.index_select(0, self.rows) * self.found
 
 
-def _peers(latents: Tensor) -> list[_Peers]:
+def _same_latents(latents: Tensor) -> Tensor:
+    """Which rows have the same latents: (rows, rows) bool. Does not synchronise with the device."""
+    latents = latents[:, :: -(-latents.shape[1] // GLANCE)]
+    return (latents[:, None] == latents).all(-1)
+
+
+def _peers(same: Tensor) -> list[_Peers]:
     """For each row the next one with the same latents, and the one after that: guidance joins rows of a batch so.
 
     Does not synchronise with the device.
     """
-    count = len(latents)
+    count = len(same)
     if count == 1:
         return []
-    latents = latents[:, :: -(-latents.shape[1] // GLANCE)]
-    same = (latents[:, None] == latents).all(-1)
     rows = (same[0] | True).cumsum(0) - 1
     ahead = ((rows - rows[:, None]) % count).masked_fill(same.logical_not(), count)  # a row is 0 ahead of itself
     found = ahead.sort(1).values[:, 1 : PEERS + 1]

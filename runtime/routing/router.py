@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from runtime.bundle.spec import RouterConfig
 
+FEW = 1 << 17
+"""Numbers of all streams that are joined before they are projected: copying so many takes less than the calls saved."""
 OPEN_LOGIT = 2.0  # sigmoid(2) = 0.88: open, yet not so saturated that the gate could not learn to close
 
 
@@ -53,11 +55,13 @@ def hidden_mean(
 
     `states` are all of the block's (B, ..., D), of which `read_streams` are read, every `token_stride`-th token; `time`
     is (B, E) or (1, E). What is smaller is modulated, the tokens or W: x~ W = ((1 + gamma) LN(x) + delta) W =
-    LN(x) (1 + gamma) W + delta W. Streams are projected one by one instead of being joined. The mean is summed in
-    float32: half precision overflows.
+    LN(x) (1 + gamma) W + delta W. Streams of more than `FEW` numbers are projected one by one instead of being joined.
+    The mean is summed in float32: half precision overflows.
     """
     streams = [stream[:, :: config.token_stride] for stream in read_streams(states)]
     count = sum(stream.shape[1] for stream in streams)
+    if len(streams) > 1 and sum(stream.numel() for stream in streams) <= FEW:
+        streams = [torch.cat(streams, 1)]
     project = _projection(config, parameters, time, fold=count >= config.hidden)
     activation, dtype = getattr(F, config.activation), parameters["hidden.weight"].dtype
     total: Tensor | None = None
