@@ -1,7 +1,7 @@
 """What grows with a model and a request, on this machine: python -m benchmarks.scaling [guards request blocks].
 
 guards      cost of a skipped guard, by tokens of the image and by blocks, at flux-mid's width: it should not grow
-request     a whole request of 28 steps at flux-mid, one image and four, in bfloat16
+request     a whole request of 28 steps at flux-mid, one image, four and sixteen (7 steps), in bfloat16
 blocks      one double and one single block of FLUX.1-dev's own size at the four widths, in bfloat16
 
 On the engine that is chosen where none is named. Writes benchmarks/results/scaling.json, parts that are not asked for
@@ -64,14 +64,14 @@ def guards() -> list[dict[str, Any]]:
 
 
 def request() -> list[dict[str, Any]]:
-    """A request of 28 steps, for one image and for four whose rows decide apart."""
+    """A request of 28 steps for one image and for four whose rows decide apart, and of 7 for sixteen."""
     found = []
-    for rows in (1, 4):
+    for rows, steps in ((1, 28), (4, 28), (16, 7)):
         model, one, inputs = compiled(replace(FLUX_MID, side=32), torch.bfloat16, rows)
         count = len(one.program.manifest.blocks)
-        apart = [ScheduledPolicy.at_budget(28, count, GATE, WIDTH, seed=row).table for row in range(rows)]
+        apart = [ScheduledPolicy.at_budget(steps, count, GATE, WIDTH, seed=row).table for row in range(rows)]
         one.policy = ScheduledPolicy(np.stack(apart, -1))
-        comparison = benchmark(model, one, inputs, 28, 1)
+        comparison = benchmark(model, one, inputs, steps, 1)
         found.append({"images": rows, "engine": one.engine} | json.loads(comparison.to_json()))
     return found
 

@@ -58,15 +58,19 @@ def test_the_timestep_can_be_named() -> None:
     assert compiled.program.manifest.timestep == "t"
 
 
-def test_a_program_does_not_follow_its_model_when_that_is_trained_on() -> None:
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.filterwarnings("ignore:.*has no routers")
+def test_a_program_does_not_follow_its_model_when_that_is_trained_on(tmp_path: Path, saved: bool) -> None:
     model, inputs = tiny_plain()
-    with pytest.warns(UserWarning, match="no routers"):
-        compiled = edit_compile.compile(model, inputs=inputs, engine="torch")
+    output = tmp_path / "plain.edit" if saved else None
+    compiled = edit_compile.compile(model, [0.5, 1], inputs=inputs, engine="torch", output=output)
     before = compiled(**inputs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     torch.testing.assert_close(compiled(**inputs), before)
+    if saved:
+        torch.testing.assert_close(edit_compile.load(output, engine="torch")(**inputs), before)
 
 
 def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

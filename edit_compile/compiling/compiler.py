@@ -18,6 +18,7 @@ from edit_compile.elastic.transformer import ElasticTransformer
 from passes.graphs.weightless import weightless
 from passes.observe.statement import BlockStatement
 from passes.pipeline import Pass
+from passes.program.assemble import owned
 from runtime import engines
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
@@ -58,6 +59,7 @@ def compile(
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.
+            On a CPU the weights that run are then the bundle's, mapped from its file: memory never holds them twice.
         dry_run: give a report of what would be compiled instead (needs `inputs`). Of a model on the meta device too,
             which takes neither its memory nor its time: what needs numbers is then `unchecked`.
         timestep: name of the forward's timestep argument, where it cannot be told.
@@ -103,6 +105,9 @@ def compile(
     if policy is None or isinstance(policy, RoutingPolicy):
         _warn_of_routers(model, isinstance(inputs, RecordedCalls))
     program = tracer.untraced() if inputs is None else _traced(tracer, inputs)
+    mapped = output is not None and all(weight.device.type == "cpu" for weight in program.weights.values())
+    if not mapped:
+        program = owned(program, tracer.model)
     compiled = CompiledTransformer(
         program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
     )
@@ -110,6 +115,8 @@ def compile(
         assert inputs is not None
         tracer.prove(compiled, inputs_for(tracer.model, inputs))
         compiled.save(output)
+        if mapped:
+            compiled.hold(bundle.load(output, verify=False))
     return compiled
 
 

@@ -33,7 +33,7 @@ from passes.graphs.uncompiled import unwrapped
 from passes.graphs.weightless import UNCHECKED, weightless
 from passes.observe.statement import BlockStatement, Statements, as_statements
 from passes.pipeline import Pass, check_passes, run_passes
-from passes.program.assemble import Source, numbered_routers
+from passes.program.assemble import Source, numbered_routers, owned
 from passes.program.check import CheckError, check_equal, masked
 from passes.program.compilation import Compilation, PassError
 from passes.program.coverage import Coverage
@@ -114,10 +114,12 @@ class Tracer:
 
     def __call__(self, given: Mapping[str, object], program: Program | None = None) -> Program:
         """The program that also covers a call with `given`: a first one, or `program` and what it lacks."""
-        return self.grow(given, program) if program is not None and program.manifest.blocks else self.trace(given)
+        if program is not None and program.manifest.blocks:
+            return self.grow(given, program)
+        return owned(self.trace(given), self.model)
 
     def trace(self, inputs: Inputs) -> Program:
-        """A program for `inputs`; CompileError where no block can be guarded."""
+        """A program for `inputs`, some of whose weights are the model's own; CompileError where no block is guarded."""
         with shown(f"compiling {type(self.model).__name__}"):
             return self._traced(inputs)
 
@@ -165,7 +167,7 @@ class Tracer:
                 grown = self._completed(self._given(self.model, moved, self._memory, program))
         self._snapshot = snapshot.without_changes(grown.discovery.written)
         assert grown.program is not None
-        return grown.program
+        return owned(grown.program, self.model)
 
     def changed(self) -> str | None:
         """Name of the first weight or attribute that is not as it was at the first trace; None where all are.

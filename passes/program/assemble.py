@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from passes.graphs.cost import glue_flops, hosted_flops
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
@@ -28,6 +28,7 @@ from passes.program.compilation import Compilation, FormGlue, Planned
 from passes.program.glue import cut_weights, guarded_blocks
 from passes.program.memory import grown_plan
 from passes.program.plans import costs_of
+from runtime.bundle.program import Program
 from runtime.bundle.spec import SCHEMA, Block, Cost, Form, Manifest, Policy, RouterConfig
 from runtime.face.arguments import find_glue, flatten
 
@@ -96,6 +97,7 @@ class _Assembly:
         self.proven: set[str] = set()
         held = next(iter((*self.program.weights.values(), *compilation.model.parameters())))
         self.device = held.device
+        self.shared = memory_of(compilation.model)
         self._open: dict[int, tuple[PlanGraph, Form]] = {}
         self._answered: set[int] = set()
 
@@ -113,12 +115,17 @@ class _Assembly:
             if form.plan == item.plan.id:
                 return number
         pieces = cut_weights(site, item)
-        keys = tuple(self._stored(f"{site.name}.{name}", _own(*piece)) for name, piece in pieces.items())
+        keys = tuple(self._stored(f"{site.name}.{name}", self._held(*piece)) for name, piece in pieces.items())
         if block is None:
             self.blocks[site.name] = Block(site.name, item.plan.id, keys)
         else:
             self.blocks[site.name] = replace(block, others=(*block.others, Form(item.plan.id, keys)))
         return len(forms)
+
+    def _held(self, piece: Tensor, source: Tensor) -> Tensor:
+        """`piece` as it is where it is the model's own memory (see `owned`) or a copy; else a copy of it."""
+        place = piece.untyped_storage().data_ptr()
+        return piece.clone() if place == source.untyped_storage().data_ptr() and place not in self.shared else piece
 
     def _stored(self, key: str, value: Tensor) -> str:
         """The name under which a weight is held: that of an equal one of the name, else one of its own.
@@ -211,9 +218,22 @@ def _warn_of_no_effect(graph: GlueGraph) -> None:
         )
 
 
-def _own(piece: Tensor, source: Tensor) -> Tensor:
-    """`piece` in memory of its own: a program must not change when the model is trained on, in part or in whole."""
-    return piece.clone() if piece.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else piece
+def owned(program: Program, model: nn.Module) -> Program:
+    """`program` with its weights in memory of its own: it must not change when the model is trained on.
+
+    Until then what is not cut otherwise is the model's own memory.
+    """
+    shared = memory_of(model)
+    weights = {
+        key: value.clone() if value.untyped_storage().data_ptr() in shared else value
+        for key, value in program.weights.items()
+    }
+    return replace(program, weights=weights)
+
+
+def memory_of(model: nn.Module) -> set[int]:
+    """Addresses of the memory of its parameters and buffers."""
+    return {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
 
 
 def _equal(weight: Tensor, value: Tensor) -> bool:

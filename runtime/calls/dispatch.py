@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from runtime.base import transfer
@@ -136,13 +137,14 @@ class Dispatch:
         self, ready: BoundBlock, bank: Residuals, done: Sequence[float], inputs: Sequence[Tensor], states: list[Tensor]
     ) -> list[Tensor]:
         """Rows grouped by what they need, results scattered back."""
-        after = [state.clone() for state in states]
-        for decision in sorted(set(done) - {SKIP}):
+        after = [torch.empty_like(state) for state in states]
+        for decision in sorted(set(done)):
             chosen = [row for row, own in enumerate(done) if own == decision]
             index = transfer.row_index(tuple(chosen), states[0].device)
-            if decision < SKIP:
-                before = [s.index_select(dim, index) for s, dim in zip(states, ready.state_dims, strict=True)]
-                parts = bank.reuse(before, chosen, index, self._times(bank) if decision == EXTRAPOLATE else None)
+            if decision <= SKIP:
+                parts = [state.index_select(dim, index) for state, dim in zip(states, ready.state_dims, strict=True)]
+                if decision < SKIP:
+                    parts = bank.reuse(parts, chosen, index, self._times(bank) if decision == EXTRAPOLATE else None)
             else:
                 taken = ready.take(inputs, index, len(done))
                 parts = ready.bound[ready.variant_for(decision)](taken)

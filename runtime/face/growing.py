@@ -76,6 +76,14 @@ class GrowingProgram:
             routers = {key: fn(tensor) for key, tensor in self.program.routers.items()}
             self._start(replace(self.program, weights=weights, routers=routers))
 
+    def hold(self, stored: Program) -> None:
+        """Run on the tensors of `stored`, which are equal."""
+        with self._lock:
+            program = replace(self.program, weights=stored.weights, routers=stored.routers)
+            self.blocks = BoundBlocks(program, self.engine)
+            self._graphs.clear()
+            self._run_from_now_on(program)
+
     def find(
         self, given: Mapping[str, object], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]
     ) -> tuple[Glue, Mapping[str, Tensor]]:

@@ -183,6 +183,10 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
             raise EditError("nothing to save yet: call the compiled transformer once, or compile with inputs=")
         bundle.save(self._stored(program), path)
 
+    def hold(self, stored: Program) -> None:
+        """Run on the weights of `stored`, read from what was saved of this, in place of its own, which are equal."""
+        self._session.hold(stored)
+
     @torch.no_grad()
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The model's forward: its arguments, and an output with `.sample`, or a tuple.
