@@ -55,7 +55,7 @@ def compile(
             traced at the first call. A call in another form (shapes, dtypes, which arguments are given) adds to what is
             compiled, whichever it was.
         engine: "onnxruntime", "torch" or "inductor", or what `runtime.engines.NAMES` has for a GPU; default: the
-            fastest here for one of the model's blocks, measured once (`compiled.engine_choice` says by what).
+            fastest here for the model's blocks, measured once (`compiled.engine_choice` says by what).
         policy: decides per row what each block does; default: the elastic model's own, else `RoutingPolicy()`,
             Algorithm 1. The bundle keeps it.
         output: folder to write the bundle to (needs `inputs`), once the engine agrees with the model at every width.

@@ -1,6 +1,6 @@
-"""Which engine a program runs on where none was named: that which takes least time for one of its blocks here.
+"""Which engine a program runs on where none was named: that which takes least time for its blocks here.
 
-The block is one of the kind on which most of the work lies, at the middle width, for one row, on noise: at a budget
+One block is timed of each kind on which most of the work lies, at the middle width, for one row, on noise: at a budget
 most blocks run near it, and what fusing gains shows there more than at full width. What was measured is kept for this
 machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only the first load
 takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
@@ -12,8 +12,10 @@ import hashlib
 import itertools
 import logging
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,12 +39,14 @@ USUAL = "onnxruntime"
 """Taken where nothing can be measured: the program has no blocks."""
 _WORTH = {"inductor": 0.98}
 """An engine that compiles for each set of shapes, for seconds, has to be faster than the others by that much."""
-_BLOCKS, _ROUNDS, _CALLS, _SECONDS = 4, 3, 4, 3.0
+_MOST = 0.75
+"""Share of the work that the kinds of block that are timed make up at least."""
+_BLOCKS, _ROUNDS, _CALLS, _SECONDS = 4, 4, 3, 1.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine chosen, what it was chosen by, and milliseconds of each that runs the block (none: not measured).
+    """The engine chosen, what it was chosen by, and milliseconds a block on each that runs them (none: not measured).
 
     `others` are those to try where it does not run the rest of the program, the fastest first.
     """
@@ -66,20 +70,21 @@ def choose(program: Program) -> Choice:
         return Choice(USUAL, "until the first call, at which the model is traced and the engines are tried", {})
     if any(weight.device.type != "cpu" for weight in program.weights.values()):
         return Choice("torch", "it follows weights on a GPU", {})
-    plan = _heaviest(program)
-    known = _folder() / f"{_key(plan)}.json"
+    plans = _heaviest(program)
+    known = _folder() / f"{_key(plans)}.json"
     times, when = _kept(known), "earlier here"
     if not times:
         wait = CoreWait()
-        times, when = _measured(program, plan), "here"
+        times, when = _measured(program, plans), "here"
         if wait.share > BUSY:
             when = "here while the machine was busy, so the next process measures again"
         else:
             _keep(known, times)
+    kinds = " and ".join(plan.kind for plan in plans)
     if not times:
-        return Choice(USUAL, f"a {plan.kind} of {program.manifest.model} takes no noise that could be timed", {})
+        return Choice(USUAL, f"no {kinds} of {program.manifest.model} takes noise that could be timed", {})
     fastest, *others = sorted(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))
-    why = f"the fastest for one {plan.kind} of {program.manifest.model}, measured {when}"
+    why = f"the fastest for blocks ({kinds}) of {program.manifest.model}, measured {when}"
     return Choice(fastest, why, times, tuple(others))
 
 
@@ -91,39 +96,59 @@ def next_best(choice: Choice, error: EngineError) -> Choice:
     return replace(choice, engine=choice.others[0], why=told, others=choice.others[1:])
 
 
-def _heaviest(program: Program) -> Plan:
-    """The plan with most of the work in the first form of call."""
+def _heaviest(program: Program) -> dict[Plan, int]:
+    """The plans with most of the work in the first form of call, and how many blocks have each."""
     manifest = program.manifest
     work = dict.fromkeys((plan.id for plan in manifest.plans), 0)
     for cost in manifest.glues[0].costs if manifest.glues else ():
         work[cost.plan] = max(work[cost.plan], cost.flops)
-    uses = [form.plan for block in manifest.blocks for form in block.forms[:1]]
-    return max((plan for plan in manifest.plans if plan.id in uses), key=lambda p: work[p.id] * uses.count(p.id))
+    uses = Counter(form.plan for block in manifest.blocks for form in block.forms[:1])
+    total = sum(work[plan] * count for plan, count in uses.items())
+    found: dict[Plan, int] = {}
+    for plan in sorted(manifest.plans, key=lambda plan: -work[plan.id] * uses[plan.id]):
+        if (uses[plan.id] and sum(work[one.id] * count for one, count in found.items()) < _MOST * total) or not found:
+            found[plan] = uses[plan.id]
+    return found
 
 
-def _measured(program: Program, plan: Plan) -> dict[str, float]:
-    """Milliseconds of `plan` at its middle width by engine, where it takes noise; EngineError where none can run it."""
-    inputs = _noise(plan)
-    runs: dict[str, Callable[[], object]] = {}
+def _measured(program: Program, plans: Mapping[Plan, int]) -> dict[str, float]:
+    """Milliseconds a block of `plans` by engine; EngineError where none can run them.
+
+    Those that take no noise have no part; nothing where none does.
+    """
+    # torch is asked first: where it does not take the noise, the others are not, which print what they think of it
+    names = sorted((name for name, entry in engines.TABLE.items() if entry.cpu), key=lambda name: name != "torch")
+    runs: dict[str, dict[Plan, Callable[[], object]]] = {}
     refused = []
-    # torch comes first: where it does not take the noise, the others are not tried, which print what they think of it
-    for name, entry in sorted(engines.TABLE.items(), key=lambda item: item[0] != "torch"):
-        if entry.cpu:
-            log.info("trying engine %s on one %s of %s", name, plan.kind, program.manifest.model)
-            try:
-                run = _run(name, program, plan, inputs)
-                with _no_workers():
-                    run()
-                runs[name] = run
-            except EngineError as error:
-                refused.append(f"{name}: {error}")
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                log.info("engine %s does not run noise through %s", name, plan.kind)
-                if name == "torch":
-                    return {}
-    if len(refused) == sum(entry.cpu for entry in engines.TABLE.values()):
+    for name in names:
+        log.info("trying engine %s on blocks of %s", name, program.manifest.model)
+        try:
+            runs[name] = _ready(name, program, plans)
+        except EngineError as error:
+            refused.append(f"{name}: {error}")
+        else:
+            plans = {plan: count for plan, count in plans.items() if plan in runs[name]} if name == "torch" else plans
+    if len(refused) == len(names):
         raise EngineError(f"no engine of a CPU runs {program.manifest.model} here: {'; '.join(refused)}")
-    return _timed(runs)
+    runs = {name: ready for name, ready in runs.items() if ready.keys() == plans.keys()}
+    each = {plan: _timed({name: ready[plan] for name, ready in runs.items()}) for plan in plans}
+    blocks = sum(plans.values())
+    return {name: sum(plans[plan] * each[plan][name] for plan in plans) / blocks for name in runs if plans}
+
+
+def _ready(name: str, program: Program, plans: Iterable[Plan]) -> dict[Plan, Callable[[], object]]:
+    """What runs the next block of each plan that takes noise on the engine called `name`, compiled and warm."""
+    ready = {}
+    for plan in plans:
+        try:
+            run = _run(name, program, plan, _noise(plan))
+            with _no_workers():
+                run()
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            log.info("engine %s does not run noise through a %s", name, plan.kind)
+        else:
+            ready[plan] = run
+    return ready
 
 
 def _no_workers() -> AbstractContextManager[object]:
@@ -158,20 +183,23 @@ def _hosted(engine: engines.Engine, bound: Iterator[engines.Bound], inputs: Sequ
 
 
 def _timed(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The least milliseconds of each, taken in turn, so that a machine that is busy for a while is so for all.
+    """The median milliseconds of each, taken in turn, so that a machine that is busy for a while is so for all.
 
-    In a turn each is called some times on end: threads of the one before may still hold cores in the first.
+    In a turn each is called some times on end, and the first does not count: threads of the one before may still hold
+    cores.
     """
-    best = dict.fromkeys(runs, float("inf"))
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + _SECONDS * len(runs)
     for turn in range(_ROUNDS):
         if turn > 1 and time.perf_counter() > end:
             break
-        for name, run in [pair for pair in runs.items() for _ in range(_CALLS)]:
-            started = time.perf_counter()
+        for name, run in runs.items():
             run()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - started))
-    return best
+            for _ in range(_CALLS):
+                started = time.perf_counter()
+                run()
+                taken[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def _noise(plan: Plan) -> list[Tensor]:
@@ -187,12 +215,13 @@ def _noise(plan: Plan) -> list[Tensor]:
     return made
 
 
-def _key(plan: Plan) -> str:
+def _key(plans: Iterable[Plan]) -> str:
     versions = []
     for library in ("torch", "onnxruntime", "onnxruntime-gpu"):
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{library} {metadata.version(library)}")
-    told = (plan.id, _middle(plan), plan.buckets[:1], cpu_model(), cores(), torch.get_num_threads(), versions)
+    measured = [(plan.id, _middle(plan), plan.buckets[:1]) for plan in plans]
+    told = (measured, cpu_model(), cores(), torch.get_num_threads(), versions)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
