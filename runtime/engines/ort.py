@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.base.errors import EngineError
+from runtime.base.errors import EngineError, inside
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
-from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes
+from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes, plan_file
 from runtime.engines.ort_library import CUDA, GPU_BUILD, open_library, provider_missing, session_options, share_arena
 from runtime.engines.streams import own_stream, own_stream_in_step
 
@@ -162,6 +162,7 @@ class _Kernel:
 
     def __init__(self, engine: OnnxRuntimeEngine, plan: Plan, variant: int, data: bytes) -> None:
         self.name, self.provider, self.plan, self._data = engine.name, engine.provider, plan, data
+        self.variant = variant
         self._where = f"plan {plan.id} at width {plan.variants[variant].width:g}"
         self._sessions: dict[Shapes, _Session] = {}
         self._lock = threading.Lock()
@@ -263,7 +264,8 @@ class _Bound:
                 bind(binding.bind_input, self._weights, found.taken)
             bind(binding.bind_input, given, found.taken)
             bind(binding.bind_output, {f"state_{index}": state for index, state in enumerate(states)})
-            found.session.run_with_iobinding(binding, kernel.provider.run_options)
+            with inside(plan_file(plan, kernel.variant, "onnx")):
+                found.session.run_with_iobinding(binding, kernel.provider.run_options)
         free.append(binding)
         return states
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from runtime.base.errors import EditError, InnerShapeError, InputError, RecordError, ShapeError
+from runtime.base.errors import (
+    EditError,
+    EngineError,
+    InnerShapeError,
+    InputError,
+    RecordError,
+    ShapeError,
+    where,
+)
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
@@ -153,13 +161,24 @@ class Session(GrowingProgram):
                 if not finite:
                     arguments.check_finite(glue, call.tensors)
                 return self._on_host(request, call, policy)
-        except (ValueError, IndexError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, (EditError, torch.OutOfMemoryError)):
                 raise
-            explained = _explained(call, error)
+            explained = _explained(call, error) or self._named(error)
             if explained is None:
                 raise
             raise explained from error
+
+    def _named(self, error: Exception) -> EditError | None:
+        """`error` of a graph that was read from a bundle, with the file's name; None for any other."""
+        folder, name = self.program.folder, where(error)
+        if folder is None or not name:
+            return None
+        told = str(error).partition("\n")[0] or type(error).__name__
+        return EngineError(
+            f"{folder / name} fails in this call ({told}): check the inputs; where the model itself takes them, "
+            "compile it again"
+        )
 
     def _why_on_host(self, glue: Glue, policy: Decider) -> str | None:
         """Why a call is decided on the host, as far as that is known before it; None where the device may decide."""
@@ -291,6 +310,8 @@ def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -
 
 def _explained(call: Call, error: Exception) -> EditError | None:
     """What a user can make of `error`; None where that says it itself."""
+    if not isinstance(error, (ValueError, IndexError, RuntimeError)):
+        return None
     rows = arguments.rows(call.glue, call.tensors)
     if len(set(rows.values())) > 1 or 0 in rows.values():
         told = ", ".join(f"{name} {count}" for name, count in rows.items())
