@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.base.errors import BundleError
 from runtime.bundle import digest, folder
 from runtime.bundle import files as bundle
 from tests import programs
@@ -84,7 +85,7 @@ def test_where_names_cannot_be_exchanged_it_is_replaced_in_two(tmp_path: Path, m
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BundleError, match="disk full"):
         bundle.save(PROGRAMS[0], target)
     assert which(target) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -152,7 +153,7 @@ def test_what_was_there_is_put_back_after_a_kill_between_two_renames(
     left.mkdir()
     target.rename(left / "old")
     monkeypatch.setattr(bundle, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BundleError, match="disk full"):
         bundle.save(PROGRAMS[1], target)
     assert which(target) == 0
 

@@ -53,8 +53,13 @@ def save(program: Program, path: str | Path) -> None:
     check_place(target)
     check(program)
     check_graphs(program)
-    with written_whole(target) as folder:
-        _write(program, folder)
+    try:
+        with written_whole(target) as folder:
+            _write(program, folder)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(
+            f"{target} cannot be written ({error}): what was there is as it was; see to space and permissions"
+        ) from error
 
 
 def check_place(target: Path) -> None:
