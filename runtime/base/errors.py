@@ -38,6 +38,10 @@ class BusyError(EditError):
     """The same request is running in another thread."""
 
 
+class NotFiniteError(EditError):
+    """A step gives NaN or infinity where the model at full width does not, or nothing can be decided for that."""
+
+
 class RecordError(EditError):
     """Steps cannot be recorded, to be replayed on the device, of this program here; the message says why."""
 

@@ -56,6 +56,9 @@ ELEMENTS = {
 _ALONE = 1 << 20
 """States of up to as many elements are handled by one thread: it takes a few milliseconds, as spinning does."""
 
+_KEPT = 32
+"""Bindings of a block that wait for their next call: more threads at once than that make theirs anew."""
+
 _turn = threading.Lock()
 """Held while a run is enqueued on a GPU or a session opened there: all sessions share one stream and one arena."""
 
@@ -266,7 +269,8 @@ class _Bound:
             bind(binding.bind_output, {f"state_{index}": state for index, state in enumerate(states)})
             with inside(plan_file(plan, kernel.variant, "onnx")):
                 found.session.run_with_iobinding(binding, kernel.provider.run_options)
-        free.append(binding)
+        if len(free) < _KEPT:
+            free.append(binding)
         return states
 
 

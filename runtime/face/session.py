@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from runtime.base.errors import (
     EngineError,
     InnerShapeError,
     InputError,
+    NotFiniteError,
     RecordError,
     ShapeError,
     where,
@@ -28,6 +30,7 @@ from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.calls.dispatch import Dispatch, Scene
+from runtime.calls.finite import Again, all_finite
 from runtime.device.policy import why_not
 from runtime.device.runner import DeviceRunner, make_runner, why_not_here
 from runtime.device.state import DeviceState
@@ -86,6 +89,7 @@ class Session(GrowingProgram):
         self._no_runner: str | None = None
         self._note: str | None = None
         self._said_changed = False
+        self._told: WeakSet[Request] = WeakSet()  # of which it was said that their numbers are not finite
 
     def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
         """The model's output for the arguments `given`."""
@@ -223,6 +227,11 @@ class Session(GrowingProgram):
 
         try:
             dispatch, result, outputs = dispatched()
+        except NotFiniteError as error:  # of a router, which reads what a block before it gave
+            origin = self._again(call, scene).at_full_width()
+            if not origin:
+                raise
+            raise NotFiniteError(f"{error}. NaN or infinity arises{origin}") from error
         except InnerShapeError:  # the model's own Python calls a block with other arguments, known only now
             if grow is None or glue.file is not None:
                 raise
@@ -230,11 +239,17 @@ class Session(GrowingProgram):
             branch.clear()
             request.trace.shorten(already)
             dispatch, result, outputs = dispatched()
+        if request not in self._told and not all_finite(outputs):
+            self._again(call, scene).explain(policy)
+            self._told.add(request)
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
         self._count(glue, work(dispatch.answered, self.costs[glue.id]), dispatch.rows)
         return result
+
+    def _again(self, call: Call, scene: Scene) -> Again:
+        return Again(self.blocks, call.glue, scene, call.sighting, lambda: self._answered(call)[1])
 
     def _answered(self, call: Call) -> tuple[object, Sequence[Any]]:
         """What the model gives, and the tensors in it."""
