@@ -40,6 +40,7 @@ test-slow: $(STAMP) data
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture.bundles
 	$(BIN)/python -m tests.torture.operators
+	$(BIN)/python -m tests.torture.models
 	$(BIN)/python -m tests.torture.kills
 	$(BIN)/python -m tests.torture.long_runs
 

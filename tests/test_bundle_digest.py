@@ -87,6 +87,13 @@ def test_engines_have_a_digest_of_their_own(saved: Path) -> None:
         edit_compile.load(saved, engine="torch", digest=built)
 
 
+def test_names_are_shown_as_they_are(saved: Path) -> None:
+    forged.put_manifest(saved, lambda manifest: manifest["plans"][0].update(kind="[/x]"))
+    forged.put_manifest(saved, lambda manifest: manifest.update(model="[red]"))
+    text = run("inspect", saved)
+    assert "[/x]" in text and "[red]" in text
+
+
 def test_a_failure_inside_a_graph_names_its_file(saved: Path) -> None:
     from tests.torture.mutations import with_graph
 

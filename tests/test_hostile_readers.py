@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
+import edit_compile
 from runtime.base.errors import BundleError
 from runtime.bundle import archive as pt2
 from runtime.bundle import files as bundle
@@ -22,6 +23,7 @@ from runtime.bundle.graph_reader import read_graph
 from runtime.bundle.onnx_reader import read_onnx
 from runtime.bundle.operators import ARITHMETIC, find, refusal
 from tests import forged, programs
+from tests.models import tiny_plain
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
@@ -132,6 +134,25 @@ def test_what_would_not_load_is_not_written() -> None:
     exported = torch.export.export(Seeds(), (torch.ones(2, 2),), dynamic_shapes=({0: Dim.AUTO},)).run_decompositions({})
     with pytest.raises(BundleError, match=r"randn_like.*random"):
         pt2.dump(exported)
+
+
+class Peeks(torch.nn.Module):
+    """A block that reads memory by strides."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        after = self.block(x, *rest)
+        return after + torch.as_strided(after, after.shape, after.stride()) * 0
+
+
+def test_a_block_whose_graph_would_be_refused_is_left_alone_with_the_reason() -> None:
+    model, inputs = tiny_plain()
+    model.layers[1] = Peeks(model.layers[1])
+    found = edit_compile.compile(model.eval(), inputs=inputs, dry_run=True)
+    assert "as_strided.default may read memory that is not its input's, which no bundle may hold" in str(found)
 
 
 def test_memory_that_was_not_written_reads_as_zeros() -> None:

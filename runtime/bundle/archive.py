@@ -25,7 +25,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from runtime.base.errors import BundleError
 from runtime.bundle import limits
 from runtime.bundle.graph_reader import Graph, read_graph
-from runtime.bundle.operators import refusal
+from runtime.bundle.operators import refused_in
 
 _GRAPH = "models/model.json"
 _MEMBERS = re.compile(
@@ -50,10 +50,10 @@ def dump(exported: torch.export.ExportedProgram) -> bytes:
         raise ValueError(f"an archive holds no tensors; make these inputs of the graph: {lifted}")
     if any(spec.kind != OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise ValueError("the graph writes into its inputs")
+    refused = refused_in(exported.graph)
+    if refused is not None:
+        raise BundleError(f"{refused}: no bundle may hold it; take it out of the model's code")
     for node in exported.graph.nodes:
-        why = refusal(node.target, node.args, node.kwargs) if node.op == "call_function" else None
-        if why is not None:
-            raise BundleError(f"{node.target} {why}: no bundle may hold it; take it out of the model's code")
         for key in _UNTOLD:
             node.meta.pop(key, None)
     exported._example_inputs = None

@@ -29,6 +29,7 @@ def check(program: Program) -> None:
     plans = {plan.id: plan for plan in manifest.plans}
     _check_names("plan", [plan.id for plan in manifest.plans])
     _check_names("glue", [glue.id for glue in manifest.glues])
+    _check_texts(manifest)
     _need(bool(manifest.glues), "it has no glue, so that there is nothing to call")
     _need(bool(manifest.timestep), "no argument tells the timestep")
     _check_policy(manifest.policy)
@@ -167,6 +168,18 @@ def _check_router_of(index: int, plan: Plan, config: RouterConfig, routers: Mapp
         _need(agree, f"{index}.{name} in routers.safetensors has the shape {tuple(has.shape)}, not {shape}")
         _need(has.is_floating_point(), f"{index}.{name} in routers.safetensors is of {has.dtype}")
     _need(len({routers[f"{index}.{name}"].dtype for name in sizes}) == 1, f"router {index} is of several dtypes")
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """Whether what a terminal is shown can be shown: no names that move its cursor."""
+    texts = [manifest.model, manifest.timestep, *manifest.arguments, *manifest.tiers, *manifest.files]
+    texts += [text for pair in manifest.versions.items() for text in pair]
+    texts += [block.name for block in manifest.blocks]
+    texts += [text for plan in manifest.plans for text in (plan.kind, *(given.name for given in plan.inputs))]
+    texts += [given.name for glue in manifest.glues for given in glue.inputs]
+    texts += [tier.machine or "" for tier in manifest.tiers.values()]
+    for text in texts:
+        _need(text.isprintable(), f"{text[:60]!r} is no name that can be shown")
 
 
 def _check_policy(policy: Policy) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from runtime.base import guard as _guard  # noqa: F401  registers the operator that glue graphs call
 from runtime.bundle import limits
@@ -82,6 +83,15 @@ def refusal(called: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mappin
     if learns and not off and not called._opname.endswith("_no_training"):
         return "may write into its running statistics"
     return _too_large(called, given)
+
+
+def refused_in(graph: fx.Graph) -> str | None:
+    """The first call in a graph that no bundle may hold, and why; None where there is none."""
+    for node in graph.nodes:
+        why = refusal(node.target, node.args, node.kwargs) if node.op == "call_function" else None
+        if why is not None:
+            return f"{node.target} {why}"
+    return None
 
 
 def _no_function(called: torch._ops.OpOverload) -> str | None:

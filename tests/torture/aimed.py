@@ -271,6 +271,8 @@ ATTACKS: dict[str, Attack] = {
     "rows of another width": manifest(lambda made: made["plans"][1]["variants"][0].update(rows=[8, 8])),
     "rows that no weight has": manifest(lambda made: made["plans"][1]["variants"][3].update(rows=[1 << 40, 1 << 40])),
     "nothing to call": manifest(lambda made: made["glues"].clear()),
+    "a name that moves the cursor": manifest(lambda made: made["plans"][0].update(kind="\x1b[2J")),
+    "a tier on a strange machine": manifest(lambda made: made["tiers"]["fast"].update(machine="\x1b]0;x\x07")),
     "an id that leaves": manifest(lambda made: made["plans"][0].update(id="../../x")),
     "two plans of one name": manifest(lambda made: made["plans"].append(made["plans"][0])),
     "a policy without sense": manifest(lambda made: made["policy"].update(threshold=7)),

@@ -119,7 +119,7 @@ def tried(targets: list[str]) -> dict[str, str]:
             os.close(reader)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             for target in targets[len(found) :]:
-                signal.alarm(10)
+                signal.setitimer(signal.ITIMER_PROF, 10)  # of work, however long this process is stopped
                 more = does_more(target)
                 os.write(writer, f"{'pure' if more is None else more or 'not run'}\n".encode())
             os._exit(0)
