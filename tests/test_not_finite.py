@@ -49,6 +49,25 @@ def test_it_is_said_once_in_a_generation_and_again_in_the_next() -> None:
         assert [str(one.message)[:6] for one in said] == ["step 0"]
 
 
+def test_a_generation_that_follows_in_the_same_thread_is_looked_at_anew() -> None:
+    compiled = CompiledTransformer(damaged("blocks.1.down"), "torch", FULL)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in (0, 1):
+            for step in (1.0, 0.5):
+                compiled(**programs.inputs(2, seed=seed, timestep=step))
+            compiled.reset()
+    assert sum("NaN or infinity" in str(one.message) for one in said) == 2
+
+
+def test_a_batch_of_no_rows_is_refused_and_changes_nothing() -> None:
+    compiled = CompiledTransformer(programs.make(("double", "single")), "torch", FULL)
+    compiled(**programs.inputs(2, timestep=1.0))
+    with pytest.raises(edit_compile.InputError, match=r"hidden_states, .* holds no rows: a batch has at least one"):
+        compiled(**programs.inputs(0))
+    assert len(compiled.trace[-1]) == 4
+
+
 def test_weights_beside_the_blocks_are_told_apart() -> None:
     compiled = CompiledTransformer(damaged("glue.out"), "torch", FULL)
     with pytest.warns(RuntimeWarning, match="which comes from outside of its blocks"):

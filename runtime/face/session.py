@@ -42,7 +42,7 @@ from runtime.requests.registry import Requests
 from runtime.requests.request import Request
 from runtime.requests.scope import current_context
 from runtime.requests.sighting import Sighting
-from runtime.requests.trace import Counters, Trace, work
+from runtime.requests.trace import Counters, RequestTrace, Trace, work
 from runtime.routing.policy import Decider
 
 log = logging.getLogger(__name__)
@@ -89,13 +89,16 @@ class Session(GrowingProgram):
         self._no_runner: str | None = None
         self._note: str | None = None
         self._said_changed = False
-        self._told: WeakSet[Request] = WeakSet()  # of which it was said that their numbers are not finite
+        self._told: WeakSet[RequestTrace] = WeakSet()  # generations of which it was said that they are not finite
 
     def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
         """The model's output for the arguments `given`."""
         flat, constants = arguments.flatten(given)
         glue, tensors = self.find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
+        empty = [name for name, count in arguments.rows(glue, tensors).items() if not count]
+        if empty:
+            raise InputError(f"{', '.join(empty)} holds no rows: a batch has at least one")
         return self._run(self._call(glue, given, tensors, constants), policy)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -239,9 +242,9 @@ class Session(GrowingProgram):
             branch.clear()
             request.trace.shorten(already)
             dispatch, result, outputs = dispatched()
-        if request not in self._told and not all_finite(outputs):
+        if scene.trace not in self._told and not all_finite(outputs):
             self._again(call, scene).explain(policy)
-            self._told.add(request)
+            self._told.add(scene.trace)
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
@@ -328,7 +331,7 @@ def _explained(call: Call, error: Exception) -> EditError | None:
     if not isinstance(error, (ValueError, IndexError, RuntimeError)):
         return None
     rows = arguments.rows(call.glue, call.tensors)
-    if len(set(rows.values())) > 1 or 0 in rows.values():
+    if len(set(rows.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in rows.items())
         return InputError(f"the inputs hold different numbers of rows ({told}): {error}")
     if call.glue.sized_by:
