@@ -44,9 +44,8 @@ _ALONE = ("none", "complex", "scalar_type", "memory_format", "device", "layout")
 """Kinds of which there are no lists."""
 _SCALARS: dict[str, type] = {"int": int, "bool": bool, "string": str}
 _SHOWN = 200
-_FLOAT_BITS = 1024
-_MEASURED = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-"""Give numbers that tensors hold, of any type."""
+_BITS = 64
+"""Of a size, or a number that a tensor holds; one that was a float has 16 times as many at most."""
 
 
 @dataclass(frozen=True)
@@ -203,20 +202,18 @@ class _Reader:
         return node
 
     def _bits_of(self, name: str, args: Sequence[Any]) -> int:
-        """Bits of the largest integer that arithmetic may give; a float has up to 1024 before its point."""
+        """Bits of the largest integer that arithmetic may give."""
         bits = [self._widest(value) for value in args]
         by = args[1] if len(args) > 1 else None
         if name in ("pow", "lshift"):
             if type(by) is float and name == "pow":
-                return _FLOAT_BITS
+                return _BITS
             if type(by) is not int or not -limits.EXPONENT <= by <= limits.EXPONENT:
                 raise BundleError(f"{self._name} has the power or shift {by!r} of a size: refused")
             return bits[0] * max(abs(by), 1) if name == "pow" else bits[0] + abs(by)
         if name == "truediv":
-            return _FLOAT_BITS
+            return _BITS
         return sum(bits) if name == "mul" else max(bits, default=0) + 1
 
     def _widest(self, value: Any) -> int:
-        if isinstance(value, fx.Node):
-            return self._bits.get(value, _FLOAT_BITS if value.target in _MEASURED else 64)
-        return value.bit_length() if type(value) is int else _FLOAT_BITS
+        return value.bit_length() if type(value) is int else self._bits.get(value, _BITS)

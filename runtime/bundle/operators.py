@@ -115,7 +115,8 @@ def _given(called: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[s
     """The arguments of a call by name, those left out with their defaults."""
     arguments = called._schema.arguments
     defaults = {value.name: value.default_value for value in arguments if value.has_default_value()}
-    return {**defaults, **dict(zip((value.name for value in arguments), args, strict=False)), **kwargs}
+    own = {value.name: kwargs[value.name] for value in arguments if value.name in kwargs}
+    return {**defaults, **dict(zip((value.name for value in arguments), args, strict=False)), **own}
 
 
 def _too_large(called: torch._ops.OpOverload, given: Mapping[str, Any]) -> str | None:
