@@ -37,7 +37,7 @@ from runtime.bundle.tiers import explain_tiers
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 ROUTERS = "routers.safetensors"
-_READ_AGAIN = 5
+_READ_AGAIN = 20
 _LONGEST = 255
 """Bytes of a name in the usual file systems."""
 
