@@ -9,7 +9,7 @@ TENSORRT := $(shell grep '^tensorrt_' constraints.txt)
 CUDA := $(shell grep -E '^(cuda-|nvidia-cuda-)' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint format bench models readme data train clean
+.PHONY: demo test test-slow torture torture-quick lint format bench models readme data train clean
 .DEFAULT_GOAL := test
 
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
@@ -35,6 +35,17 @@ test: $(STAMP)
 
 test-slow: $(STAMP) data
 	$(BIN)/python -m pytest -m slow
+
+# Campaigns against bundles, writers and long runs, with what came of them: docs/reliability.md. The quick ones are in `test`.
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture.bundles
+	$(BIN)/python -m tests.torture.operators
+	$(BIN)/python -m tests.torture.models
+	$(BIN)/python -m tests.torture.kills
+	$(BIN)/python -m tests.torture.long_runs
+
+torture-quick: $(STAMP)
+	$(BIN)/python -m pytest -n 0 tests/test_torture.py
 
 lint: $(STAMP)
 	@status=0; for check in "ruff format --check" "ruff check" mypy lint-imports; do \

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from runtime.base.errors import InputError as InputError
     from runtime.base.errors import PolicyError as PolicyError
     from runtime.base.errors import ShapeError as ShapeError
+    from runtime.bundle.files import bundle_digest as bundle_digest
     from runtime.bundle.spec import RouterConfig as RouterConfig
     from runtime.bundle.tiers import Tier as Tier
     from runtime.face.load import load as load
@@ -83,6 +84,7 @@ _HOMES = {
     "edit_compile.tuning.tuned": ("Tuned",),
     "passes.observe.statement": ("BlockStatement", "StatementError"),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
+    "runtime.bundle.files": ("bundle_digest",),
     "runtime.face.load": ("load",),
     "runtime.routing.policy": ("RoutingPolicy",),
     "runtime.routing.reuse": ("ReusePolicy",),

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.bundle.folder import mode_of_new_files, sweep, temporary_beside
+from runtime.bundle.folder import file_beside, mode_of_new_files, sweep, temporary_beside
 
 
 def write_file_atomically(path: Path, text: str) -> None:
@@ -20,8 +20,7 @@ def write_file_atomically(path: Path, text: str) -> None:
 
 def save_tensors_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` as safetensors to a temporary neighbour of `path` and rename it."""
-    sweep(path)
-    temporary = temporary_beside(path)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    temporary.chmod(mode_of_new_files(path.parent))
-    temporary.replace(path)
+    with file_beside(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode_of_new_files(temporary.parent))
+        temporary.replace(path)

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from runtime.bundle.folder import mode_of_new_files, separate
+from edit_compile.files import save_tensors_atomically
+from runtime.bundle.folder import separate
 from runtime.face.arguments import flatten, unflatten
 
 T = TypeVar("T")
@@ -94,8 +94,7 @@ def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
         leaves |= {name: value} if not nested else {k: v for part in flatten({name: value}) for k, v in part.items()}
     tensors = separate({name: value for name, value in leaves.items() if isinstance(value, Tensor)})
     constants = {name: json.dumps(value) for name, value in leaves.items() if not isinstance(value, Tensor)}
-    save_file(tensors, path, constants)
-    path.chmod(mode_of_new_files(path.parent))
+    save_tensors_atomically(path, tensors, constants)
 
 
 def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:

@@ -22,6 +22,7 @@ from passes.observe.settled import Settled, settled_in_every_run
 from passes.observe.statement import stated_continues
 from passes.program.compilation import Changed, Compilation, Group, Refused
 from passes.program.memory import computes
+from runtime.bundle.operators import refused_in
 
 
 class GroupPass:
@@ -133,6 +134,9 @@ def _export(compilation: Compilation, settled: Callable[[], Mapping[str, Settled
         graph, report = export_block(group.first, group.states, compilation.discovery.runs, free, known)
     except ExportError as error:
         raise group.refused(str(error)) from error
+    refused = refused_in(graph.module.graph)
+    if refused is not None:
+        raise group.refused(f"{refused}, which no bundle may hold")
     strangers = tuple(site for site in group.blocks[1:] if not _computes(graph, site))
     own = tuple(site for site in group.blocks if not any(site is one for one in strangers))
     made = replace(group, blocks=own, exported=graph)

@@ -45,8 +45,14 @@ def program(precision: str = "float16", kinds: tuple[str, ...] = ("double", "sin
         manifest=replace(
             made.manifest, dtype=precision, plans=tuple(_typed(plan, precision) for plan in made.manifest.plans)
         ),
-        weights={name: weight.to(dtype) for name, weight in made.weights.items()},
-        files={**made.files, **{name: data for name, data in plan_files(precision).items() if name in made.files}},
+        weights={
+            name: weight if name.startswith("glue.") else weight.to(dtype) for name, weight in made.weights.items()
+        },
+        files={
+            name: plan_files(precision).get(name, data)
+            for name, data in made.files.items()
+            if precision == "float32" or not name.startswith("plans/") or name.endswith(".onnx")
+        },
     )
 
 

@@ -13,7 +13,7 @@ from runtime.base.errors import BundleError
 from runtime.bundle import files as bundle
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
-from tests import programs
+from tests import forged, programs
 
 
 @pytest.fixture
@@ -24,9 +24,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.update(changes)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    forged.put_manifest(folder, lambda manifest: manifest.update(changes))
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.base.errors import BundleError
+from runtime.bundle import digest, folder
 from runtime.bundle import files as bundle
-from runtime.bundle import folder
 from tests import programs
 
 PROGRAMS = [programs.make(("single",), seed=seed) for seed in (0, 1)]
@@ -84,7 +85,7 @@ def test_where_names_cannot_be_exchanged_it_is_replaced_in_two(tmp_path: Path, m
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BundleError, match="disk full"):
         bundle.save(PROGRAMS[0], target)
     assert which(target) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -116,18 +117,18 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, umask: int) -> None:
 def test_a_bundle_that_is_replaced_while_it_is_checked_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, digest, done = tmp_path / "bundle", bundle._sha256, list[Path]()
+    target, of_file, done = tmp_path / "bundle", digest.of_file, list[Path]()
     other = replace(PROGRAMS[1], manifest=replace(PROGRAMS[1].manifest, config={"other": 1}))
     bundle.save(PROGRAMS[0], target)
 
     def slow(path: Path) -> str:
-        found = digest(path)
+        found = of_file(path)
         if path == target / bundle.WEIGHTS and not done:
             done.append(path)
             bundle.save(other, target)
         return found
 
-    monkeypatch.setattr(bundle, "_sha256", slow)
+    monkeypatch.setattr(digest, "of_file", slow)
     loaded = bundle.load(target)
     assert done and dict(loaded.manifest.config) == {"other": 1}
     assert torch.equal(loaded.weights["glue.into"], other.weights["glue.into"])
@@ -152,7 +153,7 @@ def test_what_was_there_is_put_back_after_a_kill_between_two_renames(
     left.mkdir()
     target.rename(left / "old")
     monkeypatch.setattr(bundle, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BundleError, match="disk full"):
         bundle.save(PROGRAMS[1], target)
     assert which(target) == 0
 

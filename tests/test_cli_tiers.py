@@ -17,7 +17,7 @@ from edit_compile.loading import UserError
 from edit_compile.tuning.command import parse_named
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
-from tests import programs
+from tests import forged, programs
 from tests.test_cli import DENSE, run
 
 KINDS = ("double", "single", "double")
@@ -73,9 +73,7 @@ def test_inspect_does_not_say_that_tiers_skip_nothing(tmp_path: Path) -> None:
 
 
 def test_inspect_refuses_a_tier_that_makes_no_sense(bundle: Path) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["tiers"]["routed"]["policy"]["margin"] = 3
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    forged.put_manifest(bundle, lambda manifest: manifest["tiers"]["routed"]["policy"].update(margin=3))
     assert "tier 'routed': margin" in run("inspect", bundle, code=2).replace("\n", " ")
 
 

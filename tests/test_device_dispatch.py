@@ -267,7 +267,7 @@ def test_a_policy_that_cannot_decide_there_decides_on_the_host(recorder: Emulato
 
 
 def test_a_step_that_reads_on_the_host_is_not_recorded(recorder: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reading(graph, weights, inputs):
+    def reading(graph, name, weights, inputs):
         assert inputs[0].sum().item() < 1e9
         return list(graph(*weights, *inputs))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, Tier
 from runtime.base.errors import BundleError, EditError, PolicyError
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP
-from tests import programs
+from tests import forged, programs
 
 BLOCKS = 2
 counts = st.integers(0, 200)
@@ -88,9 +87,7 @@ def test_schedules_that_differ_are_not_equal() -> None:
 
 def test_a_bundle_from_before_there_were_tiers_has_none(tmp_path: Path) -> None:
     model().save(tmp_path / "old.edit")
-    manifest = json.loads((tmp_path / "old.edit/manifest.json").read_text())
-    del manifest["tiers"]
-    (tmp_path / "old.edit/manifest.json").write_text(json.dumps(manifest))
+    forged.put_manifest(tmp_path / "old.edit", lambda manifest: manifest.pop("tiers"))
     assert dict(edit_compile.load(tmp_path / "old.edit", engine="torch").tiers) == {}
 
 
@@ -139,9 +136,7 @@ def test_a_damaged_tier_is_named_with_its_file_and_field(tmp_path: Path, tier: A
     written = model()
     written.add_tier("fine", RoutingPolicy())
     written.save(path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["tiers"]["odd one"] = tier
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    forged.put_manifest(path, lambda manifest: manifest["tiers"].update({"odd one": tier}))
     with pytest.raises(BundleError, match=f"manifest.json.*tier 'odd one'.*{told}"):
         edit_compile.load(path, engine="torch")
 
@@ -149,9 +144,8 @@ def test_a_damaged_tier_is_named_with_its_file_and_field(tmp_path: Path, tier: A
 def test_a_field_that_no_tier_has_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.edit"
     model().save(path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["tiers"]["odd one"] = {"policy": {**ROUTING, "mood": 1}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    odd = {"policy": {**ROUTING, "mood": 1}}
+    forged.put_manifest(path, lambda manifest: manifest["tiers"].update({"odd one": odd}))
     with pytest.raises(BundleError, match=r"unknown field tiers\.odd one\.policy\.mood"):
         edit_compile.load(path, engine="torch")
 

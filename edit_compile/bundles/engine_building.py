@@ -115,7 +115,7 @@ def _told(job: Job, record: cache.Record, kept: bool) -> BuiltEngine:
 @contextmanager
 def _progress(total: int) -> Iterator[tuple[Callable[[str], AbstractContextManager[None]], Report]]:
     """What is entered around each build, and what reports of its phases."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, transient=True) as progress:
         whole = progress.add_task("building", total=total)
         phase = progress.add_task("", total=None)

@@ -7,20 +7,22 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from edit_compile.bundles.tier_table import tier_table
+from runtime.bundle.files import bundle_digest
 from runtime.bundle.spec import Glue, Manifest, Plan
 from runtime.routing.stored import tiers_of
 
 
 def describe(manifest: Manifest, folder: Path) -> RenderableType:
-    """Tables for the terminal: the bundle, its tiers where it has any, its plans, and its shape buckets.
+    """Tables for the terminal: the bundle and its digest, its tiers where it has any, its plans, and its shape buckets.
 
     BundleError for a tier that makes no sense.
     """
     tiers = tiers_of(manifest, folder)
     shown = [tier_table(tiers)] if tiers else []
-    return Group(_overview(manifest, folder), *shown, _plans(manifest, folder), _glues(manifest))
+    return Group(_overview(manifest, folder), _digests(folder), *shown, _plans(manifest, folder), _glues(manifest))
 
 
 def kind_of(manifest: Manifest) -> str:
@@ -49,8 +51,16 @@ def _overview(manifest: Manifest, folder: Path) -> Table:
         "schema": str(manifest.schema),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
+
+
+def _digests(folder: Path) -> Text:
+    """A line each: in a cell of a table they would be broken."""
+    lines = [f"digest {bundle_digest(folder)}"]
+    if any((folder / "engines").rglob("*.engine")):
+        lines += ["digest with engines", bundle_digest(folder, engines=True)]
+    return Text("\n".join(lines))
 
 
 def _plans(manifest: Manifest, folder: Path) -> Table:

@@ -19,7 +19,7 @@ from torch import Tensor
 from edit_compile.calls.draft import Draft
 from edit_compile.calls.generations import FORMAT, METADATA, CallsError, Contents, file_name, files_of, read_contents
 from edit_compile.files import write_file_atomically
-from runtime.bundle.folder import mode_of_new_files, temporary_beside
+from runtime.bundle.folder import file_beside, mode_of_new_files
 
 STATE = "recording.json"
 
@@ -80,14 +80,10 @@ class Shards:
     @contextmanager
     def _written(self, number: int, tensors: Mapping[str, Tensor], contents: Contents) -> Iterator[Path]:
         """The generation in a file under a temporary name, which is gone afterwards."""
-        temporary = temporary_beside(self.folder / file_name(number))
-        with _said_of(self.folder):
-            try:
-                save_file(dict(tensors), temporary, {METADATA: msgspec.json.encode(contents).decode()})
-                temporary.chmod(mode_of_new_files(self.folder))
-                yield temporary
-            finally:
-                temporary.unlink(missing_ok=True)
+        with _said_of(self.folder), file_beside(self.folder / file_name(number)) as temporary:
+            save_file(dict(tensors), temporary, {METADATA: msgspec.json.encode(contents).decode()})
+            temporary.chmod(mode_of_new_files(temporary.parent))
+            yield temporary
 
     def _make_room(self, number: int, size: int) -> None:
         """Double the stride until the files, with one of `size` bytes for generation `number`, are within the limit."""

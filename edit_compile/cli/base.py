@@ -18,8 +18,8 @@ except ModuleNotFoundError as missing:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Elastic diffusion transformers, compiled.", rich_markup_mode=None
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
 
 OURS = ("edit_compile", "passes", "runtime")
 
@@ -50,7 +50,7 @@ Schedule = Annotated[
 
 def fail(message: str) -> NoReturn:
     """Say what the user can put right in one line, and end with status 2."""
-    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

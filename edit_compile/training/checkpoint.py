@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edit_compile.files import save_tensors_atomically
+from runtime.bundle.folder import separate, sweep, temporary_beside, written_whole
 
 _NAME = re.compile(r"^step-(\d{8})$")
 
@@ -41,18 +40,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path
     """Write `folder/step-XXXXXXXX` and delete all but the `keep` newest; returns the new path."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for part in ("model", "ema", "optimizer"):
-        save_tensors_atomically(temporary / f"{part}.safetensors", getattr(checkpoint, part))
     state = {"schema": 1, "step": checkpoint.step, "config": checkpoint.config}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
+    with written_whole(final) as place:
+        for part in ("model", "ema", "optimizer"):
+            save_file(separate(getattr(checkpoint, part)), place / f"{part}.safetensors")
+        (place / "state.json").write_text(json.dumps(state, indent=1))
+    for name in {left.name.split(".")[1] for left in folder.glob(".step-*")}:
+        sweep(folder / name)  # what runs that were killed at other steps have left
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        aside = temporary_beside(old)
+        old.rename(aside)  # a checkpoint that is half gone is none
+        shutil.rmtree(aside, ignore_errors=True)
     return final
 
 

@@ -33,6 +33,7 @@ from passes.graphs.graph import Report, Run
 from passes.graphs.shapes import fits_any
 from runtime.base.errors import EditError
 from runtime.base.guard import ANY, guard
+from runtime.bundle.operators import refused_in
 from runtime.face.arguments import all_exactly, flatten
 
 
@@ -89,6 +90,9 @@ def _export_glue(
     except Exception as error:
         raise GuardError(f"the glue of {type(guarded).__name__} does not export: {why(error)}") from error
     module, weights = _functional(program, name)
+    refused = refused_in(module.graph)
+    if refused is not None:
+        raise GuardError(f"in the glue of {type(guarded).__name__} {refused}, which no bundle may hold")
     batch_dims = _kept_free(module, names, free, len(weights))
     done = f"{_count_guards(module)} guards in {len(module.graph.nodes)} nodes"
     done += f", batch free in {len(batch_dims)} inputs" if batch_dims else f", batch fixed at {run.batch}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class EditError(Exception):
@@ -37,8 +38,31 @@ class BusyError(EditError):
     """The same request is running in another thread."""
 
 
+class NotFiniteError(EditError):
+    """A step gives NaN or infinity where the model at full width does not, or nothing can be decided for that."""
+
+
 class RecordError(EditError):
     """Steps cannot be recorded, to be replayed on the device, of this program here; the message says why."""
+
+
+@contextmanager
+def inside(what: str) -> Iterator[None]:
+    """Around work of the graph `what`, whose name is noted on an exception that comes out (see `where`)."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{_IN}{what}")
+        raise
+
+
+def where(error: BaseException) -> str:
+    """The innermost graph that `error` came out of, as `inside` noted it; "" where it was none."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_IN)]
+    return notes[0].removeprefix(_IN) if notes else ""
+
+
+_IN = "in the graph "
 
 
 def refuse_infinite(names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import json
 import re
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,9 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from runtime.base.errors import BundleError
-from runtime.bundle.graph_reader import read_graph
+from runtime.bundle import limits
+from runtime.bundle.graph_reader import Graph, read_graph
+from runtime.bundle.operators import refused_in
 
 _GRAPH = "models/model.json"
 _MEMBERS = re.compile(
@@ -38,7 +41,8 @@ def dump(exported: torch.export.ExportedProgram) -> bytes:
     """`exported`, whose placeholders must all be user inputs, as an archive without sample inputs.
 
     ValueError when it holds parameters, buffers or constants (make them inputs), or writes into
-    one of its inputs. Where nodes come from (source lines, modules) is dropped from `exported`.
+    one of its inputs; BundleError, naming the operator, for one that `load` would refuse. Where nodes
+    come from (source lines, modules) is dropped from `exported`.
     """
     signature = exported.graph_signature
     lifted = [spec.arg.name for spec in signature.input_specs if spec.kind != InputKind.USER_INPUT]
@@ -46,6 +50,9 @@ def dump(exported: torch.export.ExportedProgram) -> bytes:
         raise ValueError(f"an archive holds no tensors; make these inputs of the graph: {lifted}")
     if any(spec.kind != OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise ValueError("the graph writes into its inputs")
+    refused = refused_in(exported.graph)
+    if refused is not None:
+        raise BundleError(f"{refused}: no bundle may hold it; take it out of the model's code")
     for node in exported.graph.nodes:
         for key in _UNTOLD:
             node.meta.pop(key, None)
@@ -82,24 +89,35 @@ def load(data: bytes, name: str = "the archive", device: torch.device | None = N
     Tensors that the graph makes itself are made on `device` where given. BundleError, naming the
     archive `name`, if it is damaged or holds anything but a graph of tensor operators.
     """
+    return read(data, name, device).module
+
+
+def read(data: bytes, name: str = "the archive", device: torch.device | None = None) -> Graph:
+    """As `load`, with what the archive says of the graph's inputs and outputs."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            graph = _check_members(archive, name)
-            parsed = json.loads(archive.read(graph))
-    except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, EOFError, RecursionError) as error:
+            parsed = json.loads(archive.read(_check_members(archive, name, len(data))))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError, zlib.error, OSError) as error:
         raise BundleError(f"{name} is damaged ({error}): copy or compile the bundle again") from error
     return read_graph(parsed, name, device)
 
 
-def _check_members(archive: zipfile.ZipFile, name: str) -> str:
-    """Full name of the graph's member; BundleError for a member that is not part of a plain graph."""
-    found = None
+def _check_members(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
+    """The graph's member; BundleError for one that is not part of a plain graph, or larger than it can be.
+
+    torch.export compresses nothing: a member that is compressed, or larger than the archive, is none of its.
+    """
+    found = []
     for info in archive.infolist():
         inner = info.filename.partition("/")[2]
         if inner == _GRAPH:
-            found = info.filename
+            found.append(info)
         elif not _MEMBERS.fullmatch(inner) and not (inner == _EMPTY and info.file_size == 0):
             raise BundleError(f"{name} holds {info.filename!r}, which is not part of a graph: refused")
-    if found is None:
-        raise BundleError(f"{name} holds no graph: copy or compile the bundle again")
-    return found
+        if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size <= size:
+            raise BundleError(f"{name} holds {info.filename!r} compressed, or of a false size: refused")
+    if len(found) != 1:
+        raise BundleError(f"{name} holds {len(found)} graphs, not one: copy or compile the bundle again")
+    if found[0].file_size > limits.JSON_BYTES:
+        raise BundleError(f"{name} holds a graph of more than {limits.JSON_BYTES} bytes: refused")
+    return found[0]

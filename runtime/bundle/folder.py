@@ -48,6 +48,21 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f"{_prefix(target)}{os.getpid()}.{threading.get_ident()}.tmp")
 
 
+@contextmanager
+def file_beside(target: Path) -> Iterator[Path]:
+    """A file's name to write under and rename to `target`, in a folder of its own that goes after the ``with`` block.
+
+    What is written under other names on the way, as safetensors does, is in that folder, too, so that `sweep` finds it.
+    """
+    sweep(target)
+    folder = temporary_beside(target)
+    folder.mkdir()
+    try:
+        yield folder / "new"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep(target: Path) -> None:
     """Remove what processes of this machine that are no more left beside `target` while they wrote it."""
     for left in _left(target):

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from runtime.base import guard as _guard  # noqa: F401  registers the operator that glue graphs call
 from runtime.base.errors import BundleError
+from runtime.bundle import limits
+from runtime.bundle.operators import ARITHMETIC, WRITTEN, find, refusal
 
 MAJOR = 8
 """Major version of torch.export's schema that is understood."""
 
-_NAMESPACES = ("aten", "prims", "edit_compile")
-_REFUSED = ("from_file", "set_", "set_data", "resize_", "_resize_output_", "record_stream")
-_OPERATORS = "eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv and_ or_ lshift rshift"
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    **{f"_operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
-    **{f"math.{name}": getattr(math, name) for name in ("trunc", "ceil", "floor", "sqrt")},
-}
-_SYMBOLIC = ("sym_not", "sym_int", "sym_float", "sym_ite", "sym_max", "sym_min", "sym_sqrt")
 _DTYPES = {
     1: torch.uint8,
     2: torch.int8,
@@ -50,17 +43,49 @@ _KEYWORD = 2
 _ALONE = ("none", "complex", "scalar_type", "memory_format", "device", "layout")
 """Kinds of which there are no lists."""
 _SCALARS: dict[str, type] = {"int": int, "bool": bool, "string": str}
+_SHOWN = 200
+_BITS = 64
+"""Of a size, or a number that a tensor holds; one that was a float has 16 times as many at most."""
 
 
-def read_graph(program: Mapping[str, Any], name: str, device: torch.device | None) -> fx.GraphModule:
-    """The graph module of a parsed ``model.json``; see `runtime.bundle.archive.load`."""
+@dataclass(frozen=True)
+class Given:
+    """What a file says of a tensor: its dtype, and its sizes, None where they may differ between calls."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph as a function, and what its file says of its inputs and outputs."""
+
+    module: fx.GraphModule
+    inputs: tuple[Given, ...]
+    outputs: tuple[Given, ...]
+
+
+def read_graph(program: Mapping[str, Any], name: str, device: torch.device | None) -> Graph:
+    """The graph of a parsed ``model.json``; see `runtime.bundle.archive.read`."""
     try:
         major = program["schema_version"]["major"]
         if major != MAJOR:
             raise BundleError(f"{name} has torch.export schema {major}, this edit_compile reads {MAJOR}: compile again")
         return _Reader(name, device).read(program["graph_module"]["graph"])
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise BundleError(f"{name} is not a graph ({error!r}): copy or compile the bundle again") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, SyntaxError) as error:
+        raise BundleError(f"{name} is not a graph ({_short(error)}): copy or compile the bundle again") from error
+
+
+def _given(graph: Mapping[str, Any], argument: Mapping[str, Any]) -> Given:
+    told = graph["tensor_values"][argument["as_tensor"]["name"]]
+    sizes = (size.get("as_int") for size in told["sizes"])
+    return Given(str(_DTYPES[told["dtype"]])[6:], tuple(size if type(size) is int else None for size in sizes))
+
+
+def _short(value: object) -> str:
+    """`value` as it is shown in a message."""
+    told = repr(value)
+    return told if len(told) <= _SHOWN else f"{told[:_SHOWN]}…"
 
 
 class _Reader:
@@ -69,6 +94,7 @@ class _Reader:
         self._device = device
         self._graph = fx.Graph()
         self._nodes: dict[str, fx.Node] = {}
+        self._bits: dict[fx.Node, int] = {}
         scalars = {kind: functools.partial(self._scalar, kind) for kind in ("float", *_SCALARS)}
         self._kinds: dict[str, Callable[[Any], Any]] = {
             **scalars,
@@ -83,7 +109,9 @@ class _Reader:
             "layout": self._strided,
         }
 
-    def read(self, graph: Mapping[str, Any]) -> fx.GraphModule:
+    def read(self, graph: Mapping[str, Any]) -> Graph:
+        if len(graph["nodes"]) > limits.NODES:
+            raise BundleError(f"{self._name} has {len(graph['nodes'])} nodes, more than {limits.NODES}: refused")
         for index, given in enumerate(graph["inputs"]):
             # names of the file's own would end up in the source that fx generates
             self._nodes[given["as_tensor"]["name"]] = self._graph.placeholder(f"input_{index}")
@@ -91,7 +119,8 @@ class _Reader:
             self._read_node(node)
         self._graph.output(tuple(self._argument(output) for output in graph["outputs"]))
         self._graph.lint()
-        return fx.GraphModule(nn.Module(), self._graph)
+        sides = ([_given(graph, one) for one in graph[side]] for side in ("inputs", "outputs"))
+        return Graph(fx.GraphModule(nn.Module(), self._graph), *map(tuple, sides))
 
     def _read_node(self, node: Mapping[str, Any]) -> None:
         args, kwargs = [], {}
@@ -101,7 +130,7 @@ class _Reader:
                 kwargs[self._keyword(given["name"])] = value
             else:
                 args.append(value)
-        made = self._graph.call_function(self._operator(node["target"]), tuple(args), kwargs)
+        made = self._call(node["target"], args, kwargs)
         outputs = node["outputs"]
         if len(outputs) == 1 and "as_tensors" not in outputs[0]:
             self._name_output(outputs[0], made)
@@ -141,7 +170,9 @@ class _Reader:
         if kind == "float":
             return float(value)  # type: ignore[arg-type]
         if type(value) is not _SCALARS[kind]:
-            raise BundleError(f"{self._name} gives {value!r} as {kind}: refused")
+            raise BundleError(f"{self._name} gives {_short(value)} as {kind}: refused")
+        if type(value) is int and not -limits.INTEGER <= value + 1 <= limits.INTEGER + 1:
+            raise BundleError(f"{self._name} has an integer of more than 64 bits: refused")
         return value
 
     def _keyword(self, name: str) -> str:
@@ -149,18 +180,40 @@ class _Reader:
             raise BundleError(f"{self._name} names an argument {name!r}: refused")
         return name
 
-    def _operator(self, target: str) -> Callable[..., Any]:
-        if target in _ARITHMETIC:
-            return _ARITHMETIC[target]
-        parts: Sequence[str] = target.split(".")
-        if parts[0] == "torch" and len(parts) == 2 and parts[1] in _SYMBOLIC:
-            symbolic: Callable[..., Any] = getattr(torch, parts[1])
-            return symbolic
-        if parts[:2] == ["torch", "ops"] and len(parts) == 5 and parts[2] in _NAMESPACES and parts[3] not in _REFUSED:
-            overload = getattr(getattr(getattr(torch.ops, parts[2]), parts[3], None), parts[4], None)
-            if isinstance(overload, torch._ops.OpOverload):
-                return overload
-            raise BundleError(
-                f"{self._name} calls {target}, which torch {torch.__version__} does not have: compile again"
-            )
-        raise BundleError(f"{self._name} calls {target}, which is not a tensor operator: refused")
+    def _call(self, target: str, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+        called = find(target)
+        if called is None:
+            lacks = f"which torch {torch.__version__} does not have: compile again"
+            known = target.startswith(("torch.ops.aten.", "torch.ops.prims.")) and target.count(".") == 4
+            told = lacks if known else "which is not a tensor operator: refused"
+            raise BundleError(f"{self._name} calls {target}, {told}")
+        why = refusal(called, args, kwargs)
+        if why is not None:
+            raise BundleError(f"{self._name} calls {target}, which {why}: refused")
+        if called in WRITTEN:
+            called = WRITTEN[called]
+            names = {value.name for value in called._schema.arguments}
+            kwargs = {name: value for name, value in kwargs.items() if name in names}
+        node = self._graph.call_function(called, tuple(args), kwargs)
+        if target in ARITHMETIC:
+            self._bits[node] = self._bits_of(target.rpartition(".")[2], args)
+            if self._bits[node] > limits.INTEGER_BITS:
+                raise BundleError(f"{self._name} computes integers of more than {limits.INTEGER_BITS} bits: refused")
+        return node
+
+    def _bits_of(self, name: str, args: Sequence[Any]) -> int:
+        """Bits of the largest integer that arithmetic may give."""
+        bits = [self._widest(value) for value in args]
+        by = args[1] if len(args) > 1 else None
+        if name in ("pow", "lshift"):
+            if type(by) is float and name == "pow":
+                return _BITS
+            if type(by) is not int or not -limits.EXPONENT <= by <= limits.EXPONENT:
+                raise BundleError(f"{self._name} has the power or shift {by!r} of a size: refused")
+            return bits[0] * max(abs(by), 1) if name == "pow" else bits[0] + abs(by)
+        if name == "truediv":
+            return _BITS
+        return sum(bits) if name == "mul" else max(bits, default=0) + 1
+
+    def _widest(self, value: Any) -> int:
+        return value.bit_length() if type(value) is int else self._bits.get(value, _BITS)

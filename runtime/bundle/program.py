@@ -18,7 +18,8 @@ class Program:
     `weights` maps keys of `Block.weights` and `Glue.weights` to tensors in the layout of
     `Variant.rows`. `routers` maps ``<block index>.<parameter>`` to tensors; empty when the model
     has none. `files` maps names inside the bundle to their bytes. `folder` is the bundle that it was read from, where
-    engines built for it are; None for a program that was compiled in this process.
+    engines built for it are, and `digest` its digest there (runtime.bundle.digest); None for a program that was
+    compiled in this process.
     """
 
     manifest: Manifest
@@ -26,3 +27,4 @@ class Program:
     routers: Mapping[str, Tensor]
     files: Mapping[str, bytes]
     folder: Path | None = None
+    digest: str | None = None

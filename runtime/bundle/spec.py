@@ -109,6 +109,11 @@ class Plan:
         )
 
 
+def plan_file(plan: Plan, variant: int, suffix: str) -> str:
+    """Name of a variant's file in the bundle, as in ``plans/<id>-w050.onnx``."""
+    return f"plans/{plan.id}-w{round(100 * plan.variants[variant].width):03d}.{suffix}"
+
+
 @dataclass(frozen=True)
 class Form:
     """One way in which a block is called: its plan, and the key in weights.safetensors of each plan weight."""

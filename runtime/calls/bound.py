@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime import engines
-from runtime.base.errors import BundleError, EditError, InnerShapeError
+from runtime.base.errors import BundleError, EditError, InnerShapeError, inside
 from runtime.base.guard import admits
 from runtime.base.rows import RowByRow
 from runtime.bundle import archive
@@ -149,8 +149,13 @@ def glue_graph(program: Program, glue: Glue, device: torch.device) -> Callable[.
     """The graph of a glue that is not hosted, with its weights: a function of the glue's inputs, on `device`."""
     assert glue.file is not None
     graph = archive.load(program.files[glue.file], glue.file, device)
-    weights = [program.weights[key] for key in glue.weights]
-    return lambda *inputs: graph(*weights, *inputs)
+    weights, name = [program.weights[key] for key in glue.weights], glue.file
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with inside(name):
+            return graph(*weights, *inputs)
+
+    return call
 
 
 def _check_routers(blocks: Sequence[Block], parameters: Iterable[str]) -> None:

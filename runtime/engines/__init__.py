@@ -14,6 +14,7 @@ from torch import Tensor
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan, Variant
+from runtime.bundle.spec import plan_file as plan_file
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,6 @@ def no_gpu(name: str) -> str:
         f"engine {name!r} runs on a GPU, and torch sees none here: engines 'onnxruntime', 'torch' and 'inductor' run "
         "on a CPU"
     )
-
-
-def plan_file(plan: Plan, variant: int, suffix: str) -> str:
-    """Name of a variant's file in the bundle, as in ``plans/<id>-w050.onnx``."""
-    return f"plans/{plan.id}-w{round(100 * plan.variants[variant].width):03d}.{suffix}"
 
 
 def plan_bytes(plan: Plan, variant: int, suffix: str, files: Mapping[str, bytes], engine: str) -> bytes:

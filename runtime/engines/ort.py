@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.base.errors import EngineError
+from runtime.base.errors import EngineError, inside
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
-from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes
+from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes, plan_file
 from runtime.engines.ort_library import CUDA, GPU_BUILD, open_library, provider_missing, session_options, share_arena
 from runtime.engines.streams import own_stream, own_stream_in_step
 
@@ -55,6 +55,9 @@ ELEMENTS = {
 
 _ALONE = 1 << 20
 """States of up to as many elements are handled by one thread: it takes a few milliseconds, as spinning does."""
+
+_KEPT = 32
+"""Bindings of a block that wait for their next call: more threads at once than that make theirs anew."""
 
 _turn = threading.Lock()
 """Held while a run is enqueued on a GPU or a session opened there: all sessions share one stream and one arena."""
@@ -162,6 +165,7 @@ class _Kernel:
 
     def __init__(self, engine: OnnxRuntimeEngine, plan: Plan, variant: int, data: bytes) -> None:
         self.name, self.provider, self.plan, self._data = engine.name, engine.provider, plan, data
+        self.variant = variant
         self._where = f"plan {plan.id} at width {plan.variants[variant].width:g}"
         self._sessions: dict[Shapes, _Session] = {}
         self._lock = threading.Lock()
@@ -263,8 +267,10 @@ class _Bound:
                 bind(binding.bind_input, self._weights, found.taken)
             bind(binding.bind_input, given, found.taken)
             bind(binding.bind_output, {f"state_{index}": state for index, state in enumerate(states)})
-            found.session.run_with_iobinding(binding, kernel.provider.run_options)
-        free.append(binding)
+            with inside(plan_file(plan, kernel.variant, "onnx")):
+                found.session.run_with_iobinding(binding, kernel.provider.run_options)
+        if len(free) < _KEPT:
+            free.append(binding)
         return states
 
 

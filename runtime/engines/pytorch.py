@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.base.errors import EngineError
+from runtime.base.errors import EngineError, inside
 from runtime.bundle import archive as pt2
 from runtime.bundle.spec import Plan
 from runtime.engines import Bound, Engine, Kernel, plan_bytes, plan_file
@@ -32,13 +32,15 @@ class TorchEngine(Engine):
         data, name = plan_bytes(plan, variant, "pt2", files, self.name), plan_file(plan, variant, "pt2")
         where = f"plan {plan.id} at width {plan.variants[variant].width:g}"
         return _Kernel(
-            lambda device: self._ready(functools.partial(pt2.load, data, name, device), plan, f"{where} on {device}")
+            lambda device: self._ready(
+                functools.partial(pt2.load, data, name, device), plan, f"{where} on {device}", name
+            )
         )
 
-    def _ready(self, load: Callable[[], Graph], plan: Plan, where: str) -> Bind:
-        """What binds weights to the graph of a variant of `plan`."""
+    def _ready(self, load: Callable[[], Graph], plan: Plan, where: str, name: str) -> Bind:
+        """What binds weights to the graph of a variant of `plan`, the file `name`."""
         graph = load()
-        return lambda weights: functools.partial(_run, graph, tuple(weights))
+        return lambda weights: functools.partial(_run, graph, name, tuple(weights))
 
 
 class InductorEngine(TorchEngine):
@@ -48,7 +50,7 @@ class InductorEngine(TorchEngine):
     does not compile; it never falls back to running op by op.
     """
 
-    def _ready(self, load: Callable[[], Graph], plan: Plan, where: str) -> Bind:
+    def _ready(self, load: Callable[[], Graph], plan: Plan, where: str, name: str) -> Bind:
         compiled = _Compiled(load, [given.batch_dim for given in plan.inputs], where)
         return lambda weights: functools.partial(compiled, [_plain(weight) for weight in weights])
 
@@ -63,8 +65,8 @@ class _Kernel:
         return self._ready(weights[0].device if weights else None)(weights)
 
 
-def _run(graph: Graph, weights: tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
-    with quickened(next(iter(weights), None)):
+def _run(graph: Graph, name: str, weights: tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
+    with inside(name), quickened(next(iter(weights), None)):
         return list(graph(*weights, *inputs))
 
 

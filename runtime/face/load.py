@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.base.errors import EngineError
+from runtime.base.errors import BundleError, EngineError
 from runtime.bundle import files as bundle
+from runtime.engines import entry
 from runtime.engines.tensorrt.cache import built
 from runtime.engines.tensorrt.library import gpu_here
 from runtime.face.transformer import CompiledTransformer
@@ -18,6 +19,7 @@ def load(
     policy: Decider | None = None,
     dispatch: str = "host",
     tier: str | None = None,
+    digest: str | None = None,
 ) -> CompiledTransformer:
     """The compiled transformer of the bundle at `path`.
 
@@ -25,11 +27,18 @@ def load(
     built with, and for a bundle that holds none the fastest here: engines of another GPU are refused rather than
     replaced by a CPU's in silence. `policy` replaces the bundle's own, or `tier` names the one of its tiers that
     decides at first. With `dispatch` "device" decisions are taken on the GPU where that can be done (see
-    CompiledTransformer). Raises BundleError where the bundle is damaged
-    or foreign, EngineError where the engine cannot run it here, EditError where it has no such tier.
+    CompiledTransformer). `digest` (``sha256:...``, printed by `edit-compile inspect`) is that of the only bundle to
+    load; engines that were built into it run where it is their digest, too (docs/security.md). Raises BundleError where
+    the bundle is damaged, foreign or another, EngineError where the engine cannot run it here, EditError where it has
+    no such tier.
     """
-    program = bundle.load(path)
+    program = bundle.load(path, digest=digest)
     chosen = engine or built_engine(Path(path))
+    if chosen is not None and digest == program.digest and entry(chosen).built:
+        raise BundleError(
+            f"{path} runs engines of {chosen}, which its digest does not cover: give the digest with engines that "
+            "`edit-compile inspect` prints, or another engine="
+        )
     try:
         return CompiledTransformer(program, chosen, policy, dispatch=dispatch, tier=tier)
     except EngineError as error:

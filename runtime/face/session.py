@@ -9,17 +9,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from runtime.base.errors import EditError, InnerShapeError, InputError, RecordError, ShapeError
+from runtime.base.errors import (
+    EditError,
+    EngineError,
+    InnerShapeError,
+    InputError,
+    NotFiniteError,
+    RecordError,
+    ShapeError,
+    where,
+)
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.calls.dispatch import Dispatch, Scene
+from runtime.calls.finite import Again, all_finite
 from runtime.device.policy import why_not
 from runtime.device.runner import DeviceRunner, make_runner, why_not_here
 from runtime.device.state import DeviceState
@@ -31,7 +42,7 @@ from runtime.requests.registry import Requests
 from runtime.requests.request import Request
 from runtime.requests.scope import current_context
 from runtime.requests.sighting import Sighting
-from runtime.requests.trace import Counters, Trace, work
+from runtime.requests.trace import Counters, RequestTrace, Trace, work
 from runtime.routing.policy import Decider
 
 log = logging.getLogger(__name__)
@@ -78,12 +89,16 @@ class Session(GrowingProgram):
         self._no_runner: str | None = None
         self._note: str | None = None
         self._said_changed = False
+        self._told: WeakSet[RequestTrace] = WeakSet()  # generations of which it was said that they are not finite
 
     def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
         """The model's output for the arguments `given`."""
         flat, constants = arguments.flatten(given)
         glue, tensors = self.find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
+        empty = [name for name, count in arguments.rows(glue, tensors).items() if not count]
+        if empty:
+            raise InputError(f"{', '.join(empty)} holds no rows: a batch has at least one")
         return self._run(self._call(glue, given, tensors, constants), policy)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -153,13 +168,24 @@ class Session(GrowingProgram):
                 if not finite:
                     arguments.check_finite(glue, call.tensors)
                 return self._on_host(request, call, policy)
-        except (ValueError, IndexError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, (EditError, torch.OutOfMemoryError)):
                 raise
-            explained = _explained(call, error)
+            explained = _explained(call, error) or self._named(error)
             if explained is None:
                 raise
             raise explained from error
+
+    def _named(self, error: Exception) -> EditError | None:
+        """`error` of a graph that was read from a bundle, with the file's name; None for any other."""
+        folder, name = self.program.folder, where(error)
+        if folder is None or not name:
+            return None
+        told = str(error).partition("\n")[0] or type(error).__name__
+        return EngineError(
+            f"{folder / name} fails in this call ({told}): check the inputs; where the model itself takes them, "
+            "compile it again"
+        )
 
     def _why_on_host(self, glue: Glue, policy: Decider) -> str | None:
         """Why a call is decided on the host, as far as that is known before it; None where the device may decide."""
@@ -204,6 +230,11 @@ class Session(GrowingProgram):
 
         try:
             dispatch, result, outputs = dispatched()
+        except NotFiniteError as error:  # of a router, which reads what a block before it gave
+            origin = self._again(call, scene).at_full_width()
+            if not origin:
+                raise
+            raise NotFiniteError(f"{error}. NaN or infinity arises{origin}") from error
         except InnerShapeError:  # the model's own Python calls a block with other arguments, known only now
             if grow is None or glue.file is not None:
                 raise
@@ -211,11 +242,17 @@ class Session(GrowingProgram):
             branch.clear()
             request.trace.shorten(already)
             dispatch, result, outputs = dispatched()
+        if scene.trace not in self._told and not all_finite(outputs):
+            self._again(call, scene).explain(policy)
+            self._told.add(scene.trace)
         advanced = _advanced(glue, outputs)
         if advanced is not None:
             request.note(seen, advanced)
         self._count(glue, work(dispatch.answered, self.costs[glue.id]), dispatch.rows)
         return result
+
+    def _again(self, call: Call, scene: Scene) -> Again:
+        return Again(self.blocks, call.glue, scene, call.sighting, lambda: self._answered(call)[1])
 
     def _answered(self, call: Call) -> tuple[object, Sequence[Any]]:
         """What the model gives, and the tensors in it."""
@@ -291,8 +328,10 @@ def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -
 
 def _explained(call: Call, error: Exception) -> EditError | None:
     """What a user can make of `error`; None where that says it itself."""
+    if not isinstance(error, (ValueError, IndexError, RuntimeError)):
+        return None
     rows = arguments.rows(call.glue, call.tensors)
-    if len(set(rows.values())) > 1 or 0 in rows.values():
+    if len(set(rows.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in rows.items())
         return InputError(f"the inputs hold different numbers of rows ({told}): {error}")
     if call.glue.sized_by:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from runtime.base.errors import EditError, PolicyError
+from runtime.base.errors import BundleError, EditError, PolicyError
 from runtime.bundle.program import Program
 from runtime.bundle.tiers import Tier
 from runtime.requests import scope
@@ -98,10 +98,17 @@ class WithTiers:
         return self._tiers[name]
 
     def _begin_tiers(self, program: Program, policy: Decider | None, tier: str | None) -> None:
-        """Have the tiers of `program`; BundleError for one that cannot be read, EditError where `tier` is not there."""
+        """Have the tiers of `program`; BundleError for one that cannot be read, or is of another model, EditError where
+        `tier` is not there."""
         if policy is not None and tier is not None:
             raise EditError(f"a policy and the tier {tier!r}: give one of them, as either says what decides")
         self._policy, self._tiers = policy, tiers_of(program.manifest, program.folder)
+        for name, known in self._tiers.items():
+            try:
+                _check(known.policy, len(program.manifest.blocks))
+            except PolicyError as error:
+                place = "the manifest" if program.folder is None else program.folder / "manifest.json"
+                raise BundleError(f"{place} does not hold together: tier {name!r}: {error}; compile again") from error
         self.tier = tier
 
     def _stored(self, program: Program) -> Program:

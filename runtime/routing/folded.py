@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime.base.errors import EditError
+from runtime.base.errors import NotFiniteError
 from runtime.bundle.spec import RouterConfig
 from runtime.routing.router import hidden_mean, rows_of_steps, sinusoid
 
@@ -50,9 +50,9 @@ class Routers:
 
 
 def gate_of(logits: Sequence[float], block: str, dtype: torch.dtype) -> float:
-    """p from the logits of one row, the gate's first (equation 10); EditError, naming the block, for one not finite."""
+    """p from the logits of one row, the gate's first (equation 10); NotFiniteError, naming the block, for another."""
     if not all(map(math.isfinite, logits)):
-        raise EditError(
+        raise NotFiniteError(
             f"the router of block {block} gives {list(logits)}: its inputs or weights overflow {dtype}; "
             "check the latents, or compile in bfloat16 or float32"
         )

@@ -12,8 +12,6 @@ The sha256 tells damage, not tampering: whoever can write into a bundle decides 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.base.errors import EngineError
+from runtime.bundle.folder import sweep, temporary_beside
 from runtime.engines.tensorrt.jobs import FOLDER, Key, Profile
 
 
@@ -125,17 +124,19 @@ def _record(place: Path) -> Record | None:
 
 
 def _replace(place: Path, data: bytes) -> None:
-    """Write `place` whole, or leave it as it was."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
+    """Write `place` whole, or leave it as it was; EngineError where it cannot be written."""
+    beside = temporary_beside(place)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        Path(name).replace(place)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place)
+        beside.write_bytes(data)
+        beside.replace(place)
+    except OSError as error:
+        raise EngineError(
+            f"{place} cannot be written ({error}): see to space and permissions, then build again"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:

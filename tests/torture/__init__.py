@@ -1,0 +1,1 @@
+"""Campaigns that try to break what is promised of bundles; `make torture` runs all of them."""
