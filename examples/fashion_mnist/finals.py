@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
-from examples.fashion_mnist.contestants import Contestant, Draw
+from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.evaluate import test_features
 from examples.fashion_mnist.judge import frechet_of_gaussians, gaussian, judged, load_judge
@@ -26,7 +26,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Result:
-    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode."""
+    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode.
+
+    `commit` is of the run that drew the images. Of one that draws the same images as another, `same_as`, quality is
+    taken from there, and `apart` is the PSNR of a batch of its own to one of the other's.
+    """
 
     who: str
     settings: str
@@ -38,6 +42,15 @@ class Result:
     distance: float
     distance_interval: Interval
     accuracy: float
+    accuracy_interval: Interval
+    commit: str
+    same_as: str = ""
+    apart: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As the contestant's."""
+        return f"{self.who}: {self.settings}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,12 @@ def generation_decibels(found: Tensor, dense: Tensor) -> float:
     return float(10 * torch.log10((dense.max() - dense.min()).double() ** 2 / error))
 
 
+def share_interval(count: int, of: int) -> Interval:
+    """In which a share lies (Wilson)."""
+    known = binomtest(count, of).proportion_ci(method="wilson")
+    return float(known.low), float(known.high)
+
+
 class Final:
     """Finalists on many images, in batches of `rows`."""
 
@@ -83,23 +102,29 @@ class Final:
         images = torch.cat([from_patches(draw(part, 5000 + seed)) for seed, part in enumerate(self.labels)])
         return images, torch.cat(list(self.labels))
 
-    def result(self, contestant: Contestant, at: float, share: float, faster: float) -> Result:
-        """A finalist's figures."""
+    def result(self, contestant: Contestant, share: float) -> Result:
+        """A finalist's figures, but for its time."""
         images, labels = self.drawn(contestant.prepare())
+        return self.figures(contestant, images, labels, share)
+
+    def figures(self, contestant: Contestant, images: Tensor, labels: Tensor, share: float) -> Result:
+        """Of images (N, 28, 28) that were asked to be of classes `labels` (N,)."""
         predicted, features = judged(self.judge, images.clamp(-1, 1))
         own = decibels(images, self.target).numpy()
         known = bootstrap((own,), np.mean, n_resamples=2000, random_state=0).confidence_interval
         return Result(
             who=contestant.who,
             settings=contestant.settings,
-            at=at,
+            at=1.0,
             flops_share=share,
-            times_faster=faster,
+            times_faster=1.0,
             decibels=float(own.mean()),
             decibels_interval=(float(known.low), float(known.high)),
             distance=frechet_of_gaussians(gaussian(features), self.real),
             distance_interval=self._distances(features),
             accuracy=float((predicted == labels).float().mean()),
+            accuracy_interval=share_interval(int((predicted == labels).sum()), len(labels)),
+            commit=commit(),
         )
 
     def held(self, name: str, tier: Tier[Decider], draw: Draw, grouped: int) -> Held:
