@@ -151,6 +151,13 @@ class Final:
 
 
 def commit() -> str:
-    """The commit that this is run from, "+" where files differ from it; "" outside of a repository."""
-    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    """The commit that this is run from, "+" where code differs from it; "" outside of a repository."""
+    root = Path(__file__).parents[2]
+
+    def asked(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=root, check=False)
+
+    found = asked("rev-parse", "--short=12", "HEAD").stdout.strip()
+    return found + "+" * (
+        bool(found) and asked("diff", "--quiet", "HEAD", "--", "*.py", "*.safetensors").returncode != 0
+    )
