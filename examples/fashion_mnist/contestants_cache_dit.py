@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,29 +24,27 @@ def dual_block_cache(dense: str) -> Iterator[Contestant]:
     few = list(itertools.product(FEWER, (0.2, 0.3, 0.5, 0.8), (None, 1), (1,)))
     for steps, threshold, order, warmup in many + few:
         settings = f"{in_steps(steps)}F1, threshold {threshold}, Taylor {order}, warm-up {warmup}"
-        given = steps, threshold, order, warmup
-        yield Contestant("DBCache", settings, lambda given=given: _dual(load_model(dense), *given))  # type: ignore[misc]
+        yield Contestant("DBCache", settings, partial(_dual, dense, steps, threshold, order, warmup))
 
 
 def dynamic_pruning(dense: str) -> Iterator[Contestant]:
     """cache-dit's DBPrune: single blocks are left out while what they add changes little."""
     for threshold, warmup in itertools.product((0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8), (1, 3)):
         settings = f"F1, threshold {threshold}, warm-up {warmup}"
-        given = threshold, warmup
-        yield Contestant("DBPrune", settings, lambda given=given: _prune(load_model(dense), *given))  # type: ignore[misc]
+        yield Contestant("DBPrune", settings, partial(_prune, dense, threshold, warmup))
 
 
-def _prune(model: nn.Module, threshold: float, warmup: int) -> Draw:
+def _prune(dense: str, threshold: float, warmup: int) -> Draw:
     from cache_dit import DBPruneConfig
 
-    return _enabled(model, STEPS, DBPruneConfig(**_common(STEPS, threshold, warmup)), None)
+    return _enabled(load_model(dense), STEPS, DBPruneConfig(**_common(STEPS, threshold, warmup)), None)
 
 
-def _dual(model: nn.Module, steps: int, threshold: float, order: int | None, warmup: int) -> Draw:
+def _dual(dense: str, steps: int, threshold: float, order: int | None, warmup: int) -> Draw:
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 
     calibrator = None if order is None else TaylorSeerCalibratorConfig(taylorseer_order=order)
-    return _enabled(model, steps, DBCacheConfig(**_common(steps, threshold, warmup)), calibrator)
+    return _enabled(load_model(dense), steps, DBCacheConfig(**_common(steps, threshold, warmup)), calibrator)
 
 
 def _common(steps: int, threshold: float, warmup: int) -> dict[str, Any]:

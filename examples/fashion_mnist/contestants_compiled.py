@@ -22,10 +22,9 @@ COMPILED = (STEPS, 14, 10, 8, 7, 6, 5, 4, 3)
 
 @dataclass(frozen=True)
 class Bundles:
-    """The compiled models: dense with its tiers, the same tuned in `few_steps` steps, the elastic one."""
+    """The compiled models: dense with its tiers, and the elastic one."""
 
     dense: edit_compile.CompiledTransformer
-    few: edit_compile.CompiledTransformer
     elastic: edit_compile.CompiledTransformer
 
 
@@ -52,17 +51,13 @@ def of(
 
 
 def reuse_by_rule(compiled: edit_compile.CompiledTransformer) -> Iterator[Contestant]:
-    """Every so-many-th step computed, and reuse while what is watched changes little: `ReusePolicy`, nothing tuned."""
+    """Every so-many-th step computed, in 28 steps and in fewer: `ReusePolicy`, nothing tuned."""
     every = itertools.product((STEPS, 14, 8), (1, 2, 3, 4, 6), (0, 1), (1, 2))
     for steps, reused, order, warmup in every:
         if reused < steps // 3:
             policy = edit_compile.ReusePolicy(reused, warmup_steps=warmup, order=order)
             settings = f"{steps} steps, every {reused + 1}, order {order}, from step {warmup}"
             yield of("reuse at intervals", settings, compiled, steps, policy)
-    for steps, change, order in itertools.product((STEPS, 14), (0.1, 0.2, 0.3, 0.5, 0.8, 1.2), (0, 1)):
-        policy = edit_compile.ReusePolicy(8, change=change, watches="first block", order=order)
-        settings = f"{steps} steps, first block changed by {change}, order {order}"
-        yield of("reuse by change", settings, compiled, steps, policy)
 
 
 def pruned(compiled: edit_compile.CompiledTransformer, most: int = 5) -> Iterator[Contestant]:
@@ -98,9 +93,8 @@ def compiled_ones(bundles: Bundles) -> Iterator[Contestant]:
     """What goes into the final whatever the trials say."""
     for steps in COMPILED:
         yield of("fewer steps, compiled", f"{steps} steps", bundles.dense, steps)
-    for who, compiled in (("tier", bundles.dense), ("tier of 14 steps", bundles.few)):
-        for name, tier in compiled.tiers.items():
-            yield of(who, name, compiled, tier.steps or STEPS, tier.policy)
+    for name, tier in bundles.dense.tiers.items():
+        yield of("tier", name, bundles.dense, tier.steps or STEPS, tier.policy)
     for steps in (8, 7, 6, 5, 4):
         yield of("elastic, distilled", f"{steps} steps", bundles.elastic, steps)
 

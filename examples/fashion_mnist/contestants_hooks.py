@@ -10,8 +10,9 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ def first_block_cache(dense: str) -> Iterator[Contestant]:
     for steps, threshold in pairs:
         config = FirstBlockCacheConfig(threshold=threshold)
         settings = f"{in_steps(steps)}threshold {threshold}"
-        yield Contestant("FirstBlockCache", settings, lambda config=config, steps=steps: _cached(dense, config, steps))  # type: ignore[misc]
+        yield Contestant("FirstBlockCache", settings, partial(_cached, dense, config, steps))
 
 
-def taylor_seer(dense: str) -> Iterator[Contestant]:
+def taylor_seer(dense: str, compiled: bool = False) -> Iterator[Contestant]:
     """diffusers' TaylorSeerCache of whole blocks; of attentions alone, as it comes, it saves less than half."""
     many = [(STEPS, *one) for one in itertools.product((2, 3, 4, 5, 7, 9), (0, 1, 2), (1, 3))]
     few = list(itertools.product(FEWER, (2, 3), (0, 1, 2), (1, 2)))
@@ -62,21 +63,22 @@ def taylor_seer(dense: str) -> Iterator[Contestant]:
             cache_identifiers=[r"(single_)?transformer_blocks\.\d+"],
         )
         settings = f"{in_steps(steps)}every {interval}, order {order}, from step {first}"
-        yield Contestant("TaylorSeer", settings, lambda config=config, steps=steps: _cached(dense, config, steps))  # type: ignore[misc]
+        yield Contestant("TaylorSeer", settings, partial(_cached, dense, config, steps, compiled))
 
 
-def mag_cache(dense: str) -> Iterator[Contestant]:
+def mag_cache(dense: str, compiled: bool = False) -> Iterator[Contestant]:
     """diffusers' MagCache, calibrated on one batch as its documentation says, for each number of steps."""
-    many = [(STEPS, *one) for one in itertools.product((0.03, 0.06, 0.12, 0.25, 0.5, 1.0), (1, 2, 3, 5), (0.05, 0.2))]
-    few = list(itertools.product(FEWER, (0.12, 0.5, 1.0), (1, 2, 3), (0.1,)))
+    many = [(STEPS, *one) for one in itertools.product((0.06, 0.25, 1.0), (1, 2, 3, 5), (0.05, 0.2))]
+    few = list(itertools.product(FEWER, (0.25, 1.0), (1, 2), (0.1,)))
     for steps, threshold, skipped, kept in many + few:
         given = {"threshold": threshold, "max_skip_steps": skipped, "retention_ratio": kept}
         settings = f"{in_steps(steps)}threshold {threshold}, at most {skipped} on end, {kept:.0%} kept"
-        yield Contestant("MagCache", settings, lambda given=given, steps=steps: _mag(dense, steps, given))  # type: ignore[misc]
+        yield Contestant("MagCache", settings, partial(_mag, dense, steps, given, compiled))
 
 
-def _mag(dense: str, steps: int, given: dict[str, Any]) -> Draw:
-    return _cached(dense, MagCacheConfig(num_inference_steps=steps, mag_ratios=_ratios(dense, steps), **given), steps)
+def _mag(dense: str, steps: int, given: dict[str, Any], compiled: bool) -> Draw:
+    config = MagCacheConfig(num_inference_steps=steps, mag_ratios=_ratios(dense, steps), **given)
+    return _cached(dense, config, steps, compiled)
 
 
 @cache
@@ -91,8 +93,17 @@ def _ratios(dense: str, steps: int) -> list[float]:
     return ratios
 
 
-def _cached(dense: str, config: object, steps: int = STEPS) -> Draw:
+def on_compiled_blocks(dense: str, finalists: Collection[str]) -> Iterator[Contestant]:
+    """TaylorSeer and MagCache over blocks compiled by torch.compile, with the settings of `finalists` by name."""
+    for one in (*taylor_seer(dense, compiled=True), *mag_cache(dense, compiled=True)):
+        if one.name in finalists:
+            yield replace(one, who=f"{one.who}, torch.compile", same_as=one.name)
+
+
+def _cached(dense: str, config: object, steps: int = STEPS, compiled: bool = False) -> Draw:
     model = load_model(dense)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks) if compiled else ():
+        block.forward = torch.compile(block.forward)  # below the hooks, at which torch.compile would break off
     model.enable_cache(config)
 
     def draw(labels: Tensor, seed: int) -> Tensor:
@@ -104,15 +115,14 @@ def _cached(dense: str, config: object, steps: int = STEPS) -> Draw:
 
 def faster_cache(dense: str) -> Iterator[Contestant]:
     """diffusers' FasterCache: attention reused and, of the branch without a label, all but every so-many-th step."""
-    for attention, branch, until, alpha in itertools.product((2, 3), (2, 3, 5), (681, 961), (1.0, 1.1)):
+    for attention, branch, until, alpha in itertools.product((2, 3), (2, 5), (681, 961), (1.0, 1.1)):
         settings = f"attention every {attention}, second branch every {branch}, below {until}, alpha {alpha}"
-        given = attention, branch, until, alpha
-        yield Contestant("FasterCache", settings, lambda given=given: _faster(load_model(dense), *given))  # type: ignore[misc]
+        yield Contestant("FasterCache", settings, partial(_faster, dense, attention, branch, until, alpha))
 
 
-def _faster(model: nn.Module, attention: int, branch: int, until: int, alpha: float) -> Draw:
+def _faster(dense: str, attention: int, branch: int, until: int, alpha: float) -> Draw:
     logging.set_verbosity_error()
-    doubled = Doubled(model)
+    doubled = Doubled(load_model(dense))
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=attention,
         spatial_attention_timestep_skip_range=(-1, until),

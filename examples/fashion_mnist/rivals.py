@@ -35,6 +35,7 @@ from edit_compile.measuring.timing import interleaved
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.contestants import everyone
 from examples.fashion_mnist.contestants_compiled import Bundles, compiled_ones, other_engines
+from examples.fashion_mnist.contestants_hooks import on_compiled_blocks
 from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
 from examples.fashion_mnist.finals import Final, Result, commit, decibels, share_interval
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
@@ -48,17 +49,14 @@ ALIKE = 60.0
 
 def bundles_in(work: Path) -> Bundles:
     """The bundles in `work`; those that are missing are made, which takes minutes."""
-    for name, steps, results in (("tuned", 28, RESULTS / "tuned.json"), ("tuned14", 14, work / "tuned14.json")):
-        if not (work / f"{name}.edit").exists():
-            options = ["--output", work / f"{name}.edit", "--steps", steps, "--generations", 10, "--results", results]
-            subprocess.run([sys.executable, "-m", "examples.fashion_mnist.tune", *map(str, options)], check=True)
+    if not (work / "tuned.edit").exists():
+        options = ["--output", work / "tuned.edit", "--generations", 10, "--results", RESULTS / "tuned.json"]
+        subprocess.run([sys.executable, "-m", "examples.fashion_mnist.tune", *map(str, options)], check=True)
     if not (work / "elastic.edit").exists():
         x, t = torch.randn(2, TOKENS, CHANNELS), torch.tensor([0.3, 0.7])
         example = inputs(x, t, torch.tensor([len(CLASSES) - 1, NO_CLASS]))
         edit_compile.compile(load_model("elastic"), inputs=example, engine="torch", output=work / "elastic.edit")
-    return Bundles(
-        *(edit_compile.load(work / f"{name}.edit", engine="torch") for name in ("tuned", "tuned14", "elastic"))
-    )
+    return Bundles(*(edit_compile.load(work / f"{name}.edit", engine="torch") for name in ("tuned", "elastic")))
 
 
 def finals(chosen: Sequence[Contestant], share_of: dict[str, float], final: Final, path: Path) -> dict[str, Result]:
@@ -128,11 +126,13 @@ def main() -> None:
     labels = torch.arange(given.rows) % len(CLASSES)
     final = Final(given.dense, given.images, given.rows)
     dense = [from_patches(final.draw_dense(labels, seed)) for seed in range(given.batches)]
-    work = Work.of(load_model(given.dense), load_model("elastic"), labels)
+    work = Work.counted(labels)
     tries = trials(everyone(given.dense, bundles), labels, dense, work, tried)
     chosen = chosen_of(tries, compiled_ones(bundles), work)
     inductor = partial(edit_compile.load, given.work / "tuned.edit", engine="inductor")
-    once = {one.name: one for _, one, _ in chosen} | {one.name: one for one in other_engines(inductor, given.dense)}
+    once = {one.name: one for _, one, _ in chosen}
+    twins = (*other_engines(inductor, given.dense), *on_compiled_blocks(given.dense, list(once)))
+    once |= {one.name: one for one in twins}
     share_of = {one.name: share for _, one, share in chosen}
     found = finals(list(once.values()), share_of, final, drawn)
     faster, waits = times_faster(

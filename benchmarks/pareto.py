@@ -1,0 +1,69 @@
+"""The README's picture, from benchmarks/results/rivals.json: quality against times faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.axes
+from matplotlib.figure import Figure
+
+from edit_compile.measuring.machine import summary
+
+STYLES = {
+    "tier, inductor": ("tiers of edit_compile", "#1d4f91", "o", "-"),
+    "torch.compile, fewer steps": ("fewer steps, torch.compile", "#c0392b", "s", "-"),
+    "TaylorSeer, torch.compile": ("TaylorSeer, torch.compile", "#2e8b57", "^", "--"),
+    "MagCache, torch.compile": ("MagCache, torch.compile", "#8e6bbf", "v", "--"),
+    "FirstBlockCache": ("FirstBlockCache", "#b8860b", "D", ":"),
+    "DBCache": ("DBCache of cache-dit", "#7f7f7f", "P", ":"),
+    "elastic, distilled": ("distilled by edit_compile", "#17a2c4", "*", "-"),
+}
+"""By whom a row is: what it is called in the picture, and how it is drawn."""
+PANELS = (
+    ("decibels", "PSNR to the dense model's images, dB (higher is better)"),
+    ("distance", "Frechet distance to real images (lower is better)"),
+)
+
+
+def pareto(rivals: Mapping[str, Any]) -> Figure:
+    """A panel for each measure of quality, with intervals of 95%; a line for each way to save compute."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, (measure, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for who, (name, color, marker, line) in STYLES.items():
+            rows = [one for one in rivals["results"] if one["who"] == who and one["flops_share"] < 0.99]
+            _draw(axes, rows, measure, {"label": name, "color": color, "marker": marker, "linestyle": line})
+        axes.set_xlabel("times faster than the dense model in 28 steps, eager")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=1)
+    dense = next(one for one in rivals["results"] if one["who"] == "dense")
+    axes.axhline(dense["distance"], color="#333", linewidth=1, linestyle="--", label="dense, 28 steps")
+    axes.set_ylim(top=32)
+    axes.legend(fontsize="small", loc="upper left")
+    figure.suptitle(
+        f"Fashion-MNIST, {rivals['images']} images a point; {summary(rivals['machine'])}", fontsize="medium"
+    )
+    return figure
+
+
+def _draw(
+    axes: matplotlib.axes.Axes, rows: Sequence[Mapping[str, Any]], measure: str, style: Mapping[str, str]
+) -> None:
+    ordered = sorted({(one["times_faster"], *_spread(one, measure)) for one in rows})
+    if ordered:
+        times, values, below, above = zip(*ordered, strict=True)
+        axes.errorbar(times, values, yerr=(below, above), capsize=2, markersize=6, linewidth=1.5, **style)
+
+
+def _spread(one: Mapping[str, Any], measure: str) -> tuple[float, float, float]:
+    low, high = one[f"{measure}_interval"]
+    return one[measure], one[measure] - low, high - one[measure]
+
+
+def write(rivals: Mapping[str, Any], path: Path) -> None:
+    """As an image that is the same for the same results."""
+    with matplotlib.rc_context({"svg.hashsalt": "pareto", "font.size": 11}):
+        pareto(rivals).savefig(path, metadata={"Date": None})
