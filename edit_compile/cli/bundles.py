@@ -15,6 +15,7 @@ from edit_compile.cli.base import (
     ModelName,
     Schedule,
     Steps,
+    Tier,
     app,
     console,
     errors,
@@ -140,7 +141,7 @@ def bench(
     steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Schedule = None,
-    tier: Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")] = None,
+    tier: Tier = None,
     dispatch: Annotated[str, typer.Option(help="where decisions are taken: host or device")] = "host",
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
@@ -174,16 +175,20 @@ def plot(
     calls: Calls = None,
     engine: EngineOfBundle = None,
     steps: Steps = None,
+    tier: Tier = None,
 ) -> None:
-    """Draw what the routers decided, over blocks and steps."""
+    """Draw what the routers, or a tier, decided, over blocks and steps."""
     from edit_compile.bundles.verify import trace_of
     from edit_compile.command_inputs import steps_of
+    from edit_compile.loading import UserError
     from edit_compile.measuring.plot import read_trace, router_heat_map, save
     from runtime.face.load import load
 
     if source.is_dir():
-        compiled = load(source, engine=engine)
+        compiled = load(source, engine=engine, tier=tier)
         record = trace_of(compiled, steps_of(compiled, inputs, calls, steps, errors))
+    elif tier is not None:
+        raise UserError(f"--tier is for bundles: {source} is a trace, in which all is decided")
     else:
         record = read_trace(source.read_text())
     console.print(f"wrote {save(router_heat_map(record), output)}")

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -49,10 +50,10 @@ def headlines(recorded: Mapping[str, Any]) -> Iterator[Contestant]:
     dense, elastic = (
         edit_compile.compile(load_model(name), inputs=example, engine="torch") for name in ("dense", "elastic")
     )
-    tables = {one["tier"]: one["table"] for one in recorded["tiers"]}
+    decisions, blocks = {one["tier"]: one["decisions"] for one in recorded["tiers"]}, len(dense.program.manifest.blocks)
     for name in TIERS:
-        policy = edit_compile.ScheduledPolicy(tables[name], routed=False)
-        yield of("tier", name, dense, STEPS, policy)
+        table = np.repeat(np.array(decisions[name])[:, None], blocks, 1)
+        yield of("tier", name, dense, STEPS, edit_compile.ScheduledPolicy(table, routed=False))
     for steps in (10, 7):
         yield of("fewer steps, compiled", f"{steps} steps", dense, steps)
     yield of("elastic, distilled", f"{FEW_STEPS} steps", elastic, FEW_STEPS)

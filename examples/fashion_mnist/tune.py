@@ -52,7 +52,7 @@ def judged(compiled: edit_compile.CompiledTransformer, images: int, steps: int) 
 
 @dataclass(frozen=True)
 class Known:
-    """What tuning tells of a tier; `table` holds its decisions, by step and block."""
+    """What tuning tells of a tier; `decisions` are those of each step, for all blocks."""
 
     tier: str
     steps_computed: int
@@ -61,7 +61,7 @@ class Known:
     decibels: float
     interval: tuple[float, float]
     fewer_steps_decibels: float
-    table: list[list[float]]
+    decisions: list[float]
 
     @staticmethod
     def of(tuned: edit_compile.Tuned, name: str) -> Known:
@@ -70,8 +70,9 @@ class Known:
         assert tier.quality_db and tier.quality_interval and tier.flops_share and tier.times_faster
         fewer, count = tuned.fewer_steps[name].value, tuned.computed_steps[name]
         assert isinstance(tier.policy, edit_compile.ScheduledPolicy)
+        assert (tier.policy.table == tier.policy.table[:, :1]).all()
         known = tier.flops_share, tier.times_faster, tier.quality_db, tier.quality_interval
-        return Known(name, count, *known, fewer, tier.policy.table.tolist())
+        return Known(name, count, *known, fewer, tier.policy.table[:, 0].tolist())
 
     def row(self) -> tuple[str, ...]:
         """As text."""
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--engine", default="torch")
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler that is recorded")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler that is recorded")
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--results", type=Path, help="write the table's figures as this JSON file")
