@@ -21,7 +21,7 @@ def dual_block_cache(dense: str) -> Iterator[Contestant]:
     many = [
         (STEPS, *one) for one in itertools.product((0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8), (None, 1, 2), (1, 3))
     ]
-    few = list(itertools.product(FEWER, (0.2, 0.3, 0.5, 0.8), (None, 1), (1,)))
+    few = list(itertools.product(FEWER, (0.3, 0.5), (None,), (1,)))
     for steps, threshold, order, warmup in many + few:
         settings = f"{in_steps(steps)}F1, threshold {threshold}, Taylor {order}, warm-up {warmup}"
         yield Contestant("DBCache", settings, partial(_dual, dense, steps, threshold, order, warmup))
@@ -29,7 +29,7 @@ def dual_block_cache(dense: str) -> Iterator[Contestant]:
 
 def dynamic_pruning(dense: str) -> Iterator[Contestant]:
     """cache-dit's DBPrune: single blocks are left out while what they add changes little."""
-    for threshold, warmup in itertools.product((0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8), (1, 3)):
+    for threshold, warmup in itertools.product((0.1, 0.15, 0.2, 0.3, 0.5), (1, 3)):
         settings = f"F1, threshold {threshold}, warm-up {warmup}"
         yield Contestant("DBPrune", settings, partial(_prune, dense, threshold, warmup))
 

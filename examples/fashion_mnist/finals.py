@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
+from edit_compile.files import save_tensors_atomically
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.evaluate import test_features
@@ -84,18 +86,28 @@ def share_interval(count: int, of: int) -> Interval:
 
 
 class Final:
-    """Finalists on many images, in batches of `rows`."""
+    """Finalists on many images, in batches of `rows`; what the dense model draws is kept in the file `kept`."""
 
-    def __init__(self, dense: str, images: int, rows: int) -> None:
+    def __init__(self, dense: str, images: int, rows: int, kept: Path | None = None) -> None:
         self.dense = load_model(dense)
         self.judge = load_judge(WEIGHTS / "judge.safetensors")
         self.labels = (torch.arange(images) % len(CLASSES)).split(rows)
-        self.target, _ = self.drawn(self.draw_dense)
+        self.target = self._targets(kept)
         self.real = gaussian(test_features(self.judge))
 
     def draw_dense(self, labels: Tensor, seed: int) -> Tensor:
         """The dense model's own."""
         return sample_patches(self.dense, labels, seed=seed)
+
+    def _targets(self, kept: Path | None) -> Tensor:
+        if kept is not None and kept.exists():
+            found = load_file(kept)["images"]
+            if len(found) == sum(map(len, self.labels)):
+                return found
+        images, _ = self.drawn(self.draw_dense)
+        if kept is not None:
+            save_tensors_atomically(kept, {"images": images.contiguous()}, {"commit": commit()})
+        return images
 
     def drawn(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """All images, and whether each is taken for what was asked for, by features of the judge."""

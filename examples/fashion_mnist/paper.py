@@ -159,7 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     elastic, folder = bundles_in(given.work).elastic, given.work / "paper"
     folder.mkdir(parents=True, exist_ok=True)
-    final = Final("dense", given.images, given.rows)
+    final = Final("dense", given.images, given.rows, given.work / "dense.safetensors")
     work = Work.counted(final.labels[0])
     rows, policy = Rows(elastic, final, work, folder), elastic.policy
     assert isinstance(policy, edit_compile.RoutingPolicy)

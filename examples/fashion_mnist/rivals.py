@@ -1,11 +1,12 @@
 """Tuned tiers beside fewer steps and other caches: python -m examples.fashion_mnist.rivals
 
-Every setting of every rival (see `contestants`) is tried on a few images; of each rival, the best in dB at each share
-of the dense FLOPs goes into the final, with the tiers, fewer steps of the compiled model, the distilled elastic model,
-and torch.compile: dB to the dense model's images from the same noise, accuracy and Frechet distance of --images
-images, and times faster than the dense model in eager mode, measured interleaved in one process. All in batches of
---rows: FirstBlockCache and the caches of cache-dit decide for a batch. Intervals are of 95%, by bootstrap over the
-images. Last, the interval that tuning predicted for each tier, and how many means of --grouped batches lie in it.
+Every setting of every rival (see `contestants`) is tried on a few images, and the best of each at each share of the
+dense FLOPs is told. The best of those, and every rival once, go into the final, with the tiers, fewer steps of the
+compiled model, the distilled elastic model, and torch.compile: dB to the dense model's images from the same noise,
+accuracy and Frechet distance of --images images, and times faster than the dense model in eager mode, measured
+interleaved in one process. All in batches of --rows: FirstBlockCache and the caches of cache-dit decide for a batch.
+Intervals are of 95%, by bootstrap over the images. Last, the interval that tuning predicted for each tier, and how many
+means of --grouped batches lie in it.
 
 Bundles that --work lacks are made there, and what was tried or drawn is kept there: a run that was killed goes on.
 """
@@ -40,7 +41,7 @@ from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
 from examples.fashion_mnist.finals import Final, Result, commit, decibels, share_interval
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 from examples.fashion_mnist.rivals_tables import held_table, table_of
-from examples.fashion_mnist.rivals_trials import SHARES, Work, chosen_of, trials
+from examples.fashion_mnist.rivals_trials import SHARES, Work, best_of, chosen_of, told_of, trials
 
 RESULTS = Path("benchmarks/results")
 ALIKE = 60.0
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8, help="images per batch, in the trials and when timed")
     parser.add_argument("--batches", type=int, default=2, help="batches in the trials")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
     parser.add_argument("--take-over", action="store_true", help="what --output and its trials say already is kept")
@@ -124,11 +125,13 @@ def main() -> None:
         tried.unlink(missing_ok=True)
     bundles = bundles_in(given.work)
     labels = torch.arange(given.rows) % len(CLASSES)
-    final = Final(given.dense, given.images, given.rows)
+    final = Final(given.dense, given.images, given.rows, given.work / "dense.safetensors")
     dense = [from_patches(final.draw_dense(labels, seed)) for seed in range(given.batches)]
     work = Work.counted(labels)
     tries = trials(everyone(given.dense, bundles), labels, dense, work, tried)
-    chosen = chosen_of(tries, compiled_ones(bundles), work)
+    before = json.loads(drawn.read_text()) if drawn.exists() else {}
+    already = {name for known in before.values() for name in known}
+    chosen = chosen_of(tries, compiled_ones(bundles), work, already)
     inductor = partial(edit_compile.load, given.work / "tuned.edit", engine="inductor")
     once = {one.name: one for _, one, _ in chosen}
     twins = (*other_engines(inductor, given.dense), *on_compiled_blocks(given.dense, list(once)))
@@ -156,6 +159,9 @@ def main() -> None:
     written: dict[str, object] = {"machine": machine, "commit": commit(), "images": given.images, "rows": given.rows}
     written |= {"seeds": "5000 to " + str(4999 + len(final.labels)), "tried": len(tries), "repeats": given.repeats}
     written |= {"routers_share": work.routers_share, "waits": waits, "shares": SHARES}
+    best = [(at, one) for at in SHARES for one in best_of(tries, at)]
+    written |= {"trial_images": given.rows * given.batches}
+    written |= {"trials": [told_of(at, one) for at, one in best]}
     written |= {"results": [asdict(one) for one in (base, *results)], "held_out": [asdict(one) for one in held]}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(given.output, json.dumps(written, indent=1, default=str) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from passes.graphs.cost import counting
 SHARES = (0.75, 0.5, 0.36, 0.25, 0.15)
 """Of the dense FLOPs: the first is for those that have nothing within the second."""
 SLACK = 0.01
+LEADERS = 2
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,32 @@ def best_of(tries: Sequence[Tried], share: float, whos: Iterable[str] | None = N
             yield max(within, key=lambda one: one.decibels)
 
 
+def told_of(at: float, one: Tried) -> dict[str, object]:
+    """As results hold it."""
+    settings = {"who": one.contestant.who, "settings": one.contestant.settings}
+    return {"at": at, **settings, "flops_share": one.flops_share, "decibels": one.decibels}
+
+
 def chosen_of(
-    tries: Sequence[Tried], compiled: Iterable[Contestant], work: Work
+    tries: Sequence[Tried], compiled: Iterable[Contestant], work: Work, drawn: Collection[str] = ()
 ) -> list[tuple[float, Contestant, float]]:
-    """(share of FLOPs at most, who, share): the best rivals, and all that is compiled. Fewer steps are among those."""
-    first, *shares = SHARES
-    saving = {one.contestant.who for at in shares for one in best_of(tries, at)}
-    others = [who for who in dict.fromkeys(one.contestant.who for one in tries) if who not in saving]
-    found = [(first, one.contestant, one.flops_share) for one in best_of(tries, first, others)]
-    found += [(at, one.contestant, one.flops_share) for at in shares for one in best_of(tries, at)]
-    found = [one for one in found if one[1].who != "fewer steps"]
+    """(share of FLOPs at most, who, share): those that go into the final.
+
+    At each share the best LEADERS rivals; every rival once, at the largest share that it saves enough for; of the best
+    at their share those already `drawn`; and all that is `compiled`, fewer steps among them.
+    """
+    found, seen = dict[str, tuple[float, Contestant, float]](), set[str]()
+    for at in (*SHARES[1:], SHARES[0]):
+        tried_at = sorted(best_of(tries, at), key=lambda one: -one.decibels)
+        rivals = [one for one in tried_at if one.contestant.who != "fewer steps"]
+        for place, one in enumerate(rivals):
+            first, name = one.contestant.who not in seen, one.contestant.name
+            if first or (at < SHARES[0] and (place < LEADERS or name in drawn)):
+                found.setdefault(f"{at} {name}", (at, one.contestant, one.flops_share))
+                seen.add(one.contestant.who)
+    chosen = list(found.values())
     labels = torch.arange(8) % 10
     for one in compiled:
         share = work.share(one, one.prepare(), labels)
-        found.append((min(at for at in (1.0, *SHARES) if at >= share - SLACK), one, share))
-    return found
+        chosen.append((min(at for at in (1.0, *SHARES) if at >= share - SLACK), one, share))
+    return chosen
