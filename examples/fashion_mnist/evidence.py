@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,11 +29,12 @@ from examples.fashion_mnist.contestant import Contestant
 from examples.fashion_mnist.contestants_compiled import of
 from examples.fashion_mnist.contestants_hooks import taylor_seer
 from examples.fashion_mnist.data import CLASSES, NO_CLASS
+from examples.fashion_mnist.demo_tiers import tiers
 from examples.fashion_mnist.finals import Final, Result
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 from examples.fashion_mnist.rivals import RESULTS, times_faster
 from examples.fashion_mnist.rivals_trials import Work
-from examples.fashion_mnist.sample import FEW_STEPS, STEPS
+from examples.fashion_mnist.sample import FEW_STEPS
 
 TAKES = "about three hours on two cores, of which an hour is tuning and trying; kept in {}, goes on where it stopped"
 TAKES_QUICK = "about ten minutes on two cores"
@@ -43,17 +43,14 @@ ROUNDING = 1e-3
 """Relative, of what is deterministic up to the order in which floats are added."""
 
 
-def headlines(recorded: Mapping[str, Any]) -> Iterator[Contestant]:
+def headlines() -> Iterator[Contestant]:
     """The rows that are looked at again, but for the dense one: tiers by their recorded decisions, nothing is tuned."""
     x, t = torch.randn(2, TOKENS, CHANNELS), torch.tensor([0.3, 0.7])
     example = inputs(x, t, torch.tensor([len(CLASSES) - 1, NO_CLASS]))
     dense, elastic = (
         edit_compile.compile(load_model(name), inputs=example, engine="torch") for name in ("dense", "elastic")
     )
-    decisions, blocks = {one["tier"]: one["decisions"] for one in recorded["tiers"]}, len(dense.program.manifest.blocks)
-    for name in TIERS:
-        table = np.repeat(np.array(decisions[name])[:, None], blocks, 1)
-        yield of("tier", name, dense, STEPS, edit_compile.ScheduledPolicy(table, routed=False))
+    yield from (one for one in tiers(dense) if one.settings in TIERS)
     for steps in (10, 7):
         yield of("fewer steps, compiled", f"{steps} steps", dense, steps)
     yield of("elastic, distilled", f"{FEW_STEPS} steps", elastic, FEW_STEPS)
@@ -76,13 +73,13 @@ def outside(found: Result, known: Mapping[str, Any]) -> list[str]:
 
 def check(results: Path, console: Console) -> bool:
     """Whether all headline rows lie where they were recorded."""
-    recorded, tuned = (json.loads((results / f"{name}.json").read_text()) for name in ("rivals", "tuned"))
+    recorded = json.loads((results / "rivals.json").read_text())
     known = {f"{one['who']}: {one['settings']}": one for one in recorded["results"]}
     final = Final("dense", recorded["images"], recorded["rows"])
     work, labels = Work.counted(final.labels[0]), torch.cat(list(final.labels))
     base = Contestant("dense", "28 steps", lambda: final.draw_dense)
     found = {base.name: final.figures(base, final.target, labels, 1.0)}
-    contestants = list(headlines(tuned))
+    contestants = list(headlines())
     for one in contestants:
         console.print(f"drawing {recorded['images']} images: {one.name}")
         found[one.name] = final.result(one, work.share(one, one.prepare(), final.labels[0]))
