@@ -39,7 +39,7 @@ from runtime.routing.policy import SKIP, Decider
 BRANCHES = ("cond", "uncond")
 CALIBRATION = range(7000, 7025)
 """Seeds of the images by which the most frequent decisions are found: none of those that are judged."""
-MARGINS = (0.1, 0.2, 0.4)
+MARGINS = (0.1, 0.3)
 REUSES = (1, 5)
 Decisions = Mapping[str, np.ndarray]
 """By branch, (steps, blocks, rows): SKIP or a width."""

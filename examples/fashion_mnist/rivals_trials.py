@@ -21,8 +21,8 @@ from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.sample import FEW_STEPS, STEPS, sample_patches
 from passes.graphs.cost import counting
 
-SHARES = (0.75, 0.5, 0.36, 0.25, 0.15)
-"""Of the dense FLOPs: the first is for those that have nothing within the second."""
+SHARES = (0.5, 0.36, 0.25, 0.15)
+"""Of the dense FLOPs."""
 SLACK = 0.01
 LEADERS = 2
 
@@ -130,19 +130,15 @@ def chosen_of(
 ) -> list[tuple[float, Contestant, float]]:
     """(share of FLOPs at most, who, share): those that go into the final.
 
-    At each share the best LEADERS rivals; every rival once, at the largest share that it saves enough for; of the best
-    at their share those already `drawn`; and all that is `compiled`, fewer steps among them.
+    At each share the best LEADERS rivals, and those of the others that are `drawn` already; and all that is `compiled`,
+    fewer steps among them.
     """
-    found, seen = dict[str, tuple[float, Contestant, float]](), set[str]()
-    for at in (*SHARES[1:], SHARES[0]):
-        tried_at = sorted(best_of(tries, at), key=lambda one: -one.decibels)
-        rivals = [one for one in tried_at if one.contestant.who != "fewer steps"]
-        for place, one in enumerate(rivals):
-            first, name = one.contestant.who not in seen, one.contestant.name
-            if first or (at < SHARES[0] and (place < LEADERS or name in drawn)):
-                found.setdefault(f"{at} {name}", (at, one.contestant, one.flops_share))
-                seen.add(one.contestant.who)
-    chosen = list(found.values())
+    chosen = []
+    for at in SHARES:
+        rivals = [one for one in best_of(tries, at) if one.contestant.who != "fewer steps"]
+        for place, one in enumerate(sorted(rivals, key=lambda one: -one.decibels)):
+            if place < LEADERS or one.contestant.name in drawn:
+                chosen.append((at, one.contestant, one.flops_share))
     labels = torch.arange(8) % 10
     for one in compiled:
         share = work.share(one, one.prepare(), labels)
