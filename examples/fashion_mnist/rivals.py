@@ -1,7 +1,7 @@
 """Tuned tiers beside fewer steps and other caches: python -m examples.fashion_mnist.rivals
 
 Every setting of every rival (see `contestants`) is tried on a few images, and the best of each at each share of the
-dense FLOPs is told. The two best of each share go into the final, with the tiers, fewer steps of the compiled model, the
+dense FLOPs is told. The two best of each share go into the final, with tiers, fewer steps of the compiled model, the
 distilled elastic model, and torch.compile: dB to the dense model's images from the same noise, accuracy and Frechet
 distance of --images images, and times faster than the dense model in eager mode, measured interleaved in one process.
 All in batches of --rows: FirstBlockCache and the caches of cache-dit decide for a batch. Intervals are of 95%, by
