@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8, help="images per batch, in the trials and when timed")
     parser.add_argument("--batches", type=int, default=2, help="batches in the trials")
+    parser.add_argument("--leaders", type=int, default=2, help="rivals of each share that are drawn in full")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
@@ -131,7 +132,7 @@ def main() -> None:
     tries = trials(everyone(given.dense, bundles), labels, dense, work, tried)
     before = json.loads(drawn.read_text()) if drawn.exists() else {}
     already = {name for known in before.values() for name in known}
-    chosen = chosen_of(tries, compiled_ones(bundles), work, already)
+    chosen = chosen_of(tries, compiled_ones(bundles), work, given.leaders, already)
     inductor = partial(edit_compile.load, given.work / "tuned.edit", engine="inductor")
     once = {one.name: one for _, one, _ in chosen}
     twins = (*other_engines(inductor, given.dense), *on_compiled_blocks(given.dense, list(once)))

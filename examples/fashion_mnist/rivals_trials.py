@@ -24,7 +24,6 @@ from passes.graphs.cost import counting
 SHARES = (0.5, 0.36, 0.25, 0.15)
 """Of the dense FLOPs."""
 SLACK = 0.01
-LEADERS = 2
 
 
 @dataclass(frozen=True)
@@ -126,18 +125,18 @@ def told_of(at: float, one: Tried) -> dict[str, object]:
 
 
 def chosen_of(
-    tries: Sequence[Tried], compiled: Iterable[Contestant], work: Work, drawn: Collection[str] = ()
+    tries: Sequence[Tried], compiled: Iterable[Contestant], work: Work, leaders: int, drawn: Collection[str] = ()
 ) -> list[tuple[float, Contestant, float]]:
     """(share of FLOPs at most, who, share): those that go into the final.
 
-    At each share the best LEADERS rivals, and those of the others that are `drawn` already; and all that is `compiled`,
+    At each share the best `leaders` rivals, and those of the others that are `drawn` already; and all that is `compiled`,
     fewer steps among them.
     """
     chosen = []
     for at in SHARES:
         rivals = [one for one in best_of(tries, at) if one.contestant.who != "fewer steps"]
         for place, one in enumerate(sorted(rivals, key=lambda one: -one.decibels)):
-            if place < LEADERS or one.contestant.name in drawn:
+            if place < leaders or one.contestant.name in drawn:
                 chosen.append((at, one.contestant, one.flops_share))
     labels = torch.arange(8) % 10
     for one in compiled:
