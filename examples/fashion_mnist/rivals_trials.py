@@ -129,8 +129,8 @@ def chosen_of(
 ) -> list[tuple[float, Contestant, float]]:
     """(share of FLOPs at most, who, share): those that go into the final.
 
-    At each share the best `leaders` rivals, and those of the others that are `drawn` already; and all that is `compiled`,
-    fewer steps among them.
+    At each share the best `leaders` rivals, and those of the others that are `drawn` already; and all that is
+    `compiled`, fewer steps among them.
     """
     chosen = []
     for at in SHARES:
