@@ -93,6 +93,20 @@ def test_bench_runs_at_a_tier(bundle: Path, tmp_path: Path) -> None:
     assert "give one of them" in run(*arguments, "--tier", "quarter", "--schedule", ".5,.5", code=2)
 
 
+def test_verify_runs_the_tiers_beside_the_model(tmp_path: Path) -> None:
+    model = CompiledTransformer(programs.make(KINDS, routers=False), "torch")
+    model.add_tier("planned", ScheduledPolicy([[1.0] * 3, [REUSE] * 3, [1.0] * 3, [0.25, 1.0, SKIP]], routed=False))
+    model.add_tier("never full", ScheduledPolicy([[0.5] * 3], routed=False))
+    model.save(tmp_path / "model.edit")
+    (tmp_path / "dense.py").write_text(DENSE)
+    arguments = ["verify", tmp_path / "model.edit", "--engine", "torch", "--model"]
+    text = run(*arguments, f"{tmp_path / 'dense.py'}:Dense")
+    assert "tier planned, its 2 full of 4 steps" in text and "never full" not in text and "FAILED" not in text
+    failed = run(*arguments, f"{tmp_path / 'dense.py'}:other", code=1)
+    (line,) = (line for line in failed.splitlines() if "tier planned" in line)
+    assert "FAILED" in line
+
+
 def test_plot_draws_what_a_tier_decides(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(plotting, "router_heat_map", lambda record: drawn.append(record) or latency_bars({}))

@@ -109,6 +109,7 @@ def verify(
     from edit_compile.bundles.beside_bundle import model_like
     from edit_compile.bundles.verify import numbered, table_of
     from edit_compile.bundles.verify import verify as run
+    from edit_compile.bundles.verify_tiers import verify_tiers
     from edit_compile.bundles.verify_widths import verify_widths
     from edit_compile.command_inputs import forms_of
     from passes.graphs.numbers import TOLERANCE
@@ -123,7 +124,8 @@ def verify(
         checks = numbered([list(verify_widths(compiled, form, allowed)) for form in given])
     else:
         eager = model_like(compiled, model)
-        checks = numbered([run(compiled, eager, form, allowed) for form in given])
+        each = [[*run(compiled, eager, form, allowed), *verify_tiers(compiled, eager, form, allowed)] for form in given]
+        checks = numbered(each)
     against = "torch" if model is None else "the model"
     console.print(table_of(checks, f"{compiled.engine} on {compiled.device}, against {against}"))
     if not all(check.passed for check in checks):

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 
 from edit_compile.measuring.timing import Spread
@@ -119,7 +119,7 @@ def _draw_gates(figure: Figure, axes: matplotlib.axes.Axes, p: Grid) -> None:
 def _draw_decisions(figure: Figure, axes: matplotlib.axes.Axes, done: Grid, width: Grid) -> None:
     computed = width[done == COMPUTED]
     widths = sorted({round(float(value), 4) for value in computed})
-    palette = [_SKIPPED, _REUSED, *map(_WIDTHS, widths)]
+    palette = [_SKIPPED, _REUSED, *(to_hex(_WIDTHS(width)) for width in widths)]
     edges = BoundaryNorm(np.arange(len(palette) + 1) - 0.5, len(palette))
     levels = decision_levels(done[..., 0], width[..., 0], widths).T
     image = axes.imshow(
