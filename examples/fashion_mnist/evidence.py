@@ -82,9 +82,11 @@ def check(results: Path, console: Console) -> bool:
     contestants = list(headlines())
     for one in contestants:
         console.print(f"drawing {recorded['images']} images: {one.name}")
-        found[one.name] = final.result(one, work.share(one, one.prepare(), final.labels[0]))
+        draw = one.prepare()
+        images, _ = final.drawn(draw)
+        found[one.name] = final.figures(one, images, labels, work.share(one, draw, final.labels[0]))
     draws = {"dense": final.draw_dense} | {one.name: one.prepare() for one in contestants}
-    faster, waits = times_faster(draws, final.labels[0], 3)
+    faster = times_faster(draws, final.labels[0], 3)
     table = Table("row", "dB", "distance", "accuracy", "times faster", "was", "", title="against benchmarks/results")
     fine = True
     for name, one in found.items():
@@ -93,7 +95,7 @@ def check(results: Path, console: Console) -> bool:
         numbers = f"{one.decibels:.1f}", f"{one.distance:.1f}", f"{one.accuracy:.1%}"
         times = f"{faster.get(name, 1.0):.2f}", f"{known[name]['times_faster']:.2f}"
         table.add_row(name, *numbers, *times, "; ".join(wrong) or "as recorded")
-    table.caption = f"{summary(describe_machine())}; times decide nothing. {waits}"
+    table.caption = f"{summary(describe_machine())}; times decide nothing"
     console.print(table)
     return fine
 

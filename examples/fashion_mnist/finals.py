@@ -114,11 +114,6 @@ class Final:
         images = torch.cat([from_patches(draw(part, 5000 + seed)) for seed, part in enumerate(self.labels)])
         return images, torch.cat(list(self.labels))
 
-    def result(self, contestant: Contestant, share: float) -> Result:
-        """A finalist's figures, but for its time."""
-        images, labels = self.drawn(contestant.prepare())
-        return self.figures(contestant, images, labels, share)
-
     def figures(self, contestant: Contestant, images: Tensor, labels: Tensor, share: float) -> Result:
         """Of images (N, 28, 28) that were asked to be of classes `labels` (N,)."""
         predicted, features = judged(self.judge, images.clamp(-1, 1))
@@ -139,9 +134,8 @@ class Final:
             commit=commit(),
         )
 
-    def held(self, name: str, tier: Tier[Decider], draw: Draw, grouped: int) -> Held:
+    def held(self, name: str, tier: Tier[Decider], images: Tensor, grouped: int) -> Held:
         """What tuning predicted of a tier, and what batches that it never saw give, by the measure it predicts."""
-        images, _ = self.drawn(draw)
         sizes = [len(part) for part in self.labels]
         pairs = zip(images.split(sizes), self.target.split(sizes), strict=True)
         found = np.array([generation_decibels(own, dense) for own, dense in pairs])

@@ -3,7 +3,8 @@
 Every setting of every rival (see `contestants`) is tried on a few images, and the best of each at each share of the
 dense FLOPs is told. The two best of each share go into the final, with tiers, fewer steps of the compiled model, the
 distilled elastic model, and torch.compile: dB to the dense model's images from the same noise, accuracy and Frechet
-distance of --images images, and times faster than the dense model in eager mode, measured interleaved in one process.
+distance of --images images, and times faster than the dense model in eager mode, by seconds of the processor, on one
+thread, all in turns in one process.
 All in batches of --rows: FirstBlockCache and the caches of cache-dit decide for a batch. Intervals are of 95%, by
 bootstrap over the images. Last, the interval that tuning predicted for each tier, and how many means of --grouped
 batches lie in it.
@@ -17,8 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
@@ -32,20 +32,19 @@ from rich.progress import track
 import edit_compile
 from edit_compile.files import write_file_atomically
 from edit_compile.measuring.machine import describe_machine, summary
-from edit_compile.measuring.timing import interleaved
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.contestants import everyone
 from examples.fashion_mnist.contestants_compiled import Bundles, compiled_ones, other_engines
 from examples.fashion_mnist.contestants_hooks import on_compiled_blocks
 from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
-from examples.fashion_mnist.finals import Final, Result, commit, decibels, share_interval
+from examples.fashion_mnist.finals import Final, commit
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
+from examples.fashion_mnist.rivals_finals import Kept, draw_finals
 from examples.fashion_mnist.rivals_tables import held_table, table_of
 from examples.fashion_mnist.rivals_trials import SHARES, Work, best_of, chosen_of, told_of, trials
+from examples.fashion_mnist.sample import STEPS
 
 RESULTS = Path("benchmarks/results")
-ALIKE = 60.0
-"""dB that one draws like another at least."""
 
 
 def bundles_in(work: Path) -> Bundles:
@@ -60,49 +59,23 @@ def bundles_in(work: Path) -> Bundles:
     return Bundles(*(edit_compile.load(work / f"{name}.edit", engine="torch") for name in ("tuned", "elastic")))
 
 
-def finals(chosen: Sequence[Contestant], share_of: dict[str, float], final: Final, path: Path) -> dict[str, Result]:
-    """Of each contestant its figures, drawn once and kept in the file `path`, for the same images alone."""
-    of = f"{len(torch.cat(list(final.labels)))} images, {len(final.labels[0])} rows"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    known = {name: Result(**told) for name, told in kept.get(of, {}).items()}
-    for one in track(chosen, "finalists"):
-        if one.name in known:
-            continue
-        if one.same_as:
-            labels = final.labels[0]
-            twin = next(other for other in chosen if other.name == one.same_as)
-            apart = decibels(*(from_patches(each.prepare()(labels, 5000)) for each in (one, twin)))
-            if float(apart.min()) < ALIKE:
-                raise ValueError(f"{one.name} does not draw what {twin.name} draws: {apart.min():.1f} dB")
-            known[one.name] = replace(
-                known[twin.name], who=one.who, settings=one.settings, same_as=twin.name, apart=float(apart.min())
-            )
-        else:
-            known[one.name] = final.result(one, share_of[one.name])
-        kept[of] = {name: asdict(result) for name, result in known.items()}
-        write_file_atomically(path, json.dumps(kept, indent=1) + "\n")
-    return {one.name: known[one.name] for one in chosen}
+def times_faster(draws: dict[str, Draw], labels: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Of each the seconds of "dense" over its own, medians over rounds in which all are drawn, after one untimed round.
 
-
-def take_over(recorded: Path, path: Path) -> None:
-    """Put what an earlier run recorded into the file `path` of drawn finalists, with the commit it was drawn at."""
-    told = json.loads(recorded.read_text())
-    of, found = f"{told['images']} images, {told['rows']} rows", dict[str, object]()
-    for one in told["results"]:
-        right = share_interval(round(one["accuracy"] * told["images"]), told["images"])
-        found[f"{one['who']}: {one['settings']}"] = {"accuracy_interval": right, "commit": told["commit"]} | one
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    write_file_atomically(path, json.dumps(kept | {of: found | kept.get(of, {})}, indent=1) + "\n")
-
-
-def times_faster(draws: dict[str, Draw], labels: torch.Tensor, repeats: int) -> tuple[dict[str, float], str]:
-    """Of each the seconds of "dense" over its own, medians over rounds in which all are drawn; what was warned of."""
-    runs: dict[str, list[Callable[[], object]]] = {name: [partial(draw, labels, 0)] for name, draw in draws.items()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        seconds = interleaved(runs, repeats)
-    told = [str(one.message) for one in caught if "waited for a core" in str(one.message)]
-    return {name: float(np.median(seconds["dense"] / own)) for name, own in seconds.items()}, " ".join(told)
+    Seconds are those of the processor, of which other work on the machine takes none; on one thread, which `main` sees
+    to, they are what the clock would show were there no other work.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
+    order = list(draws)
+    for repeat in track(range(-1, repeats), "rounds of times"):
+        order.reverse()
+        for name in order:
+            began = time.process_time()
+            draws[name](labels, 0)
+            if repeat >= 0:
+                seconds[name].append(time.process_time() - began)
+    base = np.array(seconds["dense"])
+    return {name: float(np.median(base / own)) for name, own in seconds.items()}
 
 
 def main() -> None:
@@ -118,11 +91,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
     parser.add_argument("--take-over", action="store_true", help="what --output and its trials say already is kept")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
-    tried, drawn = given.output.with_suffix(".trials.json"), given.work / "finals.json"
+    tried, kept = given.output.with_suffix(".trials.json"), Kept(given.work / "finals.json", given.images, given.rows)
     if given.take_over:
-        take_over(given.output, drawn)
-    elif not drawn.exists():
+        kept.take_over(given.output)
+    elif not kept.results:
         tried.unlink(missing_ok=True)
     bundles = bundles_in(given.work)
     labels = torch.arange(given.rows) % len(CLASSES)
@@ -130,44 +104,35 @@ def main() -> None:
     dense = [from_patches(final.draw_dense(labels, seed)) for seed in range(given.batches)]
     work = Work.counted(labels)
     tries = trials(everyone(given.dense, bundles), labels, dense, work, tried)
-    before = json.loads(drawn.read_text()) if drawn.exists() else {}
-    already = {name for known in before.values() for name in known}
-    chosen = chosen_of(tries, compiled_ones(bundles), work, given.leaders, already)
+    chosen = chosen_of(tries, compiled_ones(bundles), work, given.leaders, set(kept.results))
     inductor = partial(edit_compile.load, given.work / "tuned.edit", engine="inductor")
     once = {one.name: one for _, one, _ in chosen}
     twins = (*other_engines(inductor, given.dense), *on_compiled_blocks(given.dense, list(once)))
     once |= {one.name: one for one in twins}
-    share_of = {one.name: share for _, one, share in chosen}
-    found = finals(list(once.values()), share_of, final, drawn)
-    faster, waits = times_faster(
-        {"dense": final.draw_dense} | {n: c.prepare() for n, c in once.items()}, labels, given.repeats
-    )
-    results = [replace(found[one.name], at=at, times_faster=faster[one.name]) for at, one, _ in chosen]
-    results += [replace(one, times_faster=faster[name]) for name, one in found.items() if one.same_as]
+    shares = {one.name: share for _, one, share in chosen}
+    draw_finals(list(once.values()), shares, final, kept, bundles.dense.tiers, given.grouped)
+    draws = {"dense": final.draw_dense} | {name: one.prepare() for name, one in once.items()}
+    faster = times_faster(draws, labels, given.repeats)
+    results = [replace(kept.results[one.name], at=at, times_faster=faster[one.name]) for at, one, _ in chosen]
+    results += [replace(kept.results[one.name], times_faster=faster[one.name]) for one in twins]
     results.sort(key=lambda one: (-one.at, -one.decibels))
-    base = final.figures(
-        Contestant("dense", "28 steps", lambda: final.draw_dense), final.target, torch.cat(list(final.labels)), 1.0
-    )
-    tiers = bundles.dense.tiers
-    held = [
-        final.held(one.settings, tiers[one.settings], one.prepare(), given.grouped)
-        for one in once.values()
-        if one.who == "tier"
-    ]
+    base = Contestant("dense", f"{STEPS} steps", lambda: final.draw_dense)
+    results.insert(0, final.figures(base, final.target, torch.cat(list(final.labels)), 1.0))
+    held = [kept.held[name] for name in bundles.dense.tiers]
     machine = describe_machine()
     if "cache-dit" in (one.metadata["Name"] for one in metadata.distributions()):
         machine["cache-dit"] = metadata.version("cache-dit")
     written: dict[str, object] = {"machine": machine, "commit": commit(), "images": given.images, "rows": given.rows}
     written |= {"seeds": "5000 to " + str(4999 + len(final.labels)), "tried": len(tries), "repeats": given.repeats}
-    written |= {"routers_share": work.routers_share, "waits": waits, "shares": (0.75, *SHARES)}
+    written |= {"routers_share": work.routers_share, "shares": (0.75, *SHARES)}
     best = [(at, one) for at in (0.75, *SHARES) for one in best_of(tries, at)]
     written |= {"trial_images": given.rows * given.batches}
     written |= {"trials": [told_of(at, one) for at, one in best]}
-    written |= {"results": [asdict(one) for one in (base, *results)], "held_out": [asdict(one) for one in held]}
+    written |= {"results": [asdict(one) for one in results], "held_out": [asdict(one) for one in held]}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(given.output, json.dumps(written, indent=1, default=str) + "\n")
     console = Console(width=160)
-    console.print(table_of((base, *results), f"{given.images} images, timed by {given.rows}; {summary(machine)}"))
+    console.print(table_of(results, f"{given.images} images, timed by {given.rows}; {summary(machine)}"))
     console.print(held_table(held))
 
 
