@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from edit_compile.files import save_tensors_atomically
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.evaluate import test_features
-from examples.fashion_mnist.judge import frechet_of_gaussians, gaussian, judged, load_judge
+from examples.fashion_mnist.judge import Gaussian, frechet_of_gaussians, gaussian, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import sample_patches
 from runtime.bundle.tiers import Tier
@@ -92,14 +93,21 @@ class Final:
         self.dense = load_model(dense)
         self.judge = load_judge(WEIGHTS / "judge.safetensors")
         self.labels = (torch.arange(images) % len(CLASSES)).split(rows)
-        self.target = self._targets(kept)
-        self.real = gaussian(test_features(self.judge))
+        self._kept = kept
 
     def draw_dense(self, labels: Tensor, seed: int) -> Tensor:
         """The dense model's own."""
         return sample_patches(self.dense, labels, seed=seed)
 
-    def _targets(self, kept: Path | None) -> Tensor:
+    @cached_property
+    def real(self) -> Gaussian:
+        """The judge's features of the test images."""
+        return gaussian(test_features(self.judge))
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The dense model's own images (N, 28, 28)."""
+        kept = self._kept
         if kept is not None and kept.exists():
             found = load_file(kept)["images"]
             if len(found) == sum(map(len, self.labels)):
