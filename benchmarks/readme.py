@@ -77,7 +77,8 @@ def written(path: Path, folder: Path) -> str:
         return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:
-        for name, told in evidence.sections(rivals, _read(folder, "paper")).items():
+        paper = _read(folder, "paper") if (folder / "paper.json").exists() else None
+        for name, told in evidence.sections(rivals, paper).items():
             text = with_figures(text, [told], name)
         return text
     text = with_figures(text, tables_of(folder))

@@ -36,8 +36,8 @@ from examples.fashion_mnist.rivals import RESULTS, times_faster
 from examples.fashion_mnist.rivals_trials import Work
 from examples.fashion_mnist.sample import FEW_STEPS
 
-TAKES = "about three hours on two cores, of which an hour is tuning and trying; kept in {}, goes on where it stopped"
-TAKES_QUICK = "about ten minutes on two cores"
+TAKES = "about an hour and a half of one core; what is done so far is kept in {}, and the same command goes on"
+TAKES_QUICK = "about ten minutes of one core"
 TIERS = ("half", "quarter")
 ROUNDING = 1e-3
 """Relative, of what is deterministic up to the order in which floats are added."""

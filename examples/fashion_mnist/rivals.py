@@ -129,7 +129,12 @@ def main() -> None:
     if "cache-dit" in (one.metadata["Name"] for one in metadata.distributions()):
         machine["cache-dit"] = metadata.version("cache-dit")
     written: dict[str, object] = {"machine": machine, "commit": commit(), "images": given.images, "rows": given.rows}
-    written |= {"seeds": "5000 to " + str(4999 + len(final.labels)), "tried": len(tries), "repeats": given.repeats}
+    written |= {
+        "seeds": "5000 to " + str(4999 + len(final.labels)),
+        "tried": len(tries),
+        "repeats": given.repeats,
+        "seconds": "processor time",
+    }
     written |= {"routers_share": work.routers_share, "shares": (0.75, *SHARES)}
     best = [(at, one) for at in (0.75, *SHARES) for one in best_of(tries, at)]
     written |= {"trial_images": given.rows * given.batches}
