@@ -102,7 +102,7 @@ def test_the_picture_has_a_point_for_each_row_of_a_way() -> None:
     }
     near, _ = pareto.pareto(rivals).axes
     (drawn,) = near.containers
-    assert drawn.get_label() == "tiers of edit_compile"
+    assert drawn.get_label() == "tiers of edit_compile, inductor"
     np.testing.assert_array_equal(drawn.lines[0].get_xydata(), [[2.0, 44.0], [4.0, 27.0]])
 
 

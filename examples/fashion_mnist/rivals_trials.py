@@ -94,9 +94,10 @@ def trials(
     contestants: Iterable[Contestant], labels: Tensor, dense: Sequence[Tensor], work: Work, path: Path
 ) -> list[Tried]:
     """All settings, tried once and kept in the file `path`, for the same images alone."""
-    taken = {"machine": describe_machine(), "commit": commit()}
     of = f"{len(labels)} rows, {len(dense)} batches, {float(dense[0].double().sum()):.3f}"
     kept = json.loads(path.read_text()) if path.is_file() else {}
+    commits = [one for one in kept.get("commit", "").split(", ") if one]
+    taken = {"machine": describe_machine(), "commit": ", ".join(dict.fromkeys([*commits, commit()]))}
     known: dict[str, tuple[float, float]] = kept.get(of, {})
     found = []
     for one in track(list(contestants), "rivals' settings"):
