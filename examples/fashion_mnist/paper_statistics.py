@@ -61,9 +61,9 @@ def spent(elastic: edit_compile.CompiledTransformer, decisions: np.ndarray) -> n
     manifest = elastic.program.manifest
     costs = row_flops(manifest, inputs(torch.zeros(1, TOKENS, CHANNELS), torch.ones(1), torch.tensor([NO_CLASS])))
     found = np.zeros((decisions.shape[0], decisions.shape[2]))
-    used = {plan for plan, _ in costs}
+    used, plans = {plan for plan, _ in costs}, {plan.id: plan for plan in manifest.plans}
     for index, block in enumerate(manifest.blocks):
-        plan = block.plan_among(used) or block.plan
+        plan = plans[block.plan_among(used) or block.plan]
         for variant, one in enumerate(plan.variants):
             found += costs[plan.id, variant] * np.isclose(decisions[:, index], one.width)
     return found
