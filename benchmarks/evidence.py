@@ -13,6 +13,7 @@ def sections(rivals: Row, paper: Row | None) -> dict[str, str]:
     """What stands between the marks, by their name."""
     return {
         "taken": tables.taken(rivals, paper),
+        "front": told.front_told(rivals),
         "by clock": told.by_clock(rivals),
         "clock told": told.clock_told(rivals),
         "engines": tables.engines(rivals),

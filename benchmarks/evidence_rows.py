@@ -41,9 +41,9 @@ def as_fast(other: Row, one: Row) -> bool:
 
 
 def beside(rivals: Row, one: Row, chosen: Callable[[Row], bool]) -> Row | None:
-    """Of those `chosen` that take no longer than `one`, the one with most dB."""
+    """Of those `chosen` that take no longer than `one`, the one with most dB, among equal ones the fastest."""
     found = [other for other in rivals["results"] if chosen(other) and as_fast(other, one)]
-    return max(found, key=lambda other: other["decibels"], default=None)
+    return max(found, key=lambda other: (round(other["decibels"], 1), other["times_faster"]), default=None)
 
 
 def fastest(rivals: Row, tier: str) -> Row:

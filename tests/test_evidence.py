@@ -84,6 +84,18 @@ def test_beside_a_tier_stands_the_best_of_what_is_as_fast() -> None:
     assert found is not None and (found["who"], found["decibels"]) == ("MagCache", 35.0)
 
 
+def test_the_front_holds_what_nothing_is_both_faster_and_nearer_than() -> None:
+    rows = [
+        row("tier", 2.0, 44.0),
+        row("MagCache", 1.9, 43.0),
+        row("TaylorSeer", 2.5, 41.0),
+        row("fewer steps", 2.5, 30.0),
+    ]
+    found = evidence_told.front({"results": [row("dense", 1.0, 206.0), *rows]})
+    assert [one["who"] for one in found] == ["tier", "TaylorSeer"]
+    assert "**tier**" in evidence_told.front_told({"results": rows})
+
+
 def test_a_tier_that_is_behind_is_said_to_be() -> None:
     rivals = {
         "results": [row("tier", 2.0, 44.0, "third"), row("tier", 4.0, 27.0, "draft"), row("TaylorSeer", 4.1, 29.0)]
