@@ -9,13 +9,14 @@ from benchmarks.evidence_rows import Row
 NOT_RUN = "Not run yet: `python -m examples.fashion_mnist.paper`."
 
 
-def sections(rivals: Row, paper: Row | None) -> dict[str, str]:
+def sections(rivals: Row, tuned: Row, paper: Row | None) -> dict[str, str]:
     """What stands between the marks, by their name."""
     return {
         "taken": tables.taken(rivals, paper),
         "front": told.front_told(rivals),
         "by clock": told.by_clock(rivals),
         "clock told": told.clock_told(rivals),
+        "step costs": tables.step_costs(rivals, tuned),
         "engines": tables.engines(rivals),
         "by share": tables.by_share(rivals),
         "trials": tables.trials(rivals),

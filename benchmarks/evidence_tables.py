@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.evidence_rows import OURS, Row, accuracy, cells, machine, measured, times, with_interval
+import numpy as np
+
+from benchmarks.evidence_rows import OURS, Row, accuracy, cells, machine, measured, named, times, with_interval
 from benchmarks.markdown import table
 
 QUALITY = ("dB", "distance", "accuracy")
@@ -29,6 +31,21 @@ def engines(rivals: Row) -> str:
     if not rows:
         return "Not run yet: `make evidence`."
     return table(("who", "times faster", "the same by", "times faster", "dB apart, at least"), rows)
+
+
+def step_costs(rivals: Row, tuned: Row) -> str:
+    """What a computed and a reused step take, by least squares over the tiers' times, beside the whole model's."""
+    counts = {one["tier"]: one["decisions"].count(1.0) for one in tuned["tiers"]}
+    steps, rows = tuned["steps"], []
+    for who, whole in (("tier", "fewer steps, compiled"), ("tier, inductor", "torch.compile, fewer steps")):
+        tiers = named(rivals, who)
+        if len(tiers) > 1:
+            done = [counts[one["settings"]] for one in tiers]
+            taken = [steps / one["times_faster"] for one in tiers]
+            found, *_ = np.linalg.lstsq(np.array([[n, steps - n] for n in done]), np.array(taken), rcond=None)
+            plain = " ".join(f"{1 / one['times_faster']:.0%} ({whole})" for one in named(rivals, whole)[:1])
+            rows.append((who, f"{found[0]:.0%}", f"{found[1]:.0%}", plain))
+    return table(("engine", "a computed step", "a reused step", "a step of the dense model, by"), rows)
 
 
 def trials(rivals: Row) -> str:

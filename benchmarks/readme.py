@@ -78,7 +78,7 @@ def written(path: Path, folder: Path) -> str:
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:
         paper = _read(folder, "paper") if (folder / "paper.json").exists() else None
-        for name, told in evidence.sections(rivals, paper).items():
+        for name, told in evidence.sections(rivals, _read(folder, "tuned"), paper).items():
             text = with_figures(text, [told], name)
         return text
     text = with_figures(text, tables_of(folder))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evidence_rows, evidence_told, pareto
+from benchmarks import evidence_rows, evidence_tables, evidence_told, pareto
 from benchmarks.readme import EVIDENCE, PICTURE, README, RESULTS, marks
 from examples.fashion_mnist import paper
 from examples.fashion_mnist.contestant import Contestant
@@ -94,6 +94,14 @@ def test_the_front_holds_what_nothing_is_both_faster_and_nearer_than() -> None:
     found = evidence_told.front({"results": [row("dense", 1.0, 206.0), *rows]})
     assert [one["who"] for one in found] == ["tier", "TaylorSeer"]
     assert "**tier**" in evidence_told.front_told({"results": rows})
+
+
+def test_the_costs_of_steps_are_those_that_the_tiers_times_are_made_of() -> None:
+    tuned = {"steps": 10, "tiers": [{"tier": str(n), "decisions": [1.0] * n + [-1.0] * (10 - n)} for n in (2, 5, 8)]}
+    rows = [row("tier", 10 / (0.9 * n + 0.1 * (10 - n)), 40.0, str(n)) for n in (2, 5, 8)]
+    rows.append(row("fewer steps, compiled", 1.25, 140.0))
+    told = evidence_tables.step_costs({"results": rows}, tuned)
+    assert "| tier | 90% | 10% | 80% (fewer steps, compiled) |" in told
 
 
 def test_a_tier_that_is_behind_is_said_to_be() -> None:
