@@ -3,23 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
+RIVALS_STAMP := $(VENV)/.installed-rivals
 TORCH := $(shell grep '^torch==' constraints.txt)
 HY3DGEN := $(shell grep '^hy3dgen==' constraints.txt)
 TENSORRT := $(shell grep '^tensorrt_' constraints.txt)
 CUDA := $(shell grep -E '^(cuda-|nvidia-cuda-)' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow torture torture-quick lint format bench models readme data train clean
+.PHONY: demo test test-slow torture torture-quick lint format bench models readme evidence evidence-quick data train clean
 .DEFAULT_GOAL := test
 
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile]"
+	@touch $@
+
+# What the tests alone need.
 # hy3dgen comes without its dependencies, of which one file is needed and none is wanted; where it is not to be had, its
 # tests are skipped. So are those of TensorRT where its packages are not: TensorRT-RTX, which builds engines without a
 # GPU, and the bindings of TensorRT 11, without its libraries, which show that what is called is there; and the same of the
 # bindings of CUDA's driver, and its compiler NVRTC, which runs without a GPU.
-$(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)"
+$(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,test,hunyuan3d]"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "$(HY3DGEN)"
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TENSORRT)
@@ -30,28 +37,28 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.fashion_mnist.demo --output demo
 
 # The tests run even where a check fails, so that one run shows everything; the summary of pytest comes last.
-test: $(STAMP)
+test: $(TEST_STAMP)
 	@status=0; $(MAKE) --no-print-directory lint || status=$$?; $(BIN)/python -m pytest || status=$$?; exit $$status
 
-test-slow: $(STAMP) data
+test-slow: $(TEST_STAMP) data
 	$(BIN)/python -m pytest -m slow
 
 # Campaigns against bundles, writers and long runs, with what came of them: docs/reliability.md. The quick ones are in `test`.
-torture: $(STAMP)
+torture: $(TEST_STAMP)
 	$(BIN)/python -m tests.torture.bundles
 	$(BIN)/python -m tests.torture.operators
 	$(BIN)/python -m tests.torture.models
 	$(BIN)/python -m tests.torture.kills
 	$(BIN)/python -m tests.torture.long_runs
 
-torture-quick: $(STAMP)
+torture-quick: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 0 tests/test_torture.py
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	@status=0; for check in "ruff format --check" "ruff check" mypy lint-imports; do \
 		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
-format: $(STAMP)
+format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -66,7 +73,20 @@ models: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python -m benchmarks.readme
 
-# Only training and the slow tests read the images: the demo's weights and statistics are in the repository.
+# cache-dit, without its dependencies, is a rival beside the others; where it is not to be had, it is left out.
+$(RIVALS_STAMP): $(STAMP)
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps cache-dit==1.5.3 pyyaml
+	@touch $@
+
+# All figures of docs/evidence.md, made again: about an hour and a half of one core, goes on where it stopped (runs/evidence).
+evidence: $(RIVALS_STAMP) data
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.fashion_mnist.evidence
+
+# The headline rows alone: status 1 where one lies outside of the interval that was recorded for it.
+evidence-quick: $(STAMP) data
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.fashion_mnist.evidence --quick
+
+# Only training, the evidence and the slow tests read the images: the demo's weights and statistics are in the repository.
 data:
 	@if [ -e $(FASHION_MNIST)/train-images-idx3-ubyte.gz ]; then true; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get install -y dataset-fashion-mnist; \

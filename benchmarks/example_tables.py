@@ -33,41 +33,6 @@ def tuned(results: Mapping[str, Any]) -> str:
     return f"{table(headings, rows)}\n\n{taken}"
 
 
-def rivals(results: Mapping[str, Any]) -> str:
-    """What `examples.fashion_mnist.rivals` found: the finalists, best first at each share of the FLOPs."""
-    headings = "FLOPs at most", "who", "settings", "FLOPs", "times faster", "dB", "distance", "accuracy"
-    rows = [
-        (
-            f"{one['at']:.0%}",
-            one["who"],
-            one["settings"],
-            f"{one['flops_share']:.0%}",
-            f"{one['times_faster']:.2f}",
-            "-" if one["who"] == "dense" else _with_interval(one["decibels"], one["decibels_interval"]),
-            _with_interval(one["distance"], one["distance_interval"]),
-            f"{one['accuracy']:.1%}",
-        )
-        for one in results["results"]
-    ]
-    taken = f"{_taken(results)}; {results['images']} images, timed {results['rows']} at a time."
-    return f"{table(headings, rows)}\n\n{taken}"
-
-
-def held_out(results: Mapping[str, Any]) -> str:
-    """What tuning predicted of each tier, beside what the final's images gave."""
-    headings = "tier", "predicted dB of a generation", "found", "means in the interval"
-    rows = [
-        (
-            one["tier"],
-            _with_interval(one["predicted"], one["interval"]),
-            f"{one['found']:.1f}",
-            f"{one['within']:.0%} of those of {one['grouped']} generations",
-        )
-        for one in results["held_out"]
-    ]
-    return table(headings, rows)
-
-
 def partial_steps(results: Mapping[str, Any]) -> str:
     """What `examples.fashion_mnist.partial_steps` found."""
     rows = [(one["what"], f"{one['flops_share']:.1%}", f"{one['decibels']:.1f}") for one in results["rows"]]

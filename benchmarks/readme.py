@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import example_tables
+from benchmarks import evidence, evidence_told, example_tables, pareto
 from benchmarks.gpu_table import markdown
 from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = ROOT / "examples" / "fashion_mnist" / "README.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
+PICTURE = ROOT / "docs" / "pareto.svg"
+PAGES = (README, EXAMPLE, EVIDENCE)
 HEADINGS = (
     "run",
     "eager, ms per step",
@@ -68,15 +71,19 @@ def with_figures(text: str, tables: list[str], name: str = "figures") -> str:
 
 
 def written(path: Path, folder: Path) -> str:
-    """The text of README.md, or of the example's, with figures from the results in `folder`."""
+    """The text of one of `PAGES`, with figures from the results in `folder`."""
     text = path.read_text()
-    if path == README:
-        text = with_figures(text, tables_of(folder))
-        return with_figures(text, [example_tables.tuned(_read(folder, "tuned"))], "tuned")
-    final = _read(folder, "rivals")
-    text = with_figures(text, [example_tables.rivals(final)], "rivals")
-    text = with_figures(text, [example_tables.held_out(final)], "held out")
-    return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
+    if path == EXAMPLE:
+        return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
+    rivals = _read(folder, "rivals")
+    if path == EVIDENCE:
+        paper = _read(folder, "paper") if (folder / "paper.json").exists() else None
+        for name, told in evidence.sections(rivals, _read(folder, "tuned"), paper).items():
+            text = with_figures(text, [told], name)
+        return text
+    text = with_figures(text, tables_of(folder))
+    text = with_figures(text, [evidence_told.headline(rivals)], "headline")
+    return with_figures(text, [example_tables.tuned(_read(folder, "tuned"))], "tuned")
 
 
 def _read(folder: Path, name: str) -> Any:
@@ -104,9 +111,10 @@ def _cells(name: str, run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    for path in (README, EXAMPLE):
+    for path in PAGES:
         path.write_text(written(path, RESULTS))
         sys.stdout.write(f"{path}: written from what {RESULTS} holds\n")
+    pareto.write(_read(RESULTS, "rivals"), PICTURE)
 
 
 if __name__ == "__main__":

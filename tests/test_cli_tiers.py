@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from rich.console import Console
 from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, load
 from edit_compile.bundles.tier_table import tier_table
 from edit_compile.loading import UserError
+from edit_compile.measuring import plot as plotting
+from edit_compile.measuring.plot import latency_bars
 from edit_compile.tuning.command import parse_named
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import REUSE, SKIP
@@ -85,6 +89,37 @@ def test_bench_runs_at_a_tier(bundle: Path, tmp_path: Path) -> None:
     assert all(list(block["widths"]) == ["0.25"] for block in blocks)
     assert "there are 'routed', 'planned'" in run(*arguments, "--tier", "draft", code=2)
     assert "give one of them" in run(*arguments, "--tier", "quarter", "--schedule", ".5,.5", code=2)
+
+
+def test_verify_runs_the_tiers_beside_the_model(tmp_path: Path) -> None:
+    model = CompiledTransformer(programs.make(KINDS, routers=False), "torch")
+    model.add_tier("planned", ScheduledPolicy([[1.0] * 3, [REUSE] * 3, [1.0] * 3, [0.25, 1.0, SKIP]], routed=False))
+    model.add_tier("never full", ScheduledPolicy([[0.5] * 3], routed=False))
+    model.save(tmp_path / "model.edit")
+    (tmp_path / "dense.py").write_text(DENSE)
+    arguments = ["verify", tmp_path / "model.edit", "--engine", "torch", "--model"]
+    text = run(*arguments, f"{tmp_path / 'dense.py'}:Dense")
+    assert "tier planned, its 2 full of 4 steps" in text and "never full" not in text and "FAILED" not in text
+    failed = run(*arguments, f"{tmp_path / 'dense.py'}:other", code=1)
+    (line,) = (line for line in failed.splitlines() if "tier planned" in line)
+    assert "FAILED" in line
+
+
+def test_plot_draws_what_a_tier_decides(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plotting, "router_heat_map", lambda record: drawn.append(record) or latency_bars({}))
+    run("plot", bundle, "--engine", "torch", "--steps", 2, "--tier", "quarter", "--output", tmp_path / "a.png")
+    assert set(drawn[0].arrays()["width"]) == {0.25}
+    assert "there are 'routed', 'planned'" in run("plot", bundle, "--engine", "torch", "--tier", "draft", code=2)
+    (tmp_path / "trace.json").write_text("[]")
+    assert "--tier is for bundles" in run("plot", tmp_path / "trace.json", "--tier", "quarter", code=2)
+
+
+def test_a_table_that_is_not_for_a_terminal_is_not_cut(bundle: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "edit_compile.cli", "inspect", bundle], capture_output=True, text=True
+    )
+    assert "31.2 (29.5 to 33.0)" in shown.stdout and "…" not in shown.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 
 from edit_compile.measuring.plot import latency_bars, save
 from edit_compile.measuring.timing import Spread
-from examples.fashion_mnist.demo_measure import judge_images
+from examples.fashion_mnist.demo_measure import judge_images, waits_told
 from examples.fashion_mnist.demo_reference import PATH, load_reference
-from examples.fashion_mnist.demo_report import cells, write_report
+from examples.fashion_mnist.demo_report import cells, tier_cells, write_report
+from examples.fashion_mnist.demo_tiers import RESULTS, rivals_of
 from examples.fashion_mnist.judge import Judge, frechet_distance, frechet_of_gaussians, gaussian
 
 
@@ -34,6 +37,12 @@ def results() -> dict:
         "largest_difference": 3e-6,
         "real": {"accuracy": 0.92, "distance": None},
         "rows": [row, row | {"name": "<b>"}],
+        "tiers": [
+            {"name": "dense, 28 steps", "beside": "", "ratio": spread, "decibels": None, "grid": "a.png"},
+            {"name": "tier: half", "beside": "half", "ratio": spread, "decibels": 48.8, "grid": "a.png"},
+            {"name": "fewer steps: 14 steps", "beside": "half", "ratio": spread, "decibels": 35.9, "grid": "a.png"},
+        ],
+        "waits": "",
         "machine": {"cpu": "a processor", "cores": "2", "torch": "2.13.0"},
     }
 
@@ -73,6 +82,39 @@ def test_the_report_holds_its_pictures_and_escapes_text(tmp_path: Path) -> None:
     for name in ("a.png", "latency.png", "router.png"):
         save(latency_bars({"a": Spread(1, 1, 1, 1)}), tmp_path / name)
     page = write_report(results(), tmp_path).read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 4
+    assert page.count("data:image/png;base64,iVBOR") == 7
+    assert "waited" not in page
     assert "&lt;b&gt;" in page
     assert 'src="http' not in page
+
+
+def test_the_report_repeats_that_the_machine_was_loaded(tmp_path: Path) -> None:
+    save(latency_bars({"a": Spread(1, 1, 1, 1)}), tmp_path / "a.png")
+    for name in ("latency.png", "router.png"):
+        (tmp_path / name).write_bytes((tmp_path / "a.png").read_bytes())
+    told = waits_told([warned("threads waited for a core for 40% of the time"), warned("another")])
+    assert (
+        "Of the times on this page: threads waited" in write_report(results() | {"waits": told}, tmp_path).read_text()
+    )
+    assert waits_told([]) == ""
+
+
+def warned(text: str) -> warnings.WarningMessage:
+    return warnings.WarningMessage(UserWarning(text), UserWarning, "here.py", 1)
+
+
+def test_rivals_stand_beside_their_tier() -> None:
+    assert tier_cells(results()) == [
+        ("dense, 28 steps", "2.00", "-"),
+        ("tier: half", "2.00", "48.8"),
+        ("beside it: fewer steps: 14 steps", "2.00", "35.9"),
+    ]
+
+
+def test_what_takes_no_longer_than_a_tier_is_as_recorded() -> None:
+    recorded = {
+        f"{one['who']}: {one['settings']}": one for one in json.loads((RESULTS / "rivals.json").read_text())["results"]
+    }
+    for rival in rivals_of("quarter"):
+        known = recorded[rival.name.replace("fewer steps", "fewer steps, compiled")]
+        assert known["times_faster"] >= recorded["tier: quarter"]["times_faster"]

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_compile.measuring.plot import decision_levels, read_trace, router_heat_map, save
+from edit_compile.measuring.plot import decision_levels, latency_bars, read_trace, router_heat_map, save
+from edit_compile.measuring.timing import Spread
 from runtime.requests.trace import COMPUTED, MISSING, REUSED, SKIPPED, RequestTrace, Trace
 from runtime.routing.policy import REUSE, SKIP
 
@@ -39,6 +40,34 @@ def test_heat_map_shows_blocks_over_steps(tmp_path: Path) -> None:
     assert labels == ["skipped", "reused", "width 0.25", "width 0.5", "width 1"]
     path = save(figure, tmp_path / "new" / "map.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def colours(decisions: list[float]) -> dict[str, tuple[float, ...]]:
+    """By what the colour bar calls it, of a request of one block."""
+    record = RequestTrace("r")
+    for step, decision in enumerate(decisions):
+        record.add(record.context("cond"), step, 0, [0.5], [decision])
+    figure = router_heat_map(record)
+    names = [text.get_text() for text in figure.axes[3].get_yticklabels()]
+    return dict(zip(names, map(tuple, figure.axes[1].images[0].get_cmap()(range(len(names)))), strict=True))
+
+
+def test_a_width_has_one_colour_whatever_else_is_drawn() -> None:
+    few, many = colours([0.25, 1.0]), colours([0.25, 0.5, 0.75, 1.0])
+    assert all(few[name] == many[name] for name in few)
+    assert len(set(many.values())) == len(many)
+
+
+def test_skipped_is_clearly_apart_from_the_lightest_width() -> None:
+    drawn = colours([0.1])
+    apart = np.abs(np.subtract(drawn["skipped"], drawn["width 0.1"])[:3])
+    assert apart.sum() > 0.3
+
+
+def test_numbers_stand_beside_bars_and_not_in_them() -> None:
+    (axes,) = latency_bars({"long": Spread(30, 29, 33, 5), "short": Spread(3.2, 3.0, 3.6, 5)}).axes
+    assert [text.get_text() for text in axes.texts] == ["30", "3.2"]
+    assert [text.xy[0] for text in axes.texts] == [33, 3.6]
 
 
 def test_an_empty_trace_is_refused() -> None:

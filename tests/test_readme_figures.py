@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import (
-    EXAMPLE,
     NO_GPU,
     NOT_MEASURED,
+    PAGES,
     README,
     RESULTS,
     figures,
@@ -72,6 +72,6 @@ def test_a_gpu_has_a_table_only_where_one_has_run(tmp_path: Path) -> None:
     assert "A GPU" in gpu and NO_GPU not in gpu
 
 
-@pytest.mark.parametrize("path", [README, EXAMPLE])
+@pytest.mark.parametrize("path", PAGES)
 def test_the_readme_is_what_the_results_say(path: Path) -> None:
     assert written(path, RESULTS) == path.read_text()

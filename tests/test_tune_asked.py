@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 
 import edit_compile
 from edit_compile import CallsError, CompiledTransformer, EditError, Generation, PolicyError, RecordedCall, Tuned
-from edit_compile.calls.result_quality import Mean
-from edit_compile.tuning.plot import quality_against_time
 from tests import programs
 from tests.models import tiny_plain
 from tests.test_tune import KINDS, STEPS, sampled
@@ -293,58 +291,3 @@ def test_all_of_the_flops_is_the_dense_model(
     own.tier = "full"
     assert torch.equal(sampled(own, 7), expected)
     assert tuned.computed_steps == {"full": STEPS} and tuned.tiers["full"].flops_share == 1.0
-
-
-@pytest.fixture(scope="module")
-def tuned(compiled: CompiledTransformer, recording: Calls) -> Tuned:
-    return edit_compile.tune(compiled, recording, budget={"half": 0.6, "draft": 0.4, "full": 1.0}, reach=3, repeats=1)
-
-
-def test_the_picture_has_tiers_and_fewer_steps_with_intervals(tuned: Tuned, tmp_path: Path) -> None:
-    assert tuned.plot(tmp_path / "made" / "tiers.png").read_bytes().startswith(b"\x89PNG")
-    (axes,) = quality_against_time(tuned).axes
-    tiers, fewer = axes.containers
-    assert (tiers.get_label(), fewer.get_label()) == ("tiers", "as many sampling steps instead")
-    shown = {text.get_text() for text in axes.texts}
-    assert shown >= {"half", "draft"} and "full" not in shown  # which was recorded itself, at 200 dB
-    drawn = dict(zip(*tiers.lines[0].get_data(), strict=True))
-    assert drawn == {tuned.seconds[name].tier: tuned.tiers[name].quality_db for name in ("half", "draft")}
-    assert all(line.has_yerr for line in (tiers, fewer))
-
-
-def with_gain(tuned: Tuned, mean: float, reach: float) -> Tuned:
-    """As if the draft were better than seven plain steps, which take its time, by so many dB, and others by one."""
-    gain = {name: Mean(1.0, 0.5, 1.5) for name in tuned.tiers}
-    changed = {**gain, "draft": Mean(mean, mean - reach, mean + reach)}
-    return replace(tuned, gain=changed, steps_in_time={**tuned.steps_in_time, "draft": 7})
-
-
-def test_the_table_says_where_plain_fewer_steps_are_better(tuned: Tuned) -> None:
-    worse = "plain fewer steps are better"
-    assert worse not in str(with_gain(tuned, 2.0, 1.0))
-    said = str(with_gain(tuned, -2.0, 1.0))
-    assert "7 STEPS INSTEAD" in said and f"{worse} than draft (sample with 7 steps): do not use these tiers" in said
-    unsure = str(with_gain(tuned, 2.0, 3.0))
-    assert "the tier, not surely" in unsure and worse not in unsure
-    assert "equal" in str(with_gain(tuned, 0.0, 0.0))
-    assert all(said in str(tuned) for said in ("figures as predicted", "beside fewer sampling steps", "draft", "half"))
-
-
-@pytest.mark.parametrize("mean", [-2.0, 2.0])
-def test_a_tier_that_plain_steps_beat_is_warned_of(
-    tuned: Tuned, compiled: CompiledTransformer, recording: Calls, mean: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edit_compile.tuning.tune._predicted", lambda *_: with_gain(tuned, mean, 1.0))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        edit_compile.tune(compiled, recording, budget={"draft": 0.6}, reach=3, repeats=1)
-    told = [one for one in caught if "better than draft (sample with 7 steps): do not use these" in str(one.message)]
-    assert len(told) == (mean < 0)
-
-
-def test_plain_steps_have_the_time_that_the_tier_takes(tuned: Tuned) -> None:
-    for name, count in tuned.computed_steps.items():
-        in_time = tuned.steps_in_time[name]
-        assert count <= in_time <= STEPS
-        assert in_time == max(count, min(STEPS, int(STEPS / tuned.seconds[name].times_faster)))
-    assert tuned.gain["full"] == Mean(0.0, 0.0, 0.0)

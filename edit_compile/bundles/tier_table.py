@@ -18,7 +18,7 @@ def tier_table(tiers: Mapping[str, Tier[Decider]]) -> Table:
     """The tiers, a row each; a dash for what is not known. All but the policies is as predicted when they were made."""
     table = Table(title="tiers (figures as predicted when they were made)")
     for heading in HEADINGS:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, tier in tiers.items():
         cells = (
             _quality(tier),

@@ -133,17 +133,21 @@ def _check(
     try:
         compiled._reset_stateful_cache()
         with compiled.decided_by(policy):
-            mine = _tensors(compiled(**inputs))
+            mine = tensors_of(compiled(**inputs))
     finally:
         compiled._reset_stateful_cache()
-    theirs = _tensors(eager(**inputs))
+    return compared(name, mine, tensors_of(eager(**inputs)), tolerance)
+
+
+def compared(name: str, mine: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> Check:
+    """The tensors of one output beside the model's."""
     if not theirs or [t.shape for t in mine] != [t.shape for t in theirs]:
         return Check(name, float("inf"), 1.0, tolerance)
     difference = largest(float((a.double() - b.double()).abs().max()) for a, b in zip(mine, theirs, strict=True))
     return Check(name, difference, largest(float(tensor.double().abs().max()) for tensor in theirs), tolerance)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """The tensors of an output, whether a tuple, a mapping, or diffusers' output class."""
     plain = output.to_tuple() if hasattr(output, "to_tuple") else output
     return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ except ModuleNotFoundError as missing:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Elastic diffusion transformers, compiled.", rich_markup_mode=None
 )
-console = Console(markup=False)
+# a file or a pipe has no width: tables are not cut
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
 errors = Console(stderr=True, markup=False)
 
 OURS = ("edit_compile", "passes", "runtime")
@@ -42,6 +44,7 @@ EngineOfBundle = Annotated[
     str | None, typer.Option(help="as for `compile`; default: that of the engines in the bundle, else the fastest here")
 ]
 Preset = Annotated[str | None, typer.Option(help="routing policy by the paper's model, for example flux")]
+Tier = Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")]
 Schedule = Annotated[
     str | None,
     typer.Option("--schedule", help='decisions at random instead of routed: "gate,width", for example .5,.6'),

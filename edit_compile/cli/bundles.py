@@ -15,6 +15,7 @@ from edit_compile.cli.base import (
     ModelName,
     Schedule,
     Steps,
+    Tier,
     app,
     console,
     errors,
@@ -108,6 +109,7 @@ def verify(
     from edit_compile.bundles.beside_bundle import model_like
     from edit_compile.bundles.verify import numbered, table_of
     from edit_compile.bundles.verify import verify as run
+    from edit_compile.bundles.verify_tiers import verify_tiers
     from edit_compile.bundles.verify_widths import verify_widths
     from edit_compile.command_inputs import forms_of
     from passes.graphs.numbers import TOLERANCE
@@ -122,7 +124,8 @@ def verify(
         checks = numbered([list(verify_widths(compiled, form, allowed)) for form in given])
     else:
         eager = model_like(compiled, model)
-        checks = numbered([run(compiled, eager, form, allowed) for form in given])
+        each = [[*run(compiled, eager, form, allowed), *verify_tiers(compiled, eager, form, allowed)] for form in given]
+        checks = numbered(each)
     against = "torch" if model is None else "the model"
     console.print(table_of(checks, f"{compiled.engine} on {compiled.device}, against {against}"))
     if not all(check.passed for check in checks):
@@ -140,7 +143,7 @@ def bench(
     steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     schedule: Schedule = None,
-    tier: Annotated[str | None, typer.Option(help="the bundle's tier that decides; default: its own policy")] = None,
+    tier: Tier = None,
     dispatch: Annotated[str, typer.Option(help="where decisions are taken: host or device")] = "host",
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
@@ -174,16 +177,20 @@ def plot(
     calls: Calls = None,
     engine: EngineOfBundle = None,
     steps: Steps = None,
+    tier: Tier = None,
 ) -> None:
-    """Draw what the routers decided, over blocks and steps."""
+    """Draw what the routers, or a tier, decided, over blocks and steps."""
     from edit_compile.bundles.verify import trace_of
     from edit_compile.command_inputs import steps_of
+    from edit_compile.loading import UserError
     from edit_compile.measuring.plot import read_trace, router_heat_map, save
     from runtime.face.load import load
 
     if source.is_dir():
-        compiled = load(source, engine=engine)
+        compiled = load(source, engine=engine, tier=tier)
         record = trace_of(compiled, steps_of(compiled, inputs, calls, steps, errors))
+    elif tier is not None:
+        raise UserError(f"--tier is for bundles: {source} is a trace, in which all is decided")
     else:
         record = read_trace(source.read_text())
     console.print(f"wrote {save(router_heat_map(record), output)}")

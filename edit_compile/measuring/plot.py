@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 
 from edit_compile.measuring.timing import Spread
@@ -23,8 +23,9 @@ from runtime.routing.policy import REUSE, SKIP
 
 Grid = npt.NDArray[np.generic]
 
-_SKIPPED, _REUSED = "#e9e9ee", "#f0b35a"
-_NARROW_TO_FULL = ("#cfe0f5", "#93bbe8", "#4d8bd0", "#1d4f91")
+_SKIPPED, _REUSED = "#ffffff", "#f0b35a"
+_WIDTHS = LinearSegmentedColormap.from_list("widths", ("#c3daf3", "#93bbe8", "#4d8bd0", "#1d4f91", "#0b2447"))
+"""From no width to all of it, so that a width has one colour in every picture; none is near that of what is skipped."""
 
 
 def router_heat_map(trace: RequestTrace, context: str | None = None) -> Figure:
@@ -87,8 +88,11 @@ def latency_bars(latencies: Mapping[str, Spread], limit: float | None = None) ->
     medians = np.array([latencies[name].median for name in names])
     low = medians - [latencies[name].low for name in names]
     high = [latencies[name].high for name in names] - medians
-    bars = axes.barh(names, medians, xerr=[low, high], color="#4d8bd0", ecolor="#333", capsize=3)
-    axes.bar_label(bars, fmt=" %.4g", label_type="center", color="white")
+    axes.barh(names, medians, xerr=[low, high], color="#4d8bd0", ecolor="#333", capsize=3)
+    for row, (median, upper) in enumerate(zip(medians, high, strict=True)):  # beside the bar: short ones hold no number
+        axes.annotate(f"{median:.4g}", (median + upper, row), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.15)
+    axes.set_xlim(left=0)
     if limit is not None:
         axes.axvline(limit, color="#c0392b", linestyle="--", label="what the FLOPs left allow")
         axes.legend(loc="lower right", fontsize="small")
@@ -115,14 +119,16 @@ def _draw_gates(figure: Figure, axes: matplotlib.axes.Axes, p: Grid) -> None:
 def _draw_decisions(figure: Figure, axes: matplotlib.axes.Axes, done: Grid, width: Grid) -> None:
     computed = width[done == COMPUTED]
     widths = sorted({round(float(value), 4) for value in computed})
-    positions = np.linspace(0, len(_NARROW_TO_FULL) - 1, max(len(widths), 1)).round().astype(int)
-    shades = [_NARROW_TO_FULL[i] for i in positions[: len(widths)]]
-    palette = [_SKIPPED, _REUSED, *shades]
+    palette = [_SKIPPED, _REUSED, *(to_hex(_WIDTHS(width)) for width in widths)]
     edges = BoundaryNorm(np.arange(len(palette) + 1) - 0.5, len(palette))
     levels = decision_levels(done[..., 0], width[..., 0], widths).T
     image = axes.imshow(
         levels, aspect="auto", origin="lower", cmap=ListedColormap(palette), norm=edges, interpolation="nearest"
     )
+    axes.set_xticks(np.arange(levels.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(levels.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#c4c4cc", linewidth=0.5)  # what is skipped is white: its cells have edges
+    axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, ticks=range(len(palette)))
     bar.set_ticklabels(["skipped", "reused", *(f"width {value:g}" for value in widths)])
     axes.set_title("what was done (first row)")

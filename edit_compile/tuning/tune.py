@@ -13,7 +13,7 @@ from edit_compile.measuring.machine import describe_machine, summary
 from edit_compile.tuning.asked import check_tiers, split
 from edit_compile.tuning.schedules import Schedule
 from edit_compile.tuning.search import Search
-from edit_compile.tuning.timing import seconds_of
+from edit_compile.tuning.timing import Seconds, seconds_of
 from edit_compile.tuning.trials import Trials
 from edit_compile.tuning.tuned import Tuned
 from runtime.base.errors import PolicyError
@@ -97,11 +97,13 @@ def tune(
 def _predicted(trials: Trials, chosen: Mapping[str, Schedule], repeats: int) -> Tuned:
     """What the candidates reach on generations that they were not searched by."""
     tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
-    seconds, in_time = {}, {}
+    seconds, in_time, timed = {}, {}, dict[Schedule, Seconds]()
     machine = summary(describe_machine())
     for name, schedule in chosen.items():  # one after another, so that no more is held in memory than by two requests
         outcome = trials.outcome(schedule)
-        mean, seconds[name] = mean_quality(outcome.decibels), seconds_of(trials, schedule, repeats)
+        if schedule not in timed:
+            timed[schedule] = seconds_of(trials, schedule, repeats)
+        mean, seconds[name] = mean_quality(outcome.decibels), timed[schedule]
         in_time[name] = _steps_in_time(trials.steps, len(schedule.computed), seconds[name].times_faster)
         others = trials.fewer_steps(in_time[name])
         tiers[name] = Tier(

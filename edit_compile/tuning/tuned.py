@@ -47,12 +47,30 @@ class Tuned:
             console.print(tables(self))
         return captured.get()
 
+    def verdict(self, name: str) -> str:
+        """Whether the tier `name` is better than plain steps in its time: "equal", "the tier", "undecided" where the
+        interval of the gain holds 0, "N STEPS INSTEAD", or "NOT FASTER" where all steps fit in its time."""
+        gain, rival = self.gain[name], self.steps_in_time[name]
+        if gain.value == 0:
+            return "equal"
+        if rival == self.tiers[name].steps:
+            return "NOT FASTER"
+        return "the tier" if gain.low > 0 else f"{rival} STEPS INSTEAD" if gain.high < 0 else "undecided"
+
     @property
     def advice(self) -> str | None:
-        """Which tiers are not worth having, since plain sampling with fewer steps is better; None where all are."""
-        worse = [name for name, gain in self.gain.items() if gain.value < 0]
-        told = ", ".join(f"{name} (sample with {self.steps_in_time[name]} steps)" for name in worse)
-        return f"plain fewer steps are better than {told}: do not use these tiers" if worse else None
+        """Which tiers are not worth having, and of which that is not known; None where all are."""
+        verdicts = {name: self.verdict(name) for name in self.gain}
+        worse = [
+            f"{name} (sample with {self.steps_in_time[name]} steps)" for name in verdicts if "INSTEAD" in verdicts[name]
+        ]
+        slow = [name for name in verdicts if verdicts[name] == "NOT FASTER"]
+        unsure = [f"{name} ({self.steps_in_time[name]})" for name in verdicts if verdicts[name] == "undecided"]
+        told = [f"plain fewer steps are better than {', '.join(worse)}: do not use these tiers"] * bool(worse)
+        told += [f"computing every step takes no longer than {', '.join(slow)}: do not use these tiers"] * bool(slow)
+        told += [f"undecided beside as many plain steps as take the tier's time: {', '.join(unsure)}; record more "
+                 "generations"] * bool(unsure)  # fmt: skip
+        return "; ".join(told) or None
 
     def add_to(self, compiled: CompiledTransformer) -> None:
         """Give `compiled` the tiers; `compiled.save` writes them into the bundle."""

@@ -19,7 +19,7 @@ import edit_compile
 from examples.fashion_mnist.data import CLASSES, NO_CLASS
 from examples.fashion_mnist.demo_measure import VARIANTS
 from examples.fashion_mnist.demo_reference import PATH as REFERENCE
-from examples.fashion_mnist.demo_report import table_of, write_report
+from examples.fashion_mnist.demo_report import table_of, tier_table, write_report
 from examples.fashion_mnist.model import CHANNELS, TOKENS, WEIGHTS, inputs, load_model
 
 NEEDED = ("dense.safetensors", "elastic", "judge.safetensors", REFERENCE.name)
@@ -50,6 +50,7 @@ def main() -> None:
     missing = [name for name in NEEDED if not (WEIGHTS / name).exists()]
     if missing:
         sys.exit(f"{WEIGHTS} lacks {', '.join(missing)}: see examples/fashion_mnist/README.md for how they are made")
+    console.print("This takes some four minutes on two cores.")
     given.output.mkdir(parents=True, exist_ok=True)
     compile_models(given.output)
     options = ["--images", str(given.images), "--repeats", str(given.repeats)]
@@ -60,6 +61,7 @@ def main() -> None:
         sys.exit(finished.returncode)
     results = json.loads((given.output / "results.json").read_text())
     console.print(table_of(results))
+    console.print(tier_table(results))
     console.print(f"report: {write_report(results, given.output)}")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from edit_compile.measuring.plot import latency_bars, router_heat_map, save
 from edit_compile.measuring.timing import Call, Spread, interleaved
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.demo_reference import Reference, load_reference
+from examples.fashion_mnist.demo_tiers import measure_tiers
 from examples.fashion_mnist.judge import Judge, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import FEW_STEPS, sample, save_grid
@@ -105,7 +107,9 @@ def measure(folder: Path, engine: str | None, images: int, repeats: int, progres
     for name, file in VARIANTS.items():
         models[name] = load(folder / file, engine=engine)
     timing = progress.add_task("timing ten classes at a time", total=None)
-    times = time_variants(models, repeats)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        times = time_variants(models, repeats)
     left = {name: flops_left(model) for name, model in models.items()}
     progress.update(timing, total=1, completed=1)
     rows, drawn = [], {}
@@ -115,6 +119,13 @@ def measure(folder: Path, engine: str | None, images: int, repeats: int, progres
         grid = f"{name.replace(', ', '-').replace(' ', '-')}.png"
         save_grid(drawn[name][:SHOWN], folder / grid)
         rows.append(Row(name, *times[name], left[name], *judge_images(drawn[name], judge, reference), grid))
+    timing = progress.add_task("tiers, and rivals in their time", total=None)
+    dense = models["dense, compiled"]
+    assert isinstance(dense, CompiledTransformer)
+    with warnings.catch_warnings(record=True) as caught_of_tiers:
+        warnings.simplefilter("always")
+        tiers = measure_tiers(models[BASE], dense, folder, repeats)
+    progress.update(timing, total=1, completed=1)
     elastic = models[ELASTIC]
     assert isinstance(elastic, CompiledTransformer)
     save(router_heat_map(elastic.trace[-1], "cond"), folder / "router.png")
@@ -127,8 +138,18 @@ def measure(folder: Path, engine: str | None, images: int, repeats: int, progres
         "largest_difference": float((drawn[BASE] - drawn["dense, compiled"]).abs().max()),
         "real": {"accuracy": reference.accuracy, "distance": reference.floors.get(images)},
         "rows": [asdict(row) for row in rows],
+        "tiers": [asdict(row) for row in tiers],
+        "waits": waits_told([*caught, *caught_of_tiers]),
         "machine": describe_machine(),
     }
+
+
+def waits_told(caught: Sequence[warnings.WarningMessage]) -> str:
+    """What was warned of times, once; other warnings are given out."""
+    waits = [str(one.message) for one in caught if "waited for a core" in str(one.message)]
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return waits[0] if waits else ""
 
 
 def _one_step(model: Any, cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from edit_compile.measuring.machine import summary
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
+TIER_HEADINGS = ("", "times faster", "PSNR to the dense images, dB")
 HEADINGS = ("", "ms per step", "times faster", "FLOPs left", "accuracy", "Frechet distance")
 
 
@@ -41,6 +42,26 @@ def table_of(results: dict[str, Any]) -> Table:
     return table
 
 
+def tier_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Tiers, and under each what takes its time, as text."""
+    rows = []
+    for row in results["tiers"]:
+        rival = row["beside"] and not row["name"].startswith("tier")
+        near = "-" if row["decibels"] is None else f"{row['decibels']:.1f}"
+        rows.append((f"{'beside it: ' if rival else ''}{row['name']}", f"{row['ratio']['median']:.2f}", near))
+    return rows
+
+
+def tier_table(results: dict[str, Any]) -> Table:
+    """For the terminal."""
+    table = Table(
+        *TIER_HEADINGS, title="the dense model in 28 steps, by tier, and what takes no longer", caption=results["waits"]
+    )
+    for row in tier_cells(results):
+        table.add_row(*row)
+    return table
+
+
 def caption(results: dict[str, Any]) -> str:
     """How the figures were taken, in one line."""
     return (
@@ -57,6 +78,13 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
         machine=results["machine"],
         headings=HEADINGS,
         rows=cells(results),
+        waits=results["waits"],
+        tier_headings=TIER_HEADINGS,
+        tier_rows=tier_cells(results),
+        tier_grids=[
+            (name, f"{ratio} times faster", embedded(folder / row["grid"]))
+            for row, (name, ratio, _) in zip(results["tiers"], tier_cells(results), strict=True)
+        ],
         difference=f"{results['largest_difference']:.1g}",
         grids=[(row["name"], embedded(folder / row["grid"])) for row in results["rows"]],
         latency=embedded(folder / "latency.png"),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from safetensors.torch import load_file
+from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
-from examples.fashion_mnist.contestants import Contestant, Draw
+from edit_compile.files import save_tensors_atomically
+from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.evaluate import test_features
-from examples.fashion_mnist.judge import frechet_of_gaussians, gaussian, judged, load_judge
+from examples.fashion_mnist.judge import Gaussian, frechet_of_gaussians, gaussian, judged, load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import sample_patches
 from runtime.bundle.tiers import Tier
@@ -26,7 +29,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Result:
-    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode."""
+    """A finalist at one share of FLOPs; intervals of 95%. `times_faster` is against the dense model in eager mode.
+
+    `commit` is of the run that drew the images. Of one that draws the same images as another, `same_as`, quality is
+    taken from there, and `apart` is the PSNR of a batch of its own to one of the other's.
+    """
 
     who: str
     settings: str
@@ -38,6 +45,15 @@ class Result:
     distance: float
     distance_interval: Interval
     accuracy: float
+    accuracy_interval: Interval
+    commit: str
+    same_as: str = ""
+    apart: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As the contestant's."""
+        return f"{self.who}: {self.settings}"
 
 
 @dataclass(frozen=True)
@@ -64,47 +80,70 @@ def generation_decibels(found: Tensor, dense: Tensor) -> float:
     return float(10 * torch.log10((dense.max() - dense.min()).double() ** 2 / error))
 
 
-class Final:
-    """Finalists on many images, in batches of `rows`."""
+def share_interval(count: int, of: int) -> Interval:
+    """In which a share lies (Wilson)."""
+    known = binomtest(count, of).proportion_ci(method="wilson")
+    return float(known.low), float(known.high)
 
-    def __init__(self, dense: str, images: int, rows: int) -> None:
+
+class Final:
+    """Finalists on many images, in batches of `rows`; what the dense model draws is kept in the file `kept`."""
+
+    def __init__(self, dense: str, images: int, rows: int, kept: Path | None = None) -> None:
         self.dense = load_model(dense)
         self.judge = load_judge(WEIGHTS / "judge.safetensors")
         self.labels = (torch.arange(images) % len(CLASSES)).split(rows)
-        self.target, _ = self.drawn(self.draw_dense)
-        self.real = gaussian(test_features(self.judge))
+        self._kept = kept
 
     def draw_dense(self, labels: Tensor, seed: int) -> Tensor:
         """The dense model's own."""
         return sample_patches(self.dense, labels, seed=seed)
+
+    @cached_property
+    def real(self) -> Gaussian:
+        """The judge's features of the test images."""
+        return gaussian(test_features(self.judge))
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The dense model's own images (N, 28, 28)."""
+        kept = self._kept
+        if kept is not None and kept.exists():
+            found = load_file(kept)["images"]
+            if len(found) == sum(map(len, self.labels)):
+                return found
+        images, _ = self.drawn(self.draw_dense)
+        if kept is not None:
+            save_tensors_atomically(kept, {"images": images.contiguous()}, {"commit": commit()})
+        return images
 
     def drawn(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """All images, and whether each is taken for what was asked for, by features of the judge."""
         images = torch.cat([from_patches(draw(part, 5000 + seed)) for seed, part in enumerate(self.labels)])
         return images, torch.cat(list(self.labels))
 
-    def result(self, contestant: Contestant, at: float, share: float, faster: float) -> Result:
-        """A finalist's figures."""
-        images, labels = self.drawn(contestant.prepare())
+    def figures(self, contestant: Contestant, images: Tensor, labels: Tensor, share: float) -> Result:
+        """Of images (N, 28, 28) that were asked to be of classes `labels` (N,)."""
         predicted, features = judged(self.judge, images.clamp(-1, 1))
         own = decibels(images, self.target).numpy()
         known = bootstrap((own,), np.mean, n_resamples=2000, random_state=0).confidence_interval
         return Result(
             who=contestant.who,
             settings=contestant.settings,
-            at=at,
+            at=1.0,
             flops_share=share,
-            times_faster=faster,
+            times_faster=1.0,
             decibels=float(own.mean()),
             decibels_interval=(float(known.low), float(known.high)),
             distance=frechet_of_gaussians(gaussian(features), self.real),
             distance_interval=self._distances(features),
             accuracy=float((predicted == labels).float().mean()),
+            accuracy_interval=share_interval(int((predicted == labels).sum()), len(labels)),
+            commit=commit(),
         )
 
-    def held(self, name: str, tier: Tier[Decider], draw: Draw, grouped: int) -> Held:
+    def held(self, name: str, tier: Tier[Decider], images: Tensor, grouped: int) -> Held:
         """What tuning predicted of a tier, and what batches that it never saw give, by the measure it predicts."""
-        images, _ = self.drawn(draw)
         sizes = [len(part) for part in self.labels]
         pairs = zip(images.split(sizes), self.target.split(sizes), strict=True)
         found = np.array([generation_decibels(own, dense) for own, dense in pairs])
@@ -126,6 +165,13 @@ class Final:
 
 
 def commit() -> str:
-    """The commit that this is run from, "+" where files differ from it; "" outside of a repository."""
-    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    """The commit that this is run from, "+" where code differs from it; "" outside of a repository."""
+    root = Path(__file__).parents[2]
+
+    def asked(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=root, check=False)
+
+    found = asked("rev-parse", "--short=12", "HEAD").stdout.strip()
+    return found + "+" * (
+        bool(found) and asked("diff", "--quiet", "HEAD", "--", "*.py", "*.safetensors").returncode != 0
+    )

@@ -1,201 +1,149 @@
-"""Tuned tiers beside fewer steps and other caches: python -m examples.fashion_mnist.rivals --tuned tuned.edit
+"""Tuned tiers beside fewer steps and other caches: python -m examples.fashion_mnist.rivals
 
-Every setting of every rival (see `contestants`) is tried on a few images; of each rival, the best in dB at each share
-of the dense FLOPs goes into the final, with the tiers of the bundle, and, since tiers are compiled, with fewer steps of
-the compiled model: dB to the dense model's images from the same noise, accuracy and Frechet distance of --images
-images, and times faster than the dense model in eager mode, measured interleaved. All in batches of --rows: FirstBlock-
-Cache and DBCache decide for a batch. Intervals are of 95%, by bootstrap over the images. Last, the interval that tuning
-predicted for each tier, and how many means of --grouped batches lie in it.
+Every setting of every rival (see `contestants`) is tried on a few images, and the best of each at each share of the
+dense FLOPs is told. The two best of each share go into the final, with tiers, fewer steps of the compiled model, the
+distilled elastic model, and torch.compile: dB to the dense model's images from the same noise, accuracy and Frechet
+distance of --images images, and times faster than the dense model in eager mode, by seconds of the processor, on one
+thread, all in turns in one process.
+All in batches of --rows: FirstBlockCache and the caches of cache-dit decide for a batch. Intervals are of 95%, by
+bootstrap over the images. Last, the interval that tuning predicted for each tier, and how many means of --grouped
+batches lie in it.
+
+Bundles that --work lacks are made there, and what was tried or drawn is kept there: a run that was killed goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
 import edit_compile
 from edit_compile.files import write_file_atomically
 from edit_compile.measuring.machine import describe_machine, summary
-from edit_compile.measuring.timing import interleaved
-from examples.fashion_mnist.contestants import Contestant, Draw, everyone
-from examples.fashion_mnist.data import CLASSES, from_patches
-from examples.fashion_mnist.finals import Final, Held, Result, commit, decibels
-from examples.fashion_mnist.sample import STEPS, sample_patches
-from passes.graphs.cost import counting
+from examples.fashion_mnist.contestant import Contestant, Draw
+from examples.fashion_mnist.contestants import everyone
+from examples.fashion_mnist.contestants_compiled import Bundles, compiled_ones, other_engines
+from examples.fashion_mnist.contestants_hooks import on_compiled_blocks
+from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
+from examples.fashion_mnist.finals import Final, commit
+from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
+from examples.fashion_mnist.rivals_finals import Kept, draw_finals
+from examples.fashion_mnist.rivals_tables import held_table, table_of
+from examples.fashion_mnist.rivals_trials import SHARES, Work, best_of, chosen_of, told_of, trials
+from examples.fashion_mnist.sample import STEPS
 
-SHARES = (0.5, 0.36, 0.25, 0.15)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A setting on a few images: share of the dense FLOPs, and mean dB."""
-
-    contestant: Contestant
-    flops_share: float
-    decibels: float
+RESULTS = Path("benchmarks/results")
 
 
-def flops_of(draw: Draw, labels: Tensor) -> int:
-    """Floating-point operations of a batch."""
-    with counting() as counter:
-        draw(labels, 0)
-    return int(counter.get_total_flops())
+def bundles_in(work: Path) -> Bundles:
+    """The bundles in `work`; those that are missing are made, which takes minutes."""
+    if not (work / "tuned.edit").exists():
+        options = ["--output", work / "tuned.edit", "--generations", 10, "--results", RESULTS / "tuned.json"]
+        subprocess.run([sys.executable, "-m", "examples.fashion_mnist.tune", *map(str, options)], check=True)
+    if not (work / "elastic.edit").exists():
+        x, t = torch.randn(2, TOKENS, CHANNELS), torch.tensor([0.3, 0.7])
+        example = inputs(x, t, torch.tensor([len(CLASSES) - 1, NO_CLASS]))
+        edit_compile.compile(load_model("elastic"), inputs=example, engine="torch", output=work / "elastic.edit")
+    return Bundles(*(edit_compile.load(work / f"{name}.edit", engine="torch") for name in ("tuned", "elastic")))
 
 
-def tried(contestant: Contestant, labels: Tensor, dense: Sequence[Tensor], whole: int) -> Tried:
-    """What a setting gives on batches whose dense images are known; the first is drawn twice, caches begin anew."""
-    draw = contestant.prepare()
-    draw(labels, 0)
-    share = flops_of(draw, labels) / whole
-    found = [decibels(from_patches(draw(labels, seed)), target) for seed, target in enumerate(dense)]
-    return Tried(contestant, share, float(torch.cat(found).mean()))
+def times_faster(draws: dict[str, Draw], labels: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Of each the seconds of "dense" over its own, medians over rounds in which all are drawn, after one untimed round.
 
-
-def trials(
-    contestants: Sequence[Contestant], labels: Tensor, dense: Sequence[Tensor], whole: int, path: Path
-) -> list[Tried]:
-    """All settings, tried once and kept in the file `path`, for the same images alone."""
-    taken = {"machine": describe_machine(), "commit": commit()}
-    of = f"{len(labels)} rows, {len(dense)} batches, {float(dense[0].double().sum()):.3f}"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    known: dict[str, tuple[float, float]] = kept.get(of, {})
-    found = []
-    for one in track(contestants, "rivals' settings"):
-        name = one.name
-        if name not in known:
-            made = tried(one, labels, dense, whole)
-            known[name] = made.flops_share, made.decibels
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(path, json.dumps(taken | {of: known}, indent=1) + "\n")
-        found.append(Tried(one, *known[name]))
-    return found
-
-
-def best_of(tries: Sequence[Tried], share: float) -> Iterator[Tried]:
-    """Of each rival what is best within a share of FLOPs, if anything is."""
-    for who in dict.fromkeys(one.contestant.who for one in tries):
-        within = [one for one in tries if one.contestant.who == who and one.flops_share <= share + 0.01]
-        if within:
-            yield max(within, key=lambda one: one.decibels)
-
-
-def finalists(tries: Sequence[Tried], bundle: Path) -> list[tuple[float, Contestant, float]]:
-    """(share of FLOPs at most, who, share): the best rivals, and all of a bundle. Fewer steps are the bundle's."""
-    chosen = [(at, one.contestant, one.flops_share) for at in SHARES for one in best_of(tries, at)]
-    chosen = [one for one in chosen if one[1].who != "fewer steps"]
-    for contestant, share in compiled_ones(bundle):
-        chosen.append((min(at for at in (1.0, *SHARES) if at >= share - 0.01), contestant, share))
-    return chosen
-
-
-def compiled_ones(bundle: Path) -> Iterator[tuple[Contestant, float]]:
-    """The tiers of a bundle, and fewer steps of it at full compute, with their share of FLOPs."""
-    compiled = edit_compile.load(bundle, engine="torch")
-
-    def prepare(name: str | None, steps: int = STEPS) -> Draw:
-        def draw(labels: Tensor, seed: int) -> Tensor:
-            compiled.tier = name
-            with compiled.request():
-                return sample_patches(compiled, labels, steps=steps, seed=seed)
-
-        return draw
-
-    for steps in (STEPS, *(int(STEPS * share) for share in SHARES)):
-        settings = f"{steps} steps"
-        yield Contestant("fewer steps, compiled", settings, lambda steps=steps: prepare(None, steps)), steps / STEPS  # type: ignore[misc]
-    for name, tier in compiled.tiers.items():
-        yield Contestant("tier", name, lambda name=name: prepare(name)), tier.flops_share or 1.0  # type: ignore[misc]
-
-
-def times_faster(draws: dict[str, Draw], labels: Tensor, repeats: int) -> dict[str, float]:
-    """Of each the seconds of "dense" over its own, medians over rounds in which all are drawn."""
-    runs: dict[str, list[Callable[[], object]]] = {
-        name: [lambda draw=draw: draw(labels, 0)]
-        for name, draw in draws.items()  # type: ignore[misc]
-    }
-    seconds = interleaved(runs, repeats)
-    return {name: float(np.median(seconds["dense"] / own)) for name, own in seconds.items()}
-
-
-def table_of(results: Sequence[Result], caption: str) -> Table:
-    """All finalists."""
-    table = Table(
-        "FLOPs at most", "who", "settings", "FLOPs", "times faster", "dB", "distance", "accuracy", caption=caption
-    )
-    for one in results:
-        low, high = one.decibels_interval
-        near, far = one.distance_interval
-        table.add_row(
-            f"{one.at:.0%}", one.who, one.settings, f"{one.flops_share:.0%}", f"{one.times_faster:.2f}",
-            f"{one.decibels:.1f} ({low:.1f} to {high:.1f})", f"{one.distance:.1f} ({near:.1f} to {far:.1f})",
-            f"{one.accuracy:.1%}",
-        )  # fmt: skip
-    return table
-
-
-def held_table(held: Sequence[Held]) -> Table:
-    """What tuning predicted, beside what came."""
-    table = Table("tier", "predicted dB of a generation", "found", "means in the interval")
-    for one in held:
-        low, high = one.interval
-        predicted = f"{one.predicted:.1f} ({low:.1f} to {high:.1f})"
-        table.add_row(one.tier, predicted, f"{one.found:.1f}", f"{one.within:.0%} of those of {one.grouped}")
-    return table
+    Seconds are those of the processor, of which other work on the machine takes none; on one thread, which `main` sees
+    to, they are what the clock would show were there no other work.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
+    order = list(draws)
+    for repeat in track(range(-1, repeats), "rounds of times"):
+        order.reverse()
+        for name in order:
+            began = time.process_time()
+            draws[name](labels, 0)
+            if repeat >= 0:
+                seconds[name].append(time.process_time() - began)
+    base = np.array(seconds["dense"])
+    return {name: float(np.median(base / own)) for name, own in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tuned", type=Path, default=Path("tuned.edit"), help="bundle with tiers of the dense model")
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="bundles, and what is done so far")
     parser.add_argument("--dense", default="dense")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8, help="images per batch, in the trials and when timed")
     parser.add_argument("--batches", type=int, default=2, help="batches in the trials")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-draw", action="store_true", help="leave out what was not drawn before")
+    parser.add_argument("--leaders", type=int, default=2, help="rivals of each share that are drawn in full")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rivals.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
+    parser.add_argument("--take-over", action="store_true", help="what --output and its trials say already is kept")
     given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.work.mkdir(parents=True, exist_ok=True)
+    tried, kept = given.output.with_suffix(".trials.json"), Kept(given.work / "finals.json", given.images, given.rows)
+    if given.take_over:
+        kept.take_over(given.output)
+    elif not kept.results:
+        tried.unlink(missing_ok=True)
+    bundles = bundles_in(given.work)
     labels = torch.arange(given.rows) % len(CLASSES)
-    final = Final(given.dense, given.images, given.rows)
+    final = Final(given.dense, given.images, given.rows, given.work / "dense.safetensors")
     dense = [from_patches(final.draw_dense(labels, seed)) for seed in range(given.batches)]
-    whole = flops_of(final.draw_dense, labels)
-    contestants = list(everyone(given.dense))
-    tries = trials(contestants, labels, dense, whole, given.output.with_suffix(".trials.json"))
-    chosen = finalists(tries, given.tuned)
-    draws = {contestant.name: contestant.prepare() for _, contestant, _ in chosen}
-    faster = times_faster({"dense": final.draw_dense} | draws, labels, given.repeats)
-    once = {contestant.name: (contestant, share) for _, contestant, share in chosen}  # some are best at several shares
-    drawn = {
-        name: final.result(contestant, 1.0, share, faster[name])
-        for name, (contestant, share) in track(list(once.items()), "finalists")
-    }
-    results = [replace(drawn[contestant.name], at=at) for at, contestant, _ in chosen]
+    work = Work.counted(labels)
+    tries = trials(everyone(given.dense, bundles), labels, dense, work, tried)
+    chosen = chosen_of(tries, compiled_ones(bundles), work, given.leaders, set(kept.results))
+    if given.no_draw:
+        chosen = [(at, one, share) for at, one, share in chosen if one.name in kept.results]
+    inductor = partial(edit_compile.load, given.work / "tuned.edit", engine="inductor")
+    once = {one.name: one for _, one, _ in chosen}
+    twins = [*other_engines(inductor, given.dense), *on_compiled_blocks(given.dense, list(once))]
+    twins = [one for one in twins if one.same_as in once]
+    once |= {one.name: one for one in twins}
+    shares = {one.name: share for _, one, share in chosen}
+    draw_finals(list(once.values()), shares, final, kept, bundles.dense.tiers, given.grouped)
+    draws = {"dense": final.draw_dense} | {name: one.prepare() for name, one in once.items()}
+    faster = times_faster(draws, labels, given.repeats)
+    results = [replace(kept.results[one.name], at=at, times_faster=faster[one.name]) for at, one, _ in chosen]
+    results += [replace(kept.results[one.name], times_faster=faster[one.name]) for one in twins]
     results.sort(key=lambda one: (-one.at, -one.decibels))
-    base = final.result(Contestant("dense", "28 steps", lambda: final.draw_dense), 1.0, 1.0, 1.0)
-    tiers = edit_compile.load(given.tuned, engine="torch").tiers
-    held = [
-        final.held(contestant.settings, tiers[contestant.settings], contestant.prepare(), given.grouped)
-        for contestant, _ in once.values()
-        if contestant.who == "tier"
-    ]
+    base = Contestant("dense", f"{STEPS} steps", lambda: final.draw_dense)
+    if base.name not in kept.results:
+        kept.results[base.name] = final.figures(base, final.target, torch.cat(list(final.labels)), 1.0)
+    results.insert(0, kept.results[base.name])
+    held = [kept.held[name] for name in bundles.dense.tiers]
     machine = describe_machine()
+    if "cache-dit" in (one.metadata["Name"] for one in metadata.distributions()):
+        machine["cache-dit"] = metadata.version("cache-dit")
     written: dict[str, object] = {"machine": machine, "commit": commit(), "images": given.images, "rows": given.rows}
-    written |= {"seeds": "5000 to " + str(4999 + len(final.labels)), "tried": len(tries)}
-    written |= {"results": [asdict(one) for one in (base, *results)], "held_out": [asdict(one) for one in held]}
+    written |= {
+        "seeds": "5000 to " + str(4999 + len(final.labels)),
+        "tried": len(tries),
+        "repeats": given.repeats,
+        "seconds": "processor time",
+    }
+    written |= {"routers_share": work.routers_share, "shares": (0.75, *SHARES)}
+    best = [(at, one) for at in (0.75, *SHARES) for one in best_of(tries, at)]
+    written |= {"trial_images": given.rows * given.batches}
+    written |= {"trials": [told_of(at, one) for at, one in best]}
+    written |= {"results": [asdict(one) for one in results], "held_out": [asdict(one) for one in held]}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(given.output, json.dumps(written, indent=1, default=str) + "\n")
-    caption = f"{given.images} images, timed by {given.rows}; {summary(machine)}"
     console = Console(width=160)
-    console.print(table_of((base, *results), caption))
+    console.print(table_of(results, f"{given.images} images, timed by {given.rows}; {summary(machine)}"))
     console.print(held_table(held))
 
 
