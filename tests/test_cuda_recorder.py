@@ -110,7 +110,7 @@ def test_warming_up_is_over_before_it_is_captured(fake: FakeCuda) -> None:
 def test_what_cannot_be_captured_leaves_no_capture_open(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[bool] = []
 
-    def fails(graph, weights, inputs):
+    def fails(graph, name, weights, inputs):
         runs.append(torch.cuda.current_stream().cuda_stream in fake.capturing)
         if runs[-1]:
             raise RuntimeError("operation not permitted when stream is capturing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,17 +63,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user who may not write")
-def test_a_folder_that_may_not_be_written_to_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+@pytest.mark.parametrize(
+    ("mode", "told"), [(0o755, "is not a folder, or not one that may be written to"), (0o700, "have it opened")]
+)
+def test_a_folder_that_may_not_be_written_to_is_named(mode: int, told: str) -> None:
     program = programs.make(("single",))
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        folder = Path(place)
+        folder.chmod(mode)
 
-    def as_nobody() -> None:
-        os.setuid(65534)
-        bundle.save(program, tmp_path / "model.edit")
+        def as_nobody() -> None:
+            os.setuid(65534)
+            bundle.save(program, folder / "model.edit")
 
-    assert f"{tmp_path} is not a folder, or not one that may be written to" in in_a_child(as_nobody)
-    assert list(tmp_path.iterdir()) == []
+        found = in_a_child(as_nobody)
+        assert place in found and told in found
+        assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["an engine", "inputs", "a checkpoint"])

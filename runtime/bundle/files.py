@@ -69,9 +69,13 @@ def check_place(target: Path) -> None:
     longest = max((*target.parts, temporary_beside(target).name), key=lambda part: len(os.fsencode(part)))
     if len(os.fsencode(longest)) > _LONGEST:
         raise BundleError(f"{target} cannot be written: its name is too long for a file system: choose a shorter one")
-    if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
+    try:
+        other = target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target)
+        there = next(parent for parent in target.absolute().parents if parent.exists())
+    except OSError as error:
+        raise BundleError(f"{target} cannot be written ({error}): choose another place, or have it opened") from error
+    if other:
         raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
-    there = next(parent for parent in target.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise BundleError(f"{target} cannot be written: {there} is not a folder, or not one that may be written to")
 

@@ -70,10 +70,12 @@ class WithTiers:
         `known` are the other fields of `Tier`: quality_db, quality_interval, times_faster, flops_share, steps, machine.
         A `Tier` may be given whole. Raises PolicyError for a field that makes no sense, or a schedule of other blocks.
         """
-        if not isinstance(name, str) or not name:
-            raise PolicyError(f"a tier's name is a text, not {name!r}")
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise PolicyError(f"a tier's name is a text that can be shown, not {name!r}")
         try:
             tier = replace(policy, **known) if isinstance(policy, Tier) else Tier(policy, **known)
+            if not (tier.machine or "").isprintable():
+                raise PolicyError(f"machine is a text that can be shown, not {tier.machine!r}")
             _check(tier.policy, len(self.program.manifest.blocks))
         except PolicyError as error:
             raise PolicyError(f"tier {name!r}: {error}") from error
