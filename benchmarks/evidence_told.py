@@ -116,8 +116,8 @@ def _distilled(rivals: Row, one: Row) -> tuple[str, str, str]:
         f"**{one['flops_share']:.0%} of the FLOPs at distance {one['distance']:.1f}** ({one['decibels']:.1f} dB), "
         f"{times(one)} times faster: `distil`",
         f"the same, {one['settings']}; trained on recorded generations alone",
-        f"{nearest['settings']} of {nearest['flops_share']:.0%}: distance {nearest['distance']:.1f}. By the clock {gain}: "
-        f"distance {fast['distance']:.1f} of {fast['who']}, {fast['settings']} ({times(fast)})",
+        f"{nearest['settings']} of {nearest['flops_share']:.0%}: distance {nearest['distance']:.1f}. "
+        f"By the clock {gain}: distance {fast['distance']:.1f} of {fast['who']}, {fast['settings']} ({times(fast)})",
     )
 
 
