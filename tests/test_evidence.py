@@ -159,7 +159,7 @@ def test_decisions_are_told_by_branch() -> None:
     assert model.asked == ["one", "other"]
 
 
-@pytest.mark.parametrize("name", ["rivals", "tuned", "partial_steps"])
+@pytest.mark.parametrize("name", ["rivals", "paper", "tuned", "partial_steps"])
 def test_results_say_where_they_come_from(name: str) -> None:
     told = json.loads((RESULTS / f"{name}.json").read_text())
     assert {"cpu", "cores", "torch", "python"} <= set(told["machine"])

@@ -50,7 +50,7 @@ def main() -> None:
     missing = [name for name in NEEDED if not (WEIGHTS / name).exists()]
     if missing:
         sys.exit(f"{WEIGHTS} lacks {', '.join(missing)}: see examples/fashion_mnist/README.md for how they are made")
-    console.print("This takes some four minutes on two cores.")
+    console.print("This takes some two minutes on two cores.")
     given.output.mkdir(parents=True, exist_ok=True)
     compile_models(given.output)
     options = ["--images", str(given.images), "--repeats", str(given.repeats)]
