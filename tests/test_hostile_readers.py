@@ -9,6 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,11 +18,12 @@ from hypothesis import strategies as st
 from torch.export import Dim
 
 import edit_compile
+from edit_compile import ScheduledPolicy
 from runtime.base.errors import BundleError
 from runtime.bundle import archive as pt2
 from runtime.bundle import files as bundle
-from runtime.bundle.graph_reader import read_graph
-from runtime.bundle.onnx_reader import read_onnx
+from runtime.bundle.graph_reader import _DTYPES, read_graph
+from runtime.bundle.onnx_reader import _TYPES, read_onnx
 from runtime.bundle.operators import ARITHMETIC, find, refusal
 from tests import forged, programs
 from tests.models import tiny_plain
@@ -146,6 +149,37 @@ class Peeks(torch.nn.Module):
     def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         after = self.block(x, *rest)
         return after + torch.as_strided(after, after.shape, after.stride()) * 0
+
+
+class Narrow(torch.nn.Module):
+    """A block that holds a scale in eight bits."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("scale", torch.full((32,), 0.5).to(torch.float8_e4m3fn))
+
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return x + (self.block(x, *rest) - x) * self.scale.to(x.dtype)
+
+
+def test_weights_of_eight_bits_are_read(tmp_path: Path) -> None:
+    model, inputs = tiny_plain()
+    model.layers[0] = Narrow(model.layers[0])
+    full = ScheduledPolicy(np.ones((1, 3)), routed=False)
+    edit_compile.compile(model.eval(), inputs=inputs, engine="torch", policy=full, output=tmp_path / "model.edit")
+    loaded = edit_compile.load(tmp_path / "model.edit", engine="torch")
+    assert torch.float8_e4m3fn in {weight.dtype for weight in loaded.program.weights.values()}
+    torch.testing.assert_close(loaded(**inputs), model(**inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_numbers_of_dtypes_are_those_of_the_formats() -> None:
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE as exported
+
+    assert {number: exported[number] for number in _DTYPES} == _DTYPES
+    for number, name in _TYPES.items():
+        told = onnx.TensorProto.DataType.Name(number).lower().replace("_", "")
+        assert told in {name.replace("_", ""), name.replace("float32", "float").replace("float64", "double")}
 
 
 def test_a_block_whose_graph_would_be_refused_is_left_alone_with_the_reason() -> None:

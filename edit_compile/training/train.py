@@ -245,7 +245,10 @@ class _Run:
         self._trim_metrics(checkpoint.step if checkpoint is not None else 0)
         if checkpoint is not None:
             if checkpoint.config.get("task") != self._identity:
-                raise TrainingError(f"{self.config.output} holds a run of something else: give another output folder")
+                raise TrainingError(
+                    f"{self.config.output} holds a run of something else: give another folder for the run "
+                    "(TrainConfig(output); on the command line --output of train, --run of distil)"
+                )
             before, now = checkpoint.config, json.loads(json.dumps(_plain(self.config)))
             changed = sorted(name for name in now if name in before and before[name] != now[name])
             if changed:

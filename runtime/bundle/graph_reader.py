@@ -18,20 +18,14 @@ from runtime.bundle.operators import ARITHMETIC, WRITTEN, find, refusal
 MAJOR = 8
 """Major version of torch.export's schema that is understood."""
 
-_DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    10: torch.complex64,
-    11: torch.complex128,
-    12: torch.bool,
-    13: torch.bfloat16,
+_FIRST = "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool bfloat16"
+_LATER = "uint16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu uint32 uint64"
+_DTYPES: dict[int, torch.dtype] = {
+    number: getattr(torch, name)
+    for start, names in ((1, _FIRST), (28, _LATER))
+    for number, name in enumerate(names.split(), start)
 }
+"""By the numbers of torch.export's schema."""
 _MEMORY_FORMATS = {
     1: torch.contiguous_format,
     2: torch.channels_last,

@@ -15,18 +15,11 @@ from runtime.base.errors import BundleError
 from runtime.bundle import limits
 from runtime.bundle.graph_reader import Given
 
-_TYPES = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    5: "int16",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    16: "bfloat16",
-}
+_NAMES = (
+    "float32 uint8 int8 uint16 int16 int32 int64 string bool float16 float64 uint32 uint64 complex64 complex128 "
+    "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz"
+)
+_TYPES = dict(enumerate(_NAMES.split(), 1))
 _INT64 = 7
 _DOMAINS = ("", "ai.onnx")
 _RANDOM = ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]

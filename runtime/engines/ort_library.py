@@ -26,6 +26,8 @@ CPU_BUILD, GPU_BUILD = "onnxruntime", "onnxruntime-gpu"
 
 CUDA = "CUDAExecutionProvider"
 _SAME_AS_REQUESTED = 1
+_FOLDED = 64 << 20
+"""Bytes of what a graph computes from numbers of its own, to be computed as a session is opened."""
 
 _lock = threading.Lock()
 _library: Any = None
@@ -66,6 +68,9 @@ def session_options(ort: Any) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # what was checked is ONNX: onnxruntime would take bytes that are also of its own format for that
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
     return options
 
 
