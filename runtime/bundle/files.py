@@ -117,14 +117,18 @@ def _read(folder: Path, manifest: Manifest, own: str, verify: bool, digest: str 
     if digest not in (None, own) and digest != digests.with_engines(folder, own):
         raise BundleError(f"{folder} has the digest {own}, not {digest}: it is another bundle, or was changed: refused")
     _check_seal(folder, own)
+    graphs: dict[str, bytes] = {}
     for name, expected in manifest.files.items():
         _check_file(folder, name, expected if verify else None)
-    graphs = [name for name in manifest.files if not name.endswith(".safetensors")]
+        if not name.endswith(".safetensors"):
+            graphs[name] = _read_bytes(folder / name, limits.GRAPH_BYTES)
+            if sum(map(len, graphs.values())) > limits.GRAPHS_BYTES:
+                raise BundleError(f"{folder} holds graphs of more than {limits.GRAPHS_BYTES} bytes: refused")
     return Program(
         manifest=manifest,
         weights=_read_tensors(folder, WEIGHTS, manifest),
         routers=_read_tensors(folder, ROUTERS, manifest) if ROUTERS in manifest.files else {},
-        files={name: _read_bytes(folder / name, limits.GRAPH_BYTES) for name in graphs},
+        files=graphs,
         folder=folder,
         digest=own,
     )
