@@ -11,6 +11,7 @@ import torch
 
 from runtime.base.errors import BundleError
 from runtime.bundle import files as bundle
+from runtime.bundle import limits
 from runtime.bundle.program import Program
 from runtime.face.transformer import CompiledTransformer
 from tests import forged, programs
@@ -142,6 +143,20 @@ def test_links_that_leave_the_folder_are_refused(saved: Path) -> None:
     shutil.move(saved / "glue" / "a.pt2", outside)
     (saved / "glue" / "a.pt2").symlink_to(outside)
     with pytest.raises(BundleError, match="link"):
+        bundle.load(saved)
+
+
+def test_graphs_that_fill_the_memory_together_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links within the folder make many large files of one that takes no place on the disk."""
+    monkeypatch.setattr(limits, "GRAPHS_BYTES", 4 << 20)
+    forged.put_file(saved, "glue/x0", bytes(1 << 20))
+    bundle.load(saved)
+    digest = json.loads((saved / "manifest.json").read_text())["files"]["glue/x0"]
+    names = [f"glue/x{number}" for number in range(1, 9)]
+    for name in names:
+        (saved / name).symlink_to("x0")
+    forged.put_manifest(saved, lambda manifest: manifest["files"].update(dict.fromkeys(names, digest)))
+    with pytest.raises(BundleError, match=r"model\.edit holds graphs of more than 4194304 bytes"):
         bundle.load(saved)
 
 

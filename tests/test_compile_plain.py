@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,30 @@ def test_a_program_does_not_follow_its_model_when_that_is_trained_on(tmp_path: P
     torch.testing.assert_close(compiled(**inputs), before)
     if saved:
         torch.testing.assert_close(edit_compile.load(output, engine="torch")(**inputs), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no routers")
+def test_a_bundle_that_another_writer_puts_in_its_place_is_not_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_plain()
+    other, _ = tiny_plain(seed=1)
+    edit_compile.compile(other, inputs=inputs, engine="torch", output=tmp_path / "other.edit")
+    honest = CompiledTransformer.save
+
+    def overtaken(self: CompiledTransformer, path: Path) -> str:
+        digest = honest(self, path)
+        shutil.rmtree(path)
+        shutil.copytree(tmp_path / "other.edit", path)
+        return digest
+
+    monkeypatch.setattr(CompiledTransformer, "save", overtaken)
+    compiled = edit_compile.compile(model, inputs=inputs, engine="torch", output=tmp_path / "plain.edit")
+    with torch.no_grad():
+        expected = model(**inputs)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(compiled(**inputs), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

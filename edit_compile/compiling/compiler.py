@@ -114,9 +114,11 @@ def compile(
     if output is not None:
         assert inputs is not None
         tracer.prove(compiled, inputs_for(tracer.model, inputs))
-        compiled.save(output)
+        digest = compiled.save(output)
         if mapped:
-            compiled.hold(bundle.load(output, verify=False))
+            stored = bundle.load(output, verify=False)
+            # whoever writes to the same place may have put another bundle there meanwhile
+            compiled.hold(stored if stored.digest == digest else owned(compiled.program, tracer.model))
     return compiled
 
 

@@ -42,8 +42,8 @@ _LONGEST = 255
 """Bytes of a name in the usual file systems."""
 
 
-def save(program: Program, path: str | Path) -> None:
-    """Write `program` as the bundle `path`, all of it or nothing.
+def save(program: Program, path: str | Path) -> str:
+    """Write `program` as the bundle `path`, all of it or nothing; gives its digest.
 
     An earlier bundle at `path` is replaced once the new one is complete; any other folder or file
     there is left alone with a BundleError, as is all where `load` would refuse what is to be written. Permissions are
@@ -55,11 +55,12 @@ def save(program: Program, path: str | Path) -> None:
     check_graphs(program)
     try:
         with written_whole(target) as folder:
-            _write(program, folder)
+            digest = _write(program, folder)
     except (OSError, SafetensorError) as error:
         raise BundleError(
             f"{target} cannot be written ({error}): what was there is as it was; see to space and permissions"
         ) from error
+    return digest
 
 
 def check_place(target: Path) -> None:
@@ -121,14 +122,18 @@ def _read(folder: Path, manifest: Manifest, own: str, verify: bool, digest: str 
     if digest not in (None, own) and digest != digests.with_engines(folder, own):
         raise BundleError(f"{folder} has the digest {own}, not {digest}: it is another bundle, or was changed: refused")
     _check_seal(folder, own)
+    graphs: dict[str, bytes] = {}
     for name, expected in manifest.files.items():
         _check_file(folder, name, expected if verify else None)
-    graphs = [name for name in manifest.files if not name.endswith(".safetensors")]
+        if not name.endswith(".safetensors"):
+            graphs[name] = _read_bytes(folder / name, limits.GRAPH_BYTES)
+            if sum(map(len, graphs.values())) > limits.GRAPHS_BYTES:
+                raise BundleError(f"{folder} holds graphs of more than {limits.GRAPHS_BYTES} bytes: refused")
     return Program(
         manifest=manifest,
         weights=_read_tensors(folder, WEIGHTS, manifest),
         routers=_read_tensors(folder, ROUTERS, manifest) if ROUTERS in manifest.files else {},
-        files={name: _read_bytes(folder / name, limits.GRAPH_BYTES) for name in graphs},
+        files=graphs,
         folder=folder,
         digest=own,
     )
@@ -143,7 +148,8 @@ def _check(program: Program) -> None:
         raise BundleError(f"{program.folder}: {error}") from error
 
 
-def _write(program: Program, folder: Path) -> None:
+def _write(program: Program, folder: Path) -> str:
+    """Write its files, and give its digest."""
     for name, data in program.files.items():
         _check_name(name)
         place = folder / name
@@ -156,7 +162,9 @@ def _write(program: Program, folder: Path) -> None:
     manifest = replace(program.manifest, files={name: digests.of_file(folder / name) for name in names})
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     (folder / MANIFEST).write_bytes(data)
-    (folder / digests.FILE).write_bytes(digests.line(digests.of_bytes(data)))
+    digest = digests.of_bytes(data)
+    (folder / digests.FILE).write_bytes(digests.line(digest))
+    return digest
 
 
 def _no_bundle(folder: Path) -> str:

@@ -11,6 +11,9 @@ MANIFEST_BYTES = 64 << 20
 GRAPH_BYTES = 256 << 20
 """Of a graph's file. Graphs hold no weights; those in ONNX may hold tables (of positions, say) of some MB."""
 
+GRAPHS_BYTES = 512 << 20
+"""Of all files of graphs together, which are held in memory. A link counts as what it leads to."""
+
 JSON_BYTES = 64 << 20
 """Of the JSON in a graph's file, which takes ten times as much memory when it is parsed."""
 

@@ -173,15 +173,17 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
         """`reset`, by the name under which diffusers calls it after each image."""
         self.reset()
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> str:
         """Write the bundle `path`, with the routing policy set and the tiers (see `runtime.bundle.files.save`).
+
+        Gives its digest.
 
         EditError, naming the tier, for one whose policy is of a class of your own.
         """
         program = self.program
         if not program.manifest.glues:
             raise EditError("nothing to save yet: call the compiled transformer once, or compile with inputs=")
-        bundle.save(self._stored(program), path)
+        return bundle.save(self._stored(program), path)
 
     def hold(self, stored: Program) -> None:
         """Run on the weights of `stored`, read from what was saved of this, in place of its own, which are equal."""
