@@ -21,13 +21,14 @@ def test_a_plan_in_onnxruntimes_own_format_is_not_opened(tmp_path: Path) -> None
     program = programs.make(("single",))
     plan = program.manifest.plans[0]
     name = plan_file(plan, 0, "onnx")
+    engine = make("onnxruntime", program)  # first: it makes the pool of threads that all sessions share
     options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
     options.optimized_model_filepath = str(tmp_path / "plan.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
     onnxruntime.InferenceSession(program.files[name], options, providers=["CPUExecutionProvider"])
     own = (tmp_path / "plan.ort").read_bytes()
     assert own[4:8] == b"ORTM"
-    engine = make("onnxruntime", program)
     engine.load(plan, 0, program.files)
     with pytest.raises(EngineError, match="does not run plan"):
         engine.load(plan, 0, {**program.files, name: own})
