@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,9 @@ def _record(
         return hook
 
     with watching(watched, before, after):
-        output = pytree.tree_map_only(Tensor, Tensor.clone, model(**own(kwargs)))  # later runs may write into it
+        given: Any = model(**own(kwargs))
+        whole = given.to_tuple() if hasattr(given, "to_tuple") else given  # pytree does not see into every class
+        output = pytree.tree_map_only(Tensor, Tensor.clone, whole)  # later runs may write into it
     stale = any(version(tensor) != seen for tensor, seen in versions)
     return calls, output, stale
 
