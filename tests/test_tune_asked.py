@@ -69,7 +69,9 @@ def same(one: Tuned, other: Tuned) -> bool:
     return tiers[0] == tiers[1] and one.fewer_steps == other.fewer_steps
 
 
-@pytest.mark.parametrize(("what", "number"), [("intervals", 40), ("qualities", 0), ("held-out generations", 0)])
+@pytest.mark.parametrize(
+    ("what", "number"), [("intervals", 40), ("qualities", 0), ("tiers on held-out generations", 0)]
+)
 def test_a_killed_run_goes_on(
     compiled: CompiledTransformer,
     recording: Calls,

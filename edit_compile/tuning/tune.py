@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from edit_compile.calls.generations import Generation, Recording
@@ -85,8 +86,7 @@ def tune(
     for number, (name, decibels) in enumerate(reached.items()):
         progress("qualities", number, len(reached))
         chosen[name] = _of_quality(search, search_by, name, decibels)
-    progress("held-out generations", 0, len(chosen))
-    tuned = _predicted(predict_by, chosen, repeats)
+    tuned = _predicted(predict_by, chosen, repeats, partial(progress, "tiers on held-out generations"))
     for name, decibels in reached.items():
         _warn_of_quality(name, decibels, tuned.tiers[name].quality_db)
     if tuned.advice is not None:
@@ -94,11 +94,14 @@ def tune(
     return tuned
 
 
-def _predicted(trials: Trials, chosen: Mapping[str, Schedule], repeats: int) -> Tuned:
+def _predicted(
+    trials: Trials, chosen: Mapping[str, Schedule], repeats: int, progress: Callable[[int, int], None]
+) -> Tuned:
     """What the candidates reach on generations that they were not searched by."""
     tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
     seconds, in_time, timed = {}, {}, dict[Schedule, Seconds]()
     machine = summary(describe_machine())
+    progress(0, len(chosen))
     for name, schedule in chosen.items():  # one after another, so that no more is held in memory than by two requests
         outcome = trials.outcome(schedule)
         if schedule not in timed:
@@ -117,6 +120,7 @@ def _predicted(trials: Trials, chosen: Mapping[str, Schedule], repeats: int) -> 
         )
         fewer[name] = mean_quality(trials.fewer_steps(len(schedule.computed)))
         gain[name] = mean_quality([own - other for own, other in zip(outcome.decibels, others, strict=True)])
+        progress(len(tiers), len(chosen))
     counts = {name: len(schedule.computed) for name, schedule in chosen.items()}
     return Tuned(tiers, counts, fewer, in_time, gain, seconds)
 
