@@ -95,7 +95,7 @@ def tune(
 
 
 def _predicted(
-    trials: Trials, chosen: Mapping[str, Schedule], repeats: int, progress: Callable[[int, int], None]
+    trials: Trials, chosen: Mapping[str, Schedule], repeats: int, progress: Callable[[int, int], object]
 ) -> Tuned:
     """What the candidates reach on generations that they were not searched by."""
     tiers, fewer, gain = dict[str, Tier[Decider]](), dict[str, Mean](), dict[str, Mean]()
