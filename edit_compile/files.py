@@ -7,15 +7,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.bundle.folder import file_beside, mode_of_new_files, sweep, temporary_beside
+from runtime.bundle.folder import file_beside, mode_of_new_files, write_whole
 
 
 def write_file_atomically(path: Path, text: str) -> None:
     """Write `text` to a temporary neighbour of `path` and rename it, so a reader never sees half a file."""
-    sweep(path)
-    temporary = temporary_beside(path)
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(path, text.encode())
 
 
 def save_tensors_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -20,7 +20,7 @@ from benchmarks.configurations import FLUX, FULL, QWEN_IMAGE, SMALL, Place
 from benchmarks.gpu_case import Case, Settings, missing
 from benchmarks.gpu_fit import needed, too_large
 from benchmarks.gpu_table import markdown, table_of
-from runtime.engines import plan_file
+from runtime.bundle.spec import plan_file
 
 CPU = Place(torch.device("cpu"), torch.float32)
 CUDA = Place(torch.device("cuda"), torch.bfloat16)

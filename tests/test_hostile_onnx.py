@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.base.errors import EngineError
-from runtime.engines import make, plan_file
+from runtime.bundle.spec import plan_file
+from runtime.engines import make
 from runtime.engines.ort_library import open_library, session_options
 from tests import programs
 

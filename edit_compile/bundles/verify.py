@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from edit_compile.elastic.transformer import ElasticTransformer
 from passes.graphs.numbers import largest
 from runtime.bundle.spec import Glue, GlueInput, Manifest
 from runtime.face.arguments import unflatten
+from runtime.face.output import tensors_of
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import RequestTrace
 from runtime.routing.policy import RoutingPolicy
@@ -145,9 +145,3 @@ def compared(name: str, mine: Sequence[Tensor], theirs: Sequence[Tensor], tolera
         return Check(name, float("inf"), 1.0, tolerance)
     difference = largest(float((a.double() - b.double()).abs().max()) for a, b in zip(mine, theirs, strict=True))
     return Check(name, difference, largest(float(tensor.double().abs().max()) for tensor in theirs), tolerance)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of an output, whether a tuple, a mapping, or diffusers' output class."""
-    plain = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.bundles.verify import Check, compared, tensors_of
+from edit_compile.bundles.verify import Check, compared
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.measuring.benchmarking import trajectory_of
 from passes.graphs.numbers import largest
+from runtime.face.output import tensors_of
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.schedule import ScheduledPolicy
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from edit_compile.calls.argument_tree import FlatArguments, flat_arguments
 from edit_compile.calls.generations import Call, CallsError
 from runtime.base.errors import EditError
+from runtime.face.output import tensors_of as output_tensors
 
 RESULT = "result"
 
@@ -119,8 +119,7 @@ class Draft:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Tensors of a model's output, in order; CallsError where it has none."""
-    parts = output.to_tuple() if hasattr(output, "to_tuple") else output
-    found = [leaf for leaf in pytree.tree_leaves(parts) if isinstance(leaf, Tensor)]
+    found = output_tensors(output)
     if not found:
         raise CallsError(f"the output is a {type(output).__name__}, and no tensor is found in it")
     return found

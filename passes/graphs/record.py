@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graphs.graph import Call
 from passes.graphs.uncompiled import uncompiled
+from runtime.face.output import tensors_of
 
 Sight = tuple[tuple[int, ...], torch.dtype]
 
@@ -118,9 +118,7 @@ def _record(
         return hook
 
     with watching(watched, before, after):
-        given: Any = model(**own(kwargs))
-        whole = given.to_tuple() if hasattr(given, "to_tuple") else given  # pytree does not see into every class
-        output = pytree.tree_map_only(Tensor, Tensor.clone, whole)  # later runs may write into it
+        output = [tensor.clone() for tensor in tensors_of(model(**own(kwargs)))]  # later runs may write into them
     stale = any(version(tensor) != seen for tensor, seen in versions)
     return calls, output, stale
 

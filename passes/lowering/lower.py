@@ -39,8 +39,7 @@ from passes.observe.dedupe import graph_id, plan_id
 from passes.program.compilation import Compilation, PassError
 from runtime.base.errors import EditError
 from runtime.bundle import archive as pt2
-from runtime.bundle.spec import Plan
-from runtime.engines import plan_file
+from runtime.bundle.spec import Plan, plan_file
 
 
 class LowerError(EditError):

@@ -19,6 +19,7 @@ from passes.mlp.weights import site_rows
 from passes.program.compilation import Group
 from runtime.base.errors import EditError
 from runtime.base.guard import Answer, answering
+from runtime.face.output import tensors_of
 
 
 class CheckError(EditError):
@@ -51,7 +52,7 @@ def check_open(
     Where that was not kept, the model runs. Gives the outputs.
     """
     with undisturbed(model), answering(answer):
-        expected = _tensors(model(**own(run.kwargs)) if run.output is None else run.output)
+        expected = tensors_of(model(**own(run.kwargs)) if run.output is None else run.output)
         found = outputs()
     for output, reference in zip(found, expected, strict=True):
         _agree(output, reference, f"the guarded {type(model).__name__} with every gate open")
@@ -60,7 +61,7 @@ def check_open(
 
 def check_equal(output: Any, expected: Any, what: str) -> None:
     """CheckError where the tensors of two model outputs differ by more than their dtype's tolerance."""
-    for value, reference in zip(_tensors(output), _tensors(expected), strict=True):
+    for value, reference in zip(tensors_of(output), tensors_of(expected), strict=True):
         _agree(value, reference, what)
 
 
@@ -71,7 +72,7 @@ def glue_outputs(glue: GlueGraph, run: Run) -> Callable[[], Sequence[Tensor]]:
 
 def hosted_outputs(guarded: nn.Module, run: Run) -> Callable[[], Sequence[Tensor]]:
     """The guarded model itself on the inputs of `run`."""
-    return lambda: _tensors(guarded(**own(run.kwargs)))
+    return lambda: tensors_of(guarded(**own(run.kwargs)))
 
 
 class masked:
@@ -109,7 +110,7 @@ class _Mask:
 
 def output_distance(output: Any, expected: Any) -> float:
     """Largest distance (passes.graphs.numbers) of the tensors of two model outputs; NaN where one of them is."""
-    pairs = zip(_tensors(output), _tensors(expected), strict=True)
+    pairs = zip(tensors_of(output), tensors_of(expected), strict=True)
     return largest(distance(value, reference) for value, reference in pairs)
 
 
@@ -122,9 +123,3 @@ def _agree(value: Tensor, reference: Tensor, what: str) -> None:
     limit = TOLERANCE["model"].get(reference.dtype, 1e-4)
     if not off <= limit:
         raise CheckError(f"{what} differs from the eager model by {off:.2e} (allowed: {limit:.0e})")
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    whole = output.to_tuple() if hasattr(output, "to_tuple") else output
-    leaves = pytree.tree_leaves(tuple(whole.values()) if isinstance(whole, dict) else whole)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

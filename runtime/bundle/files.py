@@ -55,12 +55,11 @@ def save(program: Program, path: str | Path) -> str:
     check_graphs(program)
     try:
         with written_whole(target) as folder:
-            digest = _write(program, folder)
+            return _write(program, folder)
     except (OSError, SafetensorError) as error:
         raise BundleError(
             f"{target} cannot be written ({error}): what was there is as it was; see to space and permissions"
         ) from error
-    return digest
 
 
 def check_place(target: Path) -> None:

@@ -48,6 +48,17 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f"{_prefix(target)}{os.getpid()}.{threading.get_ident()}.tmp")
 
 
+def write_whole(target: Path, data: bytes) -> None:
+    """Write the file `target` under another name and rename it: a reader finds what was there or `data`, whole."""
+    sweep(target)
+    beside = temporary_beside(target)
+    try:
+        beside.write_bytes(data)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 @contextmanager
 def file_beside(target: Path) -> Iterator[Path]:
     """A file's name to write under and rename to `target`, in a folder of its own that goes after the ``with`` block.

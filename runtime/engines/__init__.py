@@ -13,8 +13,7 @@ from torch import Tensor
 
 from runtime.base.errors import EngineError
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Plan, Variant
-from runtime.bundle.spec import plan_file as plan_file
+from runtime.bundle.spec import Plan, Variant, plan_file
 
 
 @dataclass(frozen=True)

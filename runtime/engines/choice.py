@@ -29,7 +29,7 @@ from torch import Tensor
 from runtime import engines
 from runtime.base.errors import EngineError
 from runtime.base.machine import BUSY, CoreWait, cores, cpu_model
-from runtime.bundle.folder import sweep, temporary_beside
+from runtime.bundle.folder import write_whole
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Plan
 
@@ -243,9 +243,6 @@ def _kept(place: Path) -> dict[str, float]:
 
 def _keep(place: Path, times: Mapping[str, float]) -> None:
     """Write `times`; where nothing can be written, the next process measures again."""
-    beside = temporary_beside(place)
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        sweep(place)
-        beside.write_bytes(msgspec.json.encode(times))
-        beside.replace(place)
+        write_whole(place, msgspec.json.encode(times))

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from runtime.base.errors import EngineError, inside
 from runtime.bundle.program import Program
-from runtime.bundle.spec import Plan
-from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes, plan_file
+from runtime.bundle.spec import Plan, plan_file
+from runtime.engines import TABLE, Bound, Engine, Kernel, no_gpu, plan_bytes
 from runtime.engines.ort_library import CUDA, GPU_BUILD, open_library, provider_missing, session_options, share_arena
 from runtime.engines.streams import own_stream, own_stream_in_step
 

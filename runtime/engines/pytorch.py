@@ -13,8 +13,8 @@ from torch import Tensor
 
 from runtime.base.errors import EngineError, inside
 from runtime.bundle import archive as pt2
-from runtime.bundle.spec import Plan
-from runtime.engines import Bound, Engine, Kernel, plan_bytes, plan_file
+from runtime.bundle.spec import Plan, plan_file
+from runtime.engines import Bound, Engine, Kernel, plan_bytes
 from runtime.engines.products import quickened
 
 Graph = Callable[..., tuple[Tensor, ...]]

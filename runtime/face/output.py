@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Part = Any
@@ -47,6 +48,16 @@ class Output:
     def to_tuple(self) -> tuple[Part, ...]:
         """The outputs in order."""
         return tuple(self._items.values())
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order: a tensor, a container, or a class with ``to_tuple`` or of a dict.
+
+    pytree does not see into every class of outputs.
+    """
+    whole = output.to_tuple() if hasattr(output, "to_tuple") else output
+    leaves = pytree.tree_leaves(tuple(whole.values()) if isinstance(whole, dict) else whole)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 pytree.register_pytree_node(

@@ -14,7 +14,6 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from runtime.base.errors import (
     EditError,
@@ -37,7 +36,7 @@ from runtime.device.state import DeviceState
 from runtime.face import arguments
 from runtime.face.arguments import Constant
 from runtime.face.growing import GrowingProgram, Tracer
-from runtime.face.output import Output
+from runtime.face.output import Output, tensors_of
 from runtime.requests.registry import Requests
 from runtime.requests.request import Request
 from runtime.requests.scope import current_context
@@ -263,8 +262,7 @@ class Session(GrowingProgram):
             raise EditError("this program is hosted: it runs inside the model it was compiled from")
         with self._lock:  # a trace swaps the model's weights and forwards for its own
             result = self._host(**call.given)
-        whole: Any = result.to_tuple() if hasattr(result, "to_tuple") else result
-        return result, [leaf for leaf in pytree.tree_leaves(whole) if isinstance(leaf, Tensor)]
+        return result, tensors_of(result)
 
     def _check_weights(self, glue: Glue, begins: bool) -> None:
         """Refuse, or warn once as a generation `begins`, where the model is another than was compiled."""

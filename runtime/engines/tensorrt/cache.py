@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.base.errors import EngineError
-from runtime.bundle.folder import sweep, temporary_beside
+from runtime.bundle.folder import write_whole
 from runtime.engines.tensorrt.jobs import FOLDER, Key, Profile
 
 
@@ -125,18 +125,13 @@ def _record(place: Path) -> Record | None:
 
 def _replace(place: Path, data: bytes) -> None:
     """Write `place` whole, or leave it as it was; EngineError where it cannot be written."""
-    beside = temporary_beside(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        sweep(place)
-        beside.write_bytes(data)
-        beside.replace(place)
+        write_whole(place, data)
     except OSError as error:
         raise EngineError(
             f"{place} cannot be written ({error}): see to space and permissions, then build again"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:
