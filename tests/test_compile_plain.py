@@ -12,6 +12,7 @@ from torch import Tensor
 
 import edit_compile
 from edit_compile import CompiledTransformer, EditError, RoutingPolicy, ScheduledPolicy
+from runtime import engines
 from tests.models import PlainDiT, randomised, tiny_plain
 
 
@@ -125,6 +126,17 @@ def test_a_bundle_that_another_writer_puts_in_its_place_is_not_what_runs(
         for parameter in model.parameters():
             parameter.mul_(1.5)
     torch.testing.assert_close(compiled(**inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no routers")
+def test_the_bundles_weights_are_brought_to_where_the_engine_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_plain()
+    placed, seen = engines.placed, []
+    monkeypatch.setattr(engines, "placed", lambda name, program: seen.append(program) or placed(name, program))
+    compiled = edit_compile.compile(model, inputs=inputs, engine="torch", output=tmp_path / "plain.edit")
+    assert all(weight is seen[-1].weights[key] for key, weight in compiled.program.weights.items())
 
 
 def test_a_bundle_whose_engine_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,8 +79,7 @@ class GrowingProgram:
     def hold(self, stored: Program) -> None:
         """Run on the tensors of `stored`, which are equal."""
         with self._lock:
-            program = replace(self.program, weights=stored.weights, routers=stored.routers)
-            self.blocks = BoundBlocks(program, self.engine)
+            program = self._bind(replace(self.program, weights=stored.weights, routers=stored.routers))
             self._graphs.clear()
             self._run_from_now_on(program)
 
