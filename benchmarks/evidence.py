@@ -1,4 +1,4 @@
-"""Sections of docs/evidence.md, from benchmarks/results/{rivals,paper}.json."""
+"""Sections of docs/evidence.md, from benchmarks/results/{rivals,paper,starts}.json."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from benchmarks import evidence_tables as tables
 from benchmarks import evidence_told as told
 from benchmarks.evidence_rows import Row
 
-NOT_RUN = "Not run yet: `python -m examples.fashion_mnist.paper`."
+NOT_RUN = "Not run yet: `python -m examples.fashion_mnist.{}`."
 
 
-def sections(rivals: Row, tuned: Row, paper: Row | None) -> dict[str, str]:
+def sections(rivals: Row, tuned: Row, paper: Row | None, starts: Row | None) -> dict[str, str]:
     """What stands between the marks, by their name."""
     return {
         "taken": tables.taken(rivals, paper),
@@ -23,7 +23,8 @@ def sections(rivals: Row, tuned: Row, paper: Row | None) -> dict[str, str]:
         "few steps": tables.few_steps(rivals),
         "few told": told.few_told(rivals),
         "predicted": tables.predicted(rivals),
-        "static": tables.static(paper) if paper else NOT_RUN,
-        "borderline": tables.borderline(paper) if paper else NOT_RUN,
-        "complexity": tables.complexity(paper) if paper else NOT_RUN,
+        "static": tables.static(paper) if paper else NOT_RUN.format("paper"),
+        "borderline": tables.borderline(paper) if paper else NOT_RUN.format("paper"),
+        "starts": tables.starts(starts) if starts else NOT_RUN.format("starts"),
+        "complexity": tables.complexity(paper) if paper else NOT_RUN.format("paper"),
     }

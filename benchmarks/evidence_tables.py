@@ -10,6 +10,7 @@ from benchmarks.evidence_rows import OURS, Row, accuracy, cells, machine, measur
 from benchmarks.markdown import table
 
 QUALITY = ("dB", "distance", "accuracy")
+FIGURES = ("flops_share", "decibels", "distance", "accuracy")
 VERSIONS = ("python", "torch", "diffusers", "cache-dit", "numpy", "onnxruntime")
 
 
@@ -107,6 +108,31 @@ def complexity(paper: Row) -> str:
     headings = "measure of the image", "rank correlation with its FLOPs (95%)", "within classes", "by step"
     told = f"Of {found['images']} images; their FLOPs differ by {found['spread']:.1%} (standard deviation / mean)."
     return f"{table(headings, rows)}\n\n{told}"
+
+
+def starts(found: Row) -> str:
+    """Trainings that differ in how routers begin: means over seeds, each seed's, and differences."""
+    rows = []
+    for start, trained in found["starts"].items():
+        means = [np.mean([one[name] for one in trained]) for name in FIGURES]
+        share, near, far, right = means
+        each = ", ".join(f"{one['distance']:.1f}" for one in trained)
+        rows.append((start, f"{share:.1%}", f"{near:.1f}", f"{far:.1f} ({each})", f"{right:.1%}"))
+    whole = table(("routers begin", "FLOPs", "dB", "distance, mean (each seed)", "accuracy"), rows)
+    forms = ("+.1%", "+.2f", "+.2f", "+.1%")
+    differences = [
+        (
+            f"{one['of']} less {one['less']}",
+            *(measured(one, name, form) for name, form in zip(FIGURES, forms, strict=True)),
+        )
+        for one in found["differences"]
+    ]
+    told = f"{machine(found)}; {found['images']} images of each of {found['training_seeds']} trainings of "
+    told += (
+        f"{found['train_steps']} steps from {found['recorded']} recorded images, at a budget of {found['budget']:.0%}"
+    )
+    compared = table(("difference, seed by seed (95%, Student)", "FLOPs", *QUALITY), differences)
+    return "\n\n".join([whole, compared, f"{told}; at {found['commit']}."])
 
 
 def taken(rivals: Row, paper: Row | None) -> str:

@@ -77,8 +77,8 @@ def written(path: Path, folder: Path) -> str:
         return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:
-        paper = _read(folder, "paper") if (folder / "paper.json").exists() else None
-        for name, told in evidence.sections(rivals, _read(folder, "tuned"), paper).items():
+        paper, starts = (_read(folder, n) if (folder / f"{n}.json").exists() else None for n in ("paper", "starts"))
+        for name, told in evidence.sections(rivals, _read(folder, "tuned"), paper, starts).items():
             text = with_figures(text, [told], name)
         return text
     text = with_figures(text, tables_of(folder))

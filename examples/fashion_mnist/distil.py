@@ -13,12 +13,42 @@ from pathlib import Path
 import torch
 
 import edit_compile
+from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.training.distil import distil
 from edit_compile.training.distil_task import Distillation
 from edit_compile.training.train import TrainConfig
 from examples.fashion_mnist.model import elastic_model, load_model
 from examples.fashion_mnist.sample import STEPS
 from examples.fashion_mnist.tune import recorded
+
+
+def taught(
+    elastic: ElasticTransformer,
+    recording: edit_compile.Recording,
+    output: Path,
+    steps: int,
+    budget: float,
+    train_steps: int,
+    lr: float = 5e-4,
+    seed: int = 0,
+) -> None:
+    """Train all of `elastic` to lead a sampler of `steps` steps, within `budget` of a call's FLOPs; `output` is the
+    run's folder."""
+    config = TrainConfig(
+        output=output,
+        steps=train_steps,
+        batch_size=1,
+        lr=lr,
+        warmup_steps=50,
+        decay_steps=train_steps // 2,
+        weight_decay=0.0,
+        ema_decay=0.995,
+        seed=seed,
+        lr_multipliers=(("routers.", 5.0),),
+    )
+    policy = edit_compile.RoutingPolicy(margin=0.0, max_reuse=0)
+    settings = Distillation(rollout=1, stride=STEPS // steps, narrowing=0.1, quiet=0.2)
+    distil(elastic, recording, budget, config, train="all", policy=policy, settings=settings)
 
 
 def main() -> None:
@@ -40,20 +70,7 @@ def main() -> None:
     recording = recorded(model, given.output / "calls", given.generations, given.rows, first_seed=100_000)
     edit_compile.order_channels(model, [recording[0], recording[1]])
     elastic = elastic_model(model)
-    config = TrainConfig(
-        output=given.output,
-        steps=given.train_steps,
-        batch_size=1,
-        lr=given.lr,
-        warmup_steps=50,
-        decay_steps=given.train_steps // 2,
-        weight_decay=0.0,
-        ema_decay=0.995,
-        lr_multipliers=(("routers.", 5.0),),
-    )
-    policy = edit_compile.RoutingPolicy(margin=0.0, max_reuse=0)
-    settings = Distillation(rollout=1, stride=STEPS // given.steps, narrowing=0.1, quiet=0.2)
-    distil(elastic, recording, given.budget, config, train="all", policy=policy, settings=settings)
+    taught(elastic, recording, given.output, given.steps, given.budget, given.train_steps, given.lr)
     elastic.save_pretrained(given.output / "elastic")
     print(given.output / "elastic")
 

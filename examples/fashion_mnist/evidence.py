@@ -1,9 +1,9 @@
 """All figures of docs/evidence.md, made again: python -m examples.fashion_mnist.evidence (`make evidence`).
 
-Tunes, tries the rivals, draws 1,000 images for each row, times them, looks at the paper's claims, and writes the pages
-from what was found. Goes on where it stopped. With --quick (`make evidence-quick`) it draws the headline rows alone,
-and exits with 1 where one of them lies outside of the interval that benchmarks/results/rivals.json has for it; their
-times are told beside what was recorded, and decide nothing.
+Tunes, tries the rivals, draws 1,000 images for each row, times them, looks at the paper's claims, trains what these
+need, and writes the pages from what was found. Goes on where it stopped. With --quick (`make evidence-quick`) it draws
+the headline rows alone, and exits with 1 where one of them lies outside of the interval that
+benchmarks/results/rivals.json has for it; their times are told beside what was recorded, and decide nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from examples.fashion_mnist.rivals import RESULTS, times_faster
 from examples.fashion_mnist.rivals_trials import Work
 from examples.fashion_mnist.sample import FEW_STEPS
 
-TAKES = "about an hour and a half of one core; what is done so far is kept in {}, and the same command goes on"
+TAKES = "about two and a half hours of one core; what is done so far is kept in {}, and the same command goes on"
 TAKES_QUICK = "about ten minutes of one core"
 TIERS = ("half", "quarter")
 ROUNDING = 1e-3
@@ -117,7 +117,7 @@ def main() -> None:
         sys.exit(0 if fine else 1)
     console.print(f"This takes {TAKES.format(given.work)}.")
     run = partial(subprocess.run, check=True)
-    for module in ("examples.fashion_mnist.rivals", "examples.fashion_mnist.paper"):
+    for module in ("examples.fashion_mnist.rivals", "examples.fashion_mnist.paper", "examples.fashion_mnist.starts"):
         run([sys.executable, "-m", module, "--work", str(given.work)])
     run([sys.executable, "-m", "benchmarks.readme"])
     console.print(f"{(time.monotonic() - began) / 60:.0f} minutes")

@@ -23,6 +23,8 @@ from passes.graphs.cost import counting
 
 SHARES = (0.5, 0.36, 0.25, 0.15)
 """Of the dense FLOPs."""
+ROOMY = 0.75
+"""A share within which nearly every rival has something."""
 SLACK = 0.01
 
 
@@ -130,15 +132,20 @@ def chosen_of(
 ) -> list[tuple[float, Contestant, float]]:
     """(share of FLOPs at most, who, share): those that go into the final.
 
-    At each share the best `leaders` rivals, and those of the others that are `drawn` already; and all that is
-    `compiled`, fewer steps among them.
+    At each share the best `leaders` rivals, and those of the others that are `drawn` already; of rivals that are not
+    among these the best one within half of the FLOPs, or within what it takes; and all that is `compiled`, fewer steps
+    among them.
     """
-    chosen = []
+    chosen: list[tuple[float, Contestant, float]] = []
     for at in SHARES:
         rivals = [one for one in best_of(tries, at) if one.contestant.who != "fewer steps"]
         for place, one in enumerate(sorted(rivals, key=lambda one: -one.decibels)):
             if place < leaders or one.contestant.name in drawn:
                 chosen.append((at, one.contestant, one.flops_share))
+    for who in dict.fromkeys(one.contestant.who for one in tries):
+        if who != "fewer steps" and who not in {one.who for _, one, _ in chosen}:
+            at, own = next((at, own) for at in (SHARES[0], ROOMY, 1.0) for own in best_of(tries, at, [who]))
+            chosen.append((at, own.contestant, own.flops_share))
     labels = torch.arange(8) % 10
     for one in compiled:
         share = work.share(one, one.prepare(), labels)
