@@ -94,7 +94,6 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler that is recorded")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler that is recorded")
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--results", type=Path, help="write the table's figures as this JSON file")
     parser.add_argument("--plot", type=Path, help="draw quality against time as this image")
