@@ -10,7 +10,8 @@ import torch
 from runtime.base.errors import EditError, PolicyError
 from runtime.bundle.spec import Glue, Plan, PlanInput, Variant
 from runtime.calls.bound import BoundBlock
-from runtime.calls.dispatch import Dispatch, Scene
+from runtime.calls.dispatch import Dispatch
+from runtime.calls.rows import Scene
 from runtime.engines.pytorch import TorchEngine
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.request import Branch
@@ -108,7 +109,7 @@ def run(fake: Fake, decisions: list[list[float]], x: torch.Tensor, copies: bool 
     glue = GLUE if not copies else replace(GLUE, file=None)
     results = []
     for step in range(len(decisions)):
-        dispatch = Dispatch(fake, policy, Scene(branch, step, record, torch.zeros(1), (1.0 - step / 10,)), glue)
+        dispatch = Dispatch(fake, [Scene(branch, step, record, (1.0 - step / 10,), policy)], torch.zeros(1), glue)
         results.append(dispatch(0, [x + 10 * step, shared])[0])
     return results
 
@@ -146,8 +147,8 @@ def test_residuals_belong_to_rows() -> None:
 
 def test_skipped_states_are_copied_only_where_asked() -> None:
     x = torch.zeros(1, 2)
-    scene = Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1), (0.0,))
-    kept = Dispatch(Fake(), ScheduledPolicy(np.zeros((1, 1))), scene, GLUE)
+    scene = Scene(branch_of_one(), 0, RequestTrace("r"), (0.0,), ScheduledPolicy(np.zeros((1, 1))))
+    kept = Dispatch(Fake(), [scene], torch.zeros(1), GLUE)
     assert kept(0, [x, torch.zeros(3)])[0] is x
     (copied,) = run(Fake(), [[SKIP]], x, copies=True)
     assert copied.data_ptr() != x.data_ptr()
@@ -171,7 +172,8 @@ class Reckless:
 
 def test_reusing_what_is_not_there_is_an_error() -> None:
     x = torch.zeros(2, 2)
-    dispatch = Dispatch(Fake(), Reckless(), Scene(branch_of_one(), 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)
+    scene = Scene(branch_of_one(), 0, RequestTrace("r"), (0.0,), Reckless())
+    dispatch = Dispatch(Fake(), [scene], torch.zeros(1), GLUE)
     with pytest.raises(PolicyError, match="none"):
         dispatch(0, [x, torch.zeros(3)])
 
@@ -181,7 +183,7 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
     x = torch.zeros(2, 2)
     keeping, dropping = ScheduledPolicy(np.array([[REUSE]])), ScheduledPolicy(np.array([[1.0]]))
     for policy in (keeping, dropping):
-        Dispatch(fake, policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)(
+        Dispatch(fake, [Scene(branch, 0, RequestTrace("r"), (0.0,), policy)], torch.zeros(1), GLUE)(
             0, [x, torch.zeros(3)]
         )
     assert branch.bank(0, [x], (0,)).held == [-1, -1]
@@ -199,7 +201,9 @@ def test_a_policy_that_never_reuses_leaves_no_residuals() -> None:
 )
 def test_without_routers_residuals_are_kept_only_where_they_can_be_reused(policy, kept: bool) -> None:
     branch, x = branch_of_one(), torch.zeros(2, 2)
-    Dispatch(Fake(), policy, Scene(branch, 0, RequestTrace("r"), torch.zeros(1), (0.0,)), GLUE)(0, [x, torch.zeros(3)])
+    Dispatch(Fake(), [Scene(branch, 0, RequestTrace("r"), (0.0,), policy)], torch.zeros(1), GLUE)(
+        0, [x, torch.zeros(3)]
+    )
     assert (branch.bank(0, [x], (0,)).nbytes > 0) == kept
 
 

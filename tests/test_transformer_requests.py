@@ -248,7 +248,7 @@ def test_a_threads_state_goes_with_the_thread() -> None:
 
     def work() -> None:
         call(model, 1.0)
-        found.append(weakref.ref(model._session.requests._current()))
+        found.append(weakref.ref(model._session.requests.existing()[0]))
 
     in_threads([work])
     gc.collect()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from runtime.base.errors import NotFiniteError
 from runtime.base.guard import answering
 from runtime.bundle.spec import Glue
 from runtime.calls.bound import BoundBlocks
-from runtime.calls.dispatch import Dispatch, Scene
+from runtime.calls.dispatch import Dispatch
+from runtime.calls.rows import Scene
 from runtime.requests.request import Branch
 from runtime.requests.sighting import Sighting
 from runtime.requests.trace import RequestTrace
-from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP, Decider
+from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP
 from runtime.routing.schedule import ScheduledPolicy
 
 
@@ -40,26 +41,29 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 class Again:
     """A step that is run once more to see where numbers cease to be finite.
 
-    `run` gives the tensors of the model's output, with guards answered by whoever does; `seen` is the call.
+    `run` gives the tensors of the model's output, with guards answered by whoever does; `seen` is the call, and
+    `scenes` those of its requests.
     """
 
     blocks: BoundBlocks
     glue: Glue
-    scene: Scene
+    scenes: Sequence[Scene]
     seen: Sighting
+    timestep: Tensor
     run: Callable[[], Sequence[Tensor]]
 
-    def explain(self, policy: Decider) -> None:
-        """Warn where the step is not finite at full width either; else NotFiniteError, which ends the request."""
-        origin, step = self.at_full_width(), self.scene.step
+    def explain(self) -> None:
+        """Warn where the step is not finite at full width either; else NotFiniteError, which ends the requests."""
+        origin = self.at_full_width()
         if origin:
-            warnings.warn(f"step {step} gives NaN or infinity{origin}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{self._step} gives NaN or infinity{origin}", RuntimeWarning, stacklevel=2)
             return
-        watched = _Watched(Dispatch(self.blocks, policy, self.scene, self.glue), self.blocks)
+        watched = _Watched(Dispatch(self.blocks, self.scenes, self.timestep, self.glue), self.blocks)
         with suppress(NotFiniteError):  # of a router behind what is looked for
             self._outputs(watched)
+        told = watched.told or ", which its blocks do not show when they run again"
         raise NotFiniteError(
-            f"step {step} gives NaN or infinity{watched.told or ', which its blocks do not show when they run again'}; "
+            f"{self._step} gives NaN or infinity{told}; "
             "every block at full width gives finite numbers: compile in bfloat16 or float32, or choose a policy that "
             "does without"
         )
@@ -67,12 +71,19 @@ class Again:
     def at_full_width(self) -> str:
         """Where the step is not finite although every block is computed at full width, as words; "" where it is."""
         full = ScheduledPolicy(np.ones((1, len(self.blocks))), routed=False)
-        apart = replace(self.scene, branch=Branch("", 0, self.seen, {}), step=0, trace=RequestTrace(""))
-        watched = _Watched(Dispatch(self.blocks, full, apart, self.glue), self.blocks)
+        apart = Scene(Branch("", 0, self.seen, {}), 0, RequestTrace(""), (0.0,), full)
+        watched = _Watched(Dispatch(self.blocks, [apart], self.timestep, self.glue), self.blocks)
         whole = all_finite(self._outputs(watched))
         if watched.told:
             return f"{watched.told}, as the model itself: look at its weights, the inputs, and the precision"
         return "" if whole else ", which comes from outside of its blocks: look at the model's other weights"
+
+    @property
+    def _step(self) -> str:
+        """Which it is, in words; of several requests with their names."""
+        if len(self.scenes) == 1:
+            return f"step {self.scenes[0].step}"
+        return ", ".join(f"step {one.step} of request {one.trace.request!r}" for one in self.scenes)
 
     def _outputs(self, watched: _Watched) -> Sequence[Tensor]:
         with answering(watched):

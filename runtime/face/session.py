@@ -6,7 +6,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -28,13 +27,15 @@ from runtime.base.errors import (
 from runtime.base.guard import answering
 from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
-from runtime.calls.dispatch import Dispatch, Scene
+from runtime.calls.dispatch import Dispatch
 from runtime.calls.finite import Again, all_finite
+from runtime.calls.rows import Scene
 from runtime.device.policy import why_not
 from runtime.device.runner import DeviceRunner, make_runner, why_not_here
 from runtime.device.state import DeviceState
 from runtime.face import arguments
 from runtime.face.arguments import Constant
+from runtime.face.call import Call, advanced_of, latents_of
 from runtime.face.growing import GrowingProgram, Tracer
 from runtime.face.output import Output, tensors_of
 from runtime.requests.registry import Requests
@@ -51,16 +52,6 @@ KEPT = 16
 
 Host = Callable[..., object]
 """The model's forward with guards for blocks, for programs whose glue is hosted."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A forward call: its glue, its arguments, the tensors among them by dotted name, what its request sees of it."""
-
-    glue: Glue
-    given: Mapping[str, object]
-    tensors: Mapping[str, Tensor]
-    sighting: Sighting
 
 
 class Session(GrowingProgram):
@@ -90,15 +81,15 @@ class Session(GrowingProgram):
         self._said_changed = False
         self._told: WeakSet[RequestTrace] = WeakSet()  # generations of which it was said that they are not finite
 
-    def __call__(self, given: Mapping[str, object], policy: Decider) -> object:
-        """The model's output for the arguments `given`."""
+    def __call__(self, given: Mapping[str, object], policies: Sequence[Decider]) -> object:
+        """The model's output for the arguments `given`; each of the current requests is decided by its policy."""
         flat, constants = arguments.flatten(given)
         glue, tensors = self.find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
         empty = [name for name, count in arguments.rows(glue, tensors).items() if not count]
         if empty:
             raise InputError(f"{', '.join(empty)} holds no rows: a batch has at least one")
-        return self._run(self._call(glue, given, tensors, constants), policy)
+        return self._run(self._call(glue, given, tensors, constants), policies)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Have `fn` move all tensors to another device; residuals stay behind."""
@@ -120,10 +111,11 @@ class Session(GrowingProgram):
     def end(self) -> None:
         """End the current request; raises what the device came upon in it."""
         self.settle()
-        request = self.requests.existing()
+        ended = self.requests.existing()
         self.requests.drop()
-        if request is not None and isinstance(request.elsewhere, DeviceState) and request.elsewhere.error is not None:
-            raise request.elsewhere.error
+        for request in ended:
+            if isinstance(request.elsewhere, DeviceState) and request.elsewhere.error is not None:
+                raise request.elsewhere.error
 
     def why_not_on_device(self) -> str | None:
         """Why decisions are taken on the host although they were wanted on the device; None where that is not so."""
@@ -144,29 +136,31 @@ class Session(GrowingProgram):
         advanced = {name for name, _ in glue.latents}
         conditioning = {name: t for name, t in tensors.items() if name != step and name not in advanced}
         others = arguments.all_exactly(constants)
-        sighting = Sighting(timestep, _latents(glue, tensors), conditioning, current_context(), others)
+        sighting = Sighting(timestep, latents_of(glue, tensors), conditioning, current_context(), others)
         return Call(glue, given, tensors, sighting)
 
-    def _run(self, call: Call, policy: Decider) -> object:
+    def _run(self, call: Call, policies: Sequence[Decider]) -> object:
         glue, finite = call.glue, False
-        reason = self._why_on_host(glue, policy)
+        parts = call.parts(len(policies))
+        reason = self._why_on_host(glue, policies)
         if reason is not None:  # before the request is touched: a call that is refused leaves it as it was
             arguments.check_finite(glue, call.tensors)
             finite = True
         try:
-            with self.requests.held(self.device) as request:
-                if reason is None and not request.stays:
+            with self.requests.held(self.device) as requests:
+                if reason is None and not requests[0].stays:
                     try:
-                        return self._on_device(request, call, policy)
+                        return self._on_device(requests[0], call, policies[0])
                     except RecordError as error:
                         reason = str(error)
                 if self._runner is not None:
-                    self._runner.leave(request)
+                    for request in requests:
+                        self._runner.leave(request)
                 if self.wanted == "device":
                     self._say(reason)
                 if not finite:
                     arguments.check_finite(glue, call.tensors)
-                return self._on_host(request, call, policy)
+                return self._on_host(requests, call, parts, policies)
         except Exception as error:
             if isinstance(error, (EditError, torch.OutOfMemoryError)):
                 raise
@@ -186,7 +180,7 @@ class Session(GrowingProgram):
             "compile it again"
         )
 
-    def _why_on_host(self, glue: Glue, policy: Decider) -> str | None:
+    def _why_on_host(self, glue: Glue, policies: Sequence[Decider]) -> str | None:
         """Why a call is decided on the host, as far as that is known before it; None where the device may decide."""
         if self.wanted != "device":
             return "that is what was asked for"
@@ -194,7 +188,9 @@ class Session(GrowingProgram):
             return "the model's own Python runs between its blocks"
         if glue.sized_by:
             return f"sizes inside it depend on the values of {', '.join(glue.sized_by)}"
-        return self._no_runner or why_not(policy) or why_not_here(self.blocks, self.device)
+        if len(policies) > 1:
+            return "several requests share the rows of a call"
+        return self._no_runner or why_not(policies[0]) or why_not_here(self.blocks, self.device)
 
     def _on_device(self, request: Request, call: Call, policy: Decider) -> object:
         glue = call.glue
@@ -207,30 +203,36 @@ class Session(GrowingProgram):
                     self._no_runner = str(error)  # not the error: its traceback would hold the frames of every call
                     raise
         inputs = {given.name: call.tensors[given.name] for given in glue.inputs}
-        advanced = partial(_advanced, glue)
+        advanced = partial(advanced_of, glue)
         costs = self.costs[glue.id]
         outputs = self._runner(request, glue, self.graph(glue), inputs, call.sighting, policy, costs, advanced)
         self._note = None
         return _named(glue, outputs, call.given)
 
-    def _on_host(self, request: Request, call: Call, policy: Decider) -> object:
-        glue, seen = call.glue, request.look(call.sighting)
-        branch = request.enter(seen)
-        self._check_weights(glue, begins=request.step == 0)
-        assert request.trace is not None
-        scene = Scene(branch, request.step, request.trace, seen.timestep.to(self.device), seen.times)
+    def _on_host(
+        self, requests: Sequence[Request], call: Call, parts: Sequence[Sighting], policies: Sequence[Decider]
+    ) -> object:
+        glue = call.glue
+        seen = [request.look(part) for request, part in zip(requests, parts, strict=True)]
+        scenes = [
+            Scene(request.enter(part), request.step, request.traced, part.times, policy)
+            for request, part, policy in zip(requests, seen, policies, strict=True)
+        ]
+        self._check_weights(glue, begins=any(scene.step == 0 for scene in scenes))
         grow = None if self.tracer is None else partial(self.retrace, call.given)
-        already = len(request.trace)
+        already = [len(scene.trace) for scene in scenes]
+        timestep = call.sighting.timestep.to(self.device)
 
         def dispatched() -> tuple[Dispatch, object, Sequence[Any]]:
-            dispatch = Dispatch(self.blocks, policy, scene, glue, grow)
+            dispatch = Dispatch(self.blocks, scenes, timestep, glue, grow)
             with answering(dispatch):
                 return dispatch, *self._answered(call)
 
+        again = Again(self.blocks, glue, scenes, call.sighting, timestep, lambda: self._answered(call)[1])
         try:
             dispatch, result, outputs = dispatched()
         except NotFiniteError as error:  # of a router, which reads what a block before it gave
-            origin = self._again(call, scene).at_full_width()
+            origin = again.at_full_width()
             if not origin:
                 raise
             raise NotFiniteError(f"{error}. NaN or infinity arises{origin}") from error
@@ -238,20 +240,19 @@ class Session(GrowingProgram):
             if grow is None or glue.file is not None:
                 raise
             grow()
-            branch.clear()
-            request.trace.shorten(already)
+            for scene, length in zip(scenes, already, strict=True):
+                scene.branch.clear()
+                scene.trace.shorten(length)
             dispatch, result, outputs = dispatched()
-        if scene.trace not in self._told and not all_finite(outputs):
-            self._again(call, scene).explain(policy)
-            self._told.add(scene.trace)
-        advanced = _advanced(glue, outputs)
+        if any(scene.trace not in self._told for scene in scenes) and not all_finite(outputs):
+            again.explain()
+            self._told.update(scene.trace for scene in scenes)
+        advanced = advanced_of(glue, outputs)
         if advanced is not None:
-            request.note(seen, advanced)
+            for request, part, own in zip(requests, seen, advanced.chunk(len(requests)), strict=True):
+                request.note(part, own)
         self._count(glue, work(dispatch.answered, self.costs[glue.id]), dispatch.rows)
         return result
-
-    def _again(self, call: Call, scene: Scene) -> Again:
-        return Again(self.blocks, call.glue, scene, call.sighting, lambda: self._answered(call)[1])
 
     def _answered(self, call: Call) -> tuple[object, Sequence[Any]]:
         """What the model gives, and the tensors in it."""
@@ -288,31 +289,6 @@ class Session(GrowingProgram):
         if reason is not None and reason != self._note:
             self._note = reason
             log.warning("decisions are taken on the host: %s", reason)
-
-
-def _latents(glue: Glue, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The tensor that a sampler advances, rows first; None where none is known, or it is not of floats."""
-    if not glue.latents:
-        return None
-    name = glue.latents[0][0]
-    latents = _rows_first(glue, name, tensors[name])
-    return latents if latents.is_floating_point() else None
-
-
-def _advanced(glue: Glue, outputs: Sequence[Tensor]) -> Tensor | None:
-    """The output that a sampler advances its latents by, rows first; None where none is known."""
-    if not glue.latents:
-        return None
-    name, position = glue.latents[0]
-    return _rows_first(glue, name, outputs[position])
-
-
-def _rows_first(glue: Glue, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` with the rows of the input called `name` as dimension 0; an entry of a list is one row."""
-    if "." in name:
-        return tensor[None]
-    shape = next(given.shape for given in glue.inputs if given.name == name)
-    return tensor.movedim(shape.index(None), 0) if None in shape else tensor
 
 
 def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -> object:

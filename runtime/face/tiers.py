@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -85,13 +85,26 @@ class WithTiers:
         """Context manager: `policy` decides for the calls of this transformer made inside, whatever is chosen."""
         return scope.decided_by(self, policy)
 
-    def _at(self, tier: str | None) -> Any:
-        """Context manager: calls inside are those of a request at `tier`; None: nothing is said of it here."""
-        return nullcontext() if tier is None else scope.decided_by(self, self._known(tier).policy)
+    def _at(self, tier: str | Sequence[str | None] | None, names: Sequence[str]) -> Any:
+        """Context manager: calls inside are those of requests `names` at `tier`, one for all or one for each.
 
-    def _decider(self) -> Decider:
-        """What decides for a call made here and now."""
-        return scope.current_decider(self) or self.policy
+        None: nothing is said of it here. EditError for tiers that are not there, or not as many as names.
+        """
+        if tier is None:
+            return nullcontext()
+        if isinstance(tier, str):
+            return scope.decided_by(self, self._known(tier).policy)
+        if len(tier) != len(names):
+            raise EditError(
+                f"tier has {len(tier)} entries for {len(names)} requests: give one for all, or one for each"
+            )
+        policies = {n: self._known(one).policy for n, one in zip(names, tier, strict=True) if one is not None}
+        return scope.each_decided_by(self, policies)
+
+    def _deciders(self) -> tuple[Decider, ...]:
+        """What decides for a call made here and now, in each of its requests."""
+        names = scope.current_requests() or (None,)
+        return tuple(scope.current_decider(self, name) or self.policy for name in names)
 
     def _known(self, name: str) -> Tier[Decider]:
         if name not in self._tiers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from runtime.face.growing import Tracer
 from runtime.face.session import Host, Session
 from runtime.face.tiers import WithTiers
 from runtime.requests.registry import Requests
-from runtime.requests.scope import cache_context, named_request
+from runtime.requests.scope import cache_context, named_requests
 from runtime.requests.trace import Counters, Trace
 from runtime.routing.policy import Decider
 
@@ -143,20 +143,31 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
         return self._session.why_not_on_device()
 
     @contextmanager
-    def request(self, name: str | None = None, tier: str | None = None) -> Iterator[None]:
+    def request(
+        self, name: str | Sequence[str] | None = None, tier: str | Sequence[str | None] | None = None
+    ) -> Iterator[None]:
         """Context manager: calls inside belong to one generation at a time, called `name`, whatever thread they are in.
 
         It is told from all others, and trusted to go on where its latents do not (a sampler that adds noise). Without a
         name it is a new one, which ends with the ``with`` block; one with a name ends by `reset` inside, or an error.
         With `tier` (see `tiers`) that one decides for the calls of this transformer inside, whatever is chosen for all.
+
+        Several names share the rows of the calls inside, equally many each and in this order. Each of them has its own
+        step, timesteps, residuals and, with several entries in `tier`, its own tier (None: what is chosen for all).
+        `reset` inside ends them all, and so does an error.
+
+        Raises EditError for a name given twice, no name at all, and a tier that is not there.
         """
-        chosen = f"unnamed request {next(_numbers)}" if name is None else str(name)
-        with self._at(tier), named_request(chosen):
+        unnamed = f"unnamed request {next(_numbers)}" if name is None else name
+        names = [str(one) for one in (unnamed if isinstance(unnamed, (list, tuple)) else [unnamed])]
+        if not names or len(set(names)) < len(names):
+            raise EditError(f"name={names}: give each request that shares the rows a name of its own")
+        with self._at(tier, names), named_requests(names):
             try:
                 yield
             finally:
                 if name is None:
-                    Requests.drop_everywhere(chosen)
+                    Requests.drop_everywhere(names[0])
 
     def cache_context(self, name: str, **progress: object) -> Any:
         """Context manager: calls inside are those of guidance's branch `name` (diffusers).
@@ -206,7 +217,7 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
         if asked is not None:
             given = self._compiled_dtypes(given, asked)
         with torch.autocast(where, enabled=False) if autocast else nullcontext():
-            output = self._session(given, self._decider())
+            output = self._session(given, self._deciders())
         if asked is None:
             return output
         return pytree.tree_map_only(Tensor, lambda t: t.to(asked) if t.is_floating_point() else t, output)

@@ -7,14 +7,14 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from runtime.base.errors import BusyError, EditError
 from runtime.requests.request import Request
-from runtime.requests.scope import current_request
+from runtime.requests.scope import current_requests
 from runtime.requests.trace import Trace
 
 NAMES = 4096
@@ -44,30 +44,32 @@ class Requests:
         _registries.add(self)
 
     @contextmanager
-    def held(self, device: torch.device) -> Iterator[Request]:
-        """The current request, nobody else's meanwhile; BusyError if another thread has it.
+    def held(self, device: torch.device) -> Iterator[tuple[Request, ...]]:
+        """The current requests, nobody else's meanwhile; BusyError if another thread has one of them.
 
-        An exception inside forgets the request and what was traced of it.
+        An exception inside forgets them and what was traced of them.
         """
-        request = self._current()
-        if not request.busy.acquire(blocking=False):
-            raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
-        try:
-            yield request
-        except BaseException:
-            self._abandon(request)
-            raise
-        else:
-            self._weigh(request, device)
-        finally:
-            request.busy.release()
+        requests = self._current()
+        with ExitStack() as busy:
+            for request in requests:
+                if not request.busy.acquire(blocking=False):
+                    raise BusyError(f"request {request.name!r} is running in another thread: give each its own name")
+                busy.callback(request.busy.release)
+            try:
+                yield requests
+            except BaseException:
+                for request in requests:
+                    self._abandon(request)
+                raise
+            for request in requests:
+                self._weigh(request, device)
 
-    def existing(self) -> Request | None:
-        """The current request, None where there is none yet."""
-        name = current_request()
+    def existing(self) -> list[Request]:
+        """The current requests, as far as there are any yet."""
+        names = current_requests()
         with self._lock:
-            found: Request | None = self._named.get(name) if name is not None else self._own.__dict__.get("request")
-            return found
+            found = [self._named.get(name) for name in names] if names else [self._own.__dict__.get("request")]
+            return [request for request in found if request is not None]
 
     @classmethod
     def drop_everywhere(cls, name: str) -> None:
@@ -77,12 +79,12 @@ class Requests:
                 each._named.pop(name, None)
 
     def drop(self) -> None:
-        """Forget the current request."""
-        name = current_request()
+        """Forget the current requests."""
+        names = current_requests()
         with self._lock:
-            if name is None:
+            if not names:
                 self._own.__dict__.clear()
-            else:
+            for name in names:
                 self._named.pop(name, None)
 
     def lose_all(self, leave: Callable[[Request], None] | None = None) -> None:
@@ -92,18 +94,15 @@ class Requests:
         for request in everyone:
             _lose_if_idle(request, leave)
 
-    def _current(self) -> Request:
-        name = current_request()
-        if name is None:
+    def _current(self) -> tuple[Request, ...]:
+        names = current_requests()
+        if not names:
             if not hasattr(self._own, "request"):
                 self._own.request = Request(threading.current_thread().name, self._traces)
             own: Request = self._own.request
-            return own
+            return (own,)
         with self._lock:
-            request = self._named.get(name)
-            if request is None:
-                request = self._named[name] = Request(name, self._traces, trusted=True)
-            self._named.move_to_end(name)
+            requests = tuple(self._get_or_make(name) for name in names)
             forgotten = [self._named.popitem(last=False)[0] for _ in range(len(self._named) - NAMES)]
         if forgotten:
             warnings.warn(
@@ -112,7 +111,14 @@ class Requests:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return request
+        return requests
+
+    def _get_or_make(self, name: str) -> Request:
+        """The request `name`, as the one used last; the caller holds the lock."""
+        if name not in self._named:
+            self._named[name] = Request(name, self._traces, trusted=True)
+        self._named.move_to_end(name)
+        return self._named[name]
 
     def _abandon(self, request: Request) -> None:
         """Forget `request` and what was traced of it."""

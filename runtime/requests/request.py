@@ -96,6 +96,12 @@ class Request:
         return 0 if self.place is None else self.place.step
 
     @property
+    def traced(self) -> RequestTrace:
+        """What its generation's decisions are written to, once it was entered."""
+        assert self.trace is not None
+        return self.trace
+
+    @property
     def nbytes(self) -> int:
         """Bytes of residuals, and of what is remembered of latents and conditioning."""
         banks = [*self._spare, *(branch.banks for branch in self._branches)]

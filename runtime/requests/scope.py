@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
@@ -10,10 +10,12 @@ from typing import TypeVar
 from runtime.routing.policy import Decider
 
 T = TypeVar("T")
+Deciders = Mapping[tuple[object, str | None], Decider]
+"""By whose calls they are, and in which request; None: in all that have none of their own."""
 
 _context: ContextVar[str | None] = ContextVar("edit_compile_context", default=None)
-_request: ContextVar[str | None] = ContextVar("edit_compile_request", default=None)
-_deciders: ContextVar[Mapping[object, Decider]] = ContextVar("edit_compile_deciders", default={})  # noqa: B039
+_requests: ContextVar[tuple[str, ...]] = ContextVar("edit_compile_requests", default=())
+_deciders: ContextVar[Deciders] = ContextVar("edit_compile_deciders", default={})  # noqa: B039
 
 
 def cache_context(name: str) -> AbstractContextManager[None]:
@@ -21,20 +23,26 @@ def cache_context(name: str) -> AbstractContextManager[None]:
     return _said(_context, name)
 
 
-def named_request(name: str) -> AbstractContextManager[None]:
-    """Let calls inside the ``with`` block belong to the request `name`."""
-    return _said(_request, name)
+def named_requests(names: Sequence[str]) -> AbstractContextManager[None]:
+    """Let calls inside the ``with`` block belong to the requests `names`, which share their rows."""
+    return _said(_requests, tuple(names))
 
 
-def decided_by(owner: object, policy: Decider | None) -> AbstractContextManager[None]:
-    """Let `policy` decide for calls of `owner` inside the ``with`` block; None: what decides for it anywhere."""
-    others = {each: own for each, own in _deciders.get().items() if each is not owner}
-    return _said(_deciders, others if policy is None else {**others, owner: policy})
+def decided_by(owner: object, policy: Decider) -> AbstractContextManager[None]:
+    """Let `policy` decide for calls of `owner` inside the ``with`` block."""
+    others = {key: own for key, own in _deciders.get().items() if key[0] is not owner}
+    return _said(_deciders, {**others, (owner, None): policy})
 
 
-def current_decider(owner: object) -> Decider | None:
-    """What decides for calls that `owner` gets here, None where nothing was said."""
-    return _deciders.get().get(owner)
+def each_decided_by(owner: object, policies: Mapping[str, Decider]) -> AbstractContextManager[None]:
+    """Let each of `policies` decide for calls of `owner` in the request of that name, inside the ``with`` block."""
+    return _said(_deciders, {**_deciders.get(), **{(owner, name): policy for name, policy in policies.items()}})
+
+
+def current_decider(owner: object, request: str | None) -> Decider | None:
+    """What decides for calls that `owner` gets here, in `request`; None where nothing was said."""
+    said = _deciders.get()
+    return said.get((owner, request)) or said.get((owner, None))
 
 
 def current_context() -> str | None:
@@ -42,9 +50,9 @@ def current_context() -> str | None:
     return _context.get()
 
 
-def current_request() -> str | None:
-    """The name of the request that calls made here belong to, None where it has none."""
-    return _request.get()
+def current_requests() -> tuple[str, ...]:
+    """The names of the requests that calls made here belong to; none where it has no name."""
+    return _requests.get()
 
 
 @contextmanager

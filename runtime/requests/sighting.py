@@ -39,6 +39,20 @@ class Sighting:
     first: bool | None = None
     astray: bool = False
 
+    def part(self, start: int, stop: int, rows: int, dims: Mapping[str, int]) -> Sighting:
+        """Rows `start` to `stop` of a call of `rows`, which tensors of the conditioning have in `dims`, by name."""
+        span = slice(start, stop)
+        conditioning = {
+            name: tensor.narrow(dims[name], start, stop - start) if name in dims else tensor
+            for name, tensor in self.conditioning.items()
+        }
+        return replace(
+            self,
+            timestep=self.timestep.reshape(-1)[span] if self.timestep.numel() == rows else self.timestep,
+            latents=None if self.latents is None else self.latents[span],
+            conditioning=conditioning,
+        )
+
     @property
     def shape(self) -> Shape | None:
         """Of the latents, without rows."""
