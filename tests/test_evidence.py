@@ -17,7 +17,8 @@ from examples.fashion_mnist import paper, starts
 from examples.fashion_mnist.contestant import Contestant
 from examples.fashion_mnist.evidence import outside
 from examples.fashion_mnist.finals import Result
-from examples.fashion_mnist.rivals_trials import Tried, Work, best_of, chosen_of
+from examples.fashion_mnist.rivals_finals import Kept
+from examples.fashion_mnist.rivals_trials import Tried, Work, best_of, chosen_of, forget
 
 WORK = Work(100, 1.0)
 
@@ -71,6 +72,18 @@ def test_what_was_drawn_before_stays_where_it_is_still_the_best() -> None:
     tries = [*TRIES, tried("c", "poorer", 0.25, 10.0), tried("b", "coarse", 0.25, 31.0)]
     assert (0.25, "c: poorer") not in [(at, one.name) for at, one, _ in chosen_of(tries, [], WORK, 2)]
     assert (0.25, "c: poorer") in [(at, one.name) for at, one, _ in chosen_of(tries, [], WORK, 2, {"c: poorer"})]
+
+
+def test_what_is_by_one_can_be_tried_and_drawn_again(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "finals.json", 10, 2)
+    for one in (result(who="a"), result(who="a, and b"), result(who="b"), result(who="c", same_as="a: half")):
+        kept.results[one.name] = one
+    kept.forget("a")
+    assert list(kept.results) == ["b: half"]
+    path = tmp_path / "trials.json"
+    path.write_text(json.dumps({"machine": {"a": 1}, "commit": "abc", "of": {"a: x": [0.5, 1.0], "b: x": [0.5, 2.0]}}))
+    forget(path, "a: ")
+    assert json.loads(path.read_text())["of"] == {"b: x": [0.5, 2.0]}
 
 
 def result(**changed: object) -> Result:

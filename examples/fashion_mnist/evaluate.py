@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
     parser.add_argument(
-        "--token-stride", type=int, nargs="+", default=[1], help="have routers read every so many tokens"
+        "--token-stride", type=int, nargs="+", default=[None], help="have routers read every so many tokens"
     )
     parser.add_argument("--judge", type=Path, default=WEIGHTS / "judge.safetensors")
     parser.add_argument("--output", type=Path, default=WEIGHTS / "quality.json")
@@ -136,7 +136,7 @@ def main() -> None:
     for name in arguments.models:
         for guidance, steps, stride in itertools.product(arguments.guidance, arguments.steps, arguments.token_stride):
             model = load_model(name)
-            for router in model.routers if isinstance(model, ElasticTransformer) else ():
+            for router in model.routers if stride and isinstance(model, ElasticTransformer) else ():
                 router.config = replace(router.config, token_stride=stride)
             called = Recorder(model) if isinstance(model, ElasticTransformer) else model
             entry: dict[str, Any] = asdict(quality(called, judge, arguments.images, guidance, steps=steps))
@@ -144,7 +144,7 @@ def main() -> None:
             if isinstance(called, Recorder):
                 entry["decisions"] = asdict(called.decisions(1 if guidance == 1 else 2, steps))
             key = f"{name}, {steps} steps" + (f", guidance {guidance:g}" if len(arguments.guidance) > 1 else "")
-            key += f", every {stride} tokens" if stride > 1 else ""
+            key += f", every {stride} tokens" if stride else ""
             print(key, json.dumps({k: v for k, v in entry.items() if k != "decisions"}), flush=True)
             if "decisions" in entry:
                 print(json.dumps(entry["decisions"]), flush=True)

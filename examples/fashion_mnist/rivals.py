@@ -41,7 +41,7 @@ from examples.fashion_mnist.finals import Final, commit
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 from examples.fashion_mnist.rivals_finals import Kept, draw_finals
 from examples.fashion_mnist.rivals_tables import held_table, table_of
-from examples.fashion_mnist.rivals_trials import ROOMY, SHARES, Work, best_of, chosen_of, told_of, trials
+from examples.fashion_mnist.rivals_trials import ROOMY, SHARES, Work, best_of, chosen_of, forget, told_of, trials
 from examples.fashion_mnist.sample import STEPS
 
 RESULTS = Path("benchmarks/results")
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
     parser.add_argument("--take-over", action="store_true", help="what --output and its trials say already is kept")
+    parser.add_argument("--anew", metavar="WHO", help="try and draw again what is by those whose name begins so")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,9 @@ def main() -> None:
         kept.take_over(given.output)
     elif not kept.results:
         tried.unlink(missing_ok=True)
+    if given.anew:
+        kept.forget(given.anew)
+        forget(tried, given.anew)
     bundles = bundles_in(given.work)
     labels = torch.arange(given.rows) % len(CLASSES)
     final = Final(given.dense, given.images, given.rows, given.work / "dense.safetensors")

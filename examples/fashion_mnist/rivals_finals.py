@@ -35,6 +35,12 @@ class Kept:
         told |= {"held": {name: asdict(one) for name, one in self.held.items()}}
         write_file_atomically(self.path, json.dumps({self.of: told}, indent=1) + "\n")
 
+    def forget(self, who: str) -> None:
+        """Draw again what is by those whose name begins so, and what draws the same."""
+        for name, one in list(self.results.items()):
+            if one.who.startswith(who) or one.same_as.startswith(who):
+                del self.results[name]
+
     def take_over(self, recorded: Path) -> None:
         """What an earlier run wrote as its output, with the commit that it was drawn at."""
         told = json.loads(recorded.read_text())

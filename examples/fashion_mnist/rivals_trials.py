@@ -113,6 +113,17 @@ def trials(
     return found
 
 
+def forget(path: Path, who: str) -> None:
+    """Leave out of the trials in `path` those by whose name begins so."""
+    if path.is_file():
+        told = json.loads(path.read_text())
+        for known in told.values():
+            if isinstance(known, dict):
+                for name in [name for name in known if name.startswith(who)]:
+                    del known[name]
+        write_file_atomically(path, json.dumps(told, indent=1) + "\n")
+
+
 def best_of(tries: Sequence[Tried], share: float, whos: Iterable[str] | None = None) -> Iterator[Tried]:
     """Of each rival, or of `whos`, what is best within a share of FLOPs, if anything is."""
     for who in dict.fromkeys(one.contestant.who for one in tries) if whos is None else whos:
