@@ -1,4 +1,4 @@
-"""Tables of the Fashion-MNIST example, from benchmarks/results/{tuned,rivals,partial_steps}.json, for the READMEs."""
+"""Tables of the Fashion-MNIST example, from results/{tuned,partial_steps,example_time}.json, for the READMEs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ def partial_steps(results: Mapping[str, Any]) -> str:
     rows = [(one["what"], f"{one['flops_share']:.1%}", f"{one['decibels']:.1f}") for one in results["rows"]]
     found = table(("what is computed in part", "FLOPs", "dB, held out"), rows)
     return f"{found}\n\n{_taken(results)}; {results['held_out']} generations of 8 images, held out."
+
+
+def time_parts(results: Mapping[str, Any]) -> str:
+    """What `examples.fashion_mnist.parts_of_time` found: a line for each engine."""
+    parts = list(results["engines"][0]["ms"])
+    rows = [
+        (
+            one["engine"],
+            _spread(one["times_faster"], ".2f"),
+            *(f"{one['ms'][part]['median']:.1f}" for part in parts),
+        )
+        for one in results["engines"]
+    ]
+    left = results["engines"][0]["block_flops_left"]
+    told = f"Medians of ms; {left:.0%} of the blocks' FLOPs are left. {_taken(results)}; at {results['commit']}."
+    return f"{table(('engine', 'dense / elastic', *parts), rows)}\n\n{told}"
+
+
+def _spread(one: Mapping[str, float], form: str) -> str:
+    return f"{one['median']:{form}} ({one['low']:{form}} to {one['high']:{form}})"
 
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:

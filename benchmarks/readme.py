@@ -74,6 +74,7 @@ def written(path: Path, folder: Path) -> str:
     """The text of one of `PAGES`, with figures from the results in `folder`."""
     text = path.read_text()
     if path == EXAMPLE:
+        text = with_figures(text, [example_tables.time_parts(_read(folder, "example_time"))], "time parts")
         return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:

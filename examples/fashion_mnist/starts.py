@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--generations", type=int, default=24, help="that are recorded")
     parser.add_argument("--generation-rows", type=int, default=32, help="images in each")
-    parser.add_argument("--train-steps", type=int, default=500)
+    parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8, help="images per batch when drawn")
     parser.add_argument("--output", type=Path, default=RESULTS / "starts.json")
