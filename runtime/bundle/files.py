@@ -192,7 +192,8 @@ def _parsed(data: bytes, place: Path) -> Manifest:
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
         raise BundleError(
-            f"{place} has schema version {str(schema)[:20]}, this edit_compile reads {SCHEMA}: compile the model again"
+            f"{place} has schema version {str(schema)[:20]}, this edit_compile reads {SCHEMA}: take the "
+            "one that made it, or compile the model again"
         )
     try:
         manifest = msgspec.convert(raw, Manifest)
