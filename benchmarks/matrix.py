@@ -1,15 +1,15 @@
-"""The tests that depend on other libraries, with the oldest and the newest of them: python -m benchmarks.matrix [NAME ...].
+"""Tests that depend on other libraries, with the oldest and newest of them: python -m benchmarks.matrix [NAME ...].
 
-Each combination has a virtual environment of its own under runs/matrix/ (made anew; some GB where pip's torch is a build
-for CUDA) and runs `TESTS` there, one process, one thread. Writes results/matrix.json, which keeps the rows of combinations
+Each combination has a virtual environment of its own under runs/matrix/ (made anew; some GB where pip's torch is built
+for CUDA) and runs `TESTS` there, in one process and thread. Writes results/matrix.json, which keeps the rows of those
 that were not asked for, and prints a table. Status 1 where a test failed, or a combination could not be installed.
 
     oldest    what pyproject.toml names as the lower bound of each direct dependency
     pinned    what constraints.txt pins
     newest    the newest of each direct dependency that pip finds
 
-With --wheels FOLDER the wheels in there are installed last, without what they depend on: a torch for CUDA whose libraries
-are too large to be fetched whole, with those that it needs to be imported.
+With --wheels FOLDER the wheels in there are installed last, without what they depend on: a torch for CUDA whose
+libraries are too large to be fetched whole, with those that it needs to be imported.
 """
 
 from __future__ import annotations
@@ -180,9 +180,11 @@ def _versions(python: Path) -> dict[str, str]:
 
 def commit() -> str:
     """The commit that is checked out, "+" where files differ from it."""
-    told = [subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for asked in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip
-    return f"{told[0]}{'+' * bool(told[1])}"
+
+    def git(*asked: str) -> str:
+        return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
 def main() -> int:

@@ -56,8 +56,8 @@ def distil(
 
     Raises:
         CallsError: calls of another model, of different numbers of steps, or of fewer than a rollout has.
-        ValueError: no TrainConfig; a budget outside (0, 1), or less than what is not in blocks costs; trained parameters in half
-            precision; several processes.
+        ValueError: no TrainConfig; a budget outside (0, 1), or less than what is not in blocks costs; trained
+            parameters in half precision; several processes.
         TrainingError: `config.output` holds a run of another model, of other calls or settings.
     """
     if train not in ("routers", "lora", "all"):

@@ -71,7 +71,7 @@ def _within(limit: str, size: int, what: str) -> None:
     most = getattr(limits, limit)
     if size > most:
         raise BundleError(
-            f"{what}: {size} bytes, and `load` reads at most {most} ({limit} in runtime/bundle/limits.py): not written; "
+            f"{what}: {size} bytes, `load` reads at most {most} ({limit} in runtime/bundle/limits.py): not written; "
             "compile for fewer widths or forms of call"
         )
 
