@@ -94,6 +94,11 @@ def check_place(target: Path) -> None:
         raise BundleError(f"{target} cannot be written: {there} is not a folder, or not one that may be written to")
 
 
+def replaced(path: Path) -> str | None:
+    """What `save` to `path` would replace, in words; None where no bundle is there."""
+    return f"replaces the bundle {path}" if (path / MANIFEST).is_file() else None
+
+
 def load(path: str | Path, *, verify: bool = True, digest: str | None = None) -> Program:
     """Read the bundle `path`; its weights are mapped from the file, not copied.
 
