@@ -11,7 +11,7 @@ TENSORRT := $(shell grep '^tensorrt_' constraints.txt)
 CUDA := $(shell grep -E '^(cuda-|nvidia-cuda-)' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow torture torture-quick lint format bench models readme evidence evidence-quick data train clean
+.PHONY: demo test test-slow torture torture-quick lint format bench models matrix readme evidence evidence-quick data train clean
 .DEFAULT_GOAL := test
 
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
@@ -69,6 +69,11 @@ bench: $(STAMP)
 # Every transformer of diffusers, compiled and compared: docs/models.md.
 models: $(STAMP)
 	$(BIN)/python -m benchmarks.models
+
+# The tests that depend on other libraries, with the oldest and the newest of them: docs/deploy.md. In environments of their own.
+matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.matrix
+	$(BIN)/python -m benchmarks.readme
 
 readme: $(STAMP)
 	$(BIN)/python -m benchmarks.readme

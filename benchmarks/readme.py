@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import evidence, evidence_told, example_tables, pareto
+from benchmarks import evidence, evidence_told, example_tables, matrix, pareto
 from benchmarks.gpu_table import markdown
 from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
@@ -19,7 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 EXAMPLE = ROOT / "examples" / "fashion_mnist" / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 PICTURE = ROOT / "docs" / "pareto.svg"
-PAGES = (README, EXAMPLE, EVIDENCE)
+DEPLOY = ROOT / "docs" / "deploy.md"
+PAGES = (README, EXAMPLE, EVIDENCE, DEPLOY)
 HEADINGS = (
     "run",
     "eager, ms per step",
@@ -29,6 +30,7 @@ HEADINGS = (
     "weights, four widths / dense",
 )
 NOT_MEASURED = "Not measured yet: `make bench` fills this in."
+NO_MATRIX = "Not run yet: `make matrix` fills this in."
 NO_GPU = (
     "There are no figures from a GPU yet: `python -m benchmarks.gpu` takes them on one ([docs/gpu.md](docs/gpu.md))."
 )
@@ -76,6 +78,9 @@ def written(path: Path, folder: Path) -> str:
     if path == EXAMPLE:
         text = with_figures(text, [example_tables.time_parts(_read(folder, "example_time"))], "time parts")
         return with_figures(text, [example_tables.partial_steps(_read(folder, "partial_steps"))], "partial steps")
+    if path == DEPLOY:
+        there = (folder / "matrix.json").exists()
+        return with_figures(text, [matrix.markdown(_read(folder, "matrix")) if there else NO_MATRIX], "matrix")
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:
         paper, starts = (_read(folder, n) if (folder / f"{n}.json").exists() else None for n in ("paper", "starts"))

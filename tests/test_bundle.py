@@ -160,6 +160,25 @@ def test_graphs_that_fill_the_memory_together_are_refused(saved: Path, monkeypat
         bundle.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [("MANIFEST_BYTES", "manifest.json"), ("GRAPH_BYTES", "glue/a.pt2"), ("GRAPHS_BYTES", "together")],
+)
+def test_what_a_reader_would_refuse_for_its_size_is_not_written(
+    limit: str, what: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = programs.make(("single",), seed=1)
+    before = bundle.load(saved).digest
+    sizes = {"MANIFEST_BYTES": 1000, "GRAPH_BYTES": len(program.files["glue/a.pt2"]) - 1}
+    monkeypatch.setattr(limits, limit, sizes.get(limit, sum(map(len, program.files.values())) - 1))
+    for place in (saved, tmp_path / "new"):
+        with pytest.raises(BundleError, match=rf"{what}.* at most \d+ \({limit} in runtime/bundle/limits\.py\)"):
+            bundle.save(program, place)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.edit"] and bundle.load(saved).digest == before
+    bundle.save(program, tmp_path / "new")
+
+
 def test_files_that_the_manifest_does_not_name_are_not_read(saved: Path) -> None:
     (saved / "engines").mkdir()
     (saved / "engines" / "cached.bin").write_bytes(b"anything")

@@ -17,6 +17,7 @@ import edit_compile
 from edit_compile.calls.argument_tree import flat_arguments
 from passes.glue.calling import _kind
 from runtime.base.errors import InputError, ShapeError
+from tests import forged
 from tests.unprepared import Block, Net, close, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no routers:UserWarning")
@@ -106,6 +107,49 @@ def test_equal_constants_of_another_kind_are_another_form(
         close(loaded(**inputs(), value=again), model(**inputs(), value=one))
     with pytest.raises(ShapeError, match=r"fixed when compiling: value: compiled with .*, called with "):
         loaded(**inputs(), value=other)
+
+
+def by_module(value: Any) -> float:
+    return 2.0 if type(value).__module__ == "one" else 3.0
+
+
+def twins(kind: type[Enum]) -> tuple[Enum, Enum]:
+    """The member A of two enumerations of one name, in the modules "one" and "two"."""
+    one, two = (kind("Mode", {"A": 1 if kind is IntEnum else "a"}, module=module) for module in ("one", "two"))
+    return one.A, two.A  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Enum, IntEnum, StrEnum])
+def test_members_of_enumerations_of_one_name_in_two_modules_are_two_forms(kind: type[Enum], tmp_path: Path) -> None:
+    one, two = twins(kind)
+    model = Telling(by_module).eval()
+    compiled = edit_compile.compile(model, inputs=inputs() | {"value": one}, engine="torch", output=tmp_path / "x")
+    for value in (one, two, one, two):
+        close(compiled(**inputs(), value=value), model(**inputs(), value=value))
+    assert len(compiled.program.manifest.glues) == 2
+    loaded = edit_compile.load(tmp_path / "x", engine="torch")
+    close(loaded(**inputs(), value=one), model(**inputs(), value=one))
+    with pytest.raises(ShapeError, match=r"compiled with '<one:Mode.A>', called with '<two:Mode.A>'"):
+        loaded(**inputs(), value=two)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [Mode.A, Size.SMALL, Other.A, Share(0.5)])
+def test_a_manifest_from_before_classes_had_modules_is_called_as_it_was(value: Any, tmp_path: Path) -> None:
+    model = Telling(by_class).eval()
+    edit_compile.compile(model, inputs=inputs() | {"value": value}, engine="torch", output=tmp_path / "x")
+
+    def as_before(manifest: Any) -> None:
+        (glue,) = manifest["glues"]
+        assert __name__ in glue["constants"]["value"]
+        glue["constants"]["value"] = glue["constants"]["value"].replace(f"{__name__}:", "")
+
+    forged.put_manifest(tmp_path / "x", as_before)
+    loaded = edit_compile.load(tmp_path / "x", engine="torch")
+    close(loaded(**inputs(), value=value), model(**inputs(), value=value))
+    with pytest.raises(ShapeError, match="fixed when compiling"):
+        loaded(**inputs(), value="a" if value != "a" else "b")
 
 
 @torch.no_grad()

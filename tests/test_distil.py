@@ -220,6 +220,8 @@ def test_a_run_that_was_stopped_goes_on(recording: Recording, tmp_path: Path, mo
         ({"train": "heads"}, "train='heads'"),
         ({"settings": Distillation(rollout=9)}, "rollout=9"),
         ({"settings": Distillation(stride=3)}, "stride=3"),
+        ({"config": None}, "config=None: a TrainConfig"),
+        ({"config": {"steps": 3}}, "config={'steps': 3}: a TrainConfig"),
         ({"config": replace(TrainConfig(Path("x"), 1, 1), shard=True)}, "one process"),
     ],
 )

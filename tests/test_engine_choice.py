@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,19 @@ def test_it_is_measured_once_on_a_machine(speeds: Callable[..., None], tmp_path:
     assert "measured earlier here" in again.why
     (kept,) = (tmp_path / "engines").iterdir()
     assert json.loads(kept.read_text())["torch"] == 2000
+
+
+def test_what_takes_long_is_said_before_it_is_done(
+    speeds: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(choice, "log", SimpleNamespace(info=lambda text, *given: told.append(text % given)))
+    speeds(onnxruntime=3, torch=2, inductor=3)
+    choice.choose(programs.make())
+    assert "timing blocks (" in told[0] and "up to a minute" in told[0] and "trying engine torch" in told[1]
+    told.clear()
+    choice.choose(programs.make())
+    assert not told  # known by now
 
 
 def test_what_a_busy_machine_says_is_not_kept(

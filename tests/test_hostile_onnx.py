@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.base.errors import EngineError
+from runtime.base.errors import BundleError, EngineError
+from runtime.bundle import limits
+from runtime.bundle.onnx_reader import read_onnx
 from runtime.bundle.spec import plan_file
 from runtime.engines import make
 from runtime.engines.ort_library import open_library, session_options
@@ -53,3 +55,42 @@ def test_large_tensors_are_not_computed_while_a_session_is_opened(tmp_path: Path
     assert (tmp_path / "opened.onnx").stat().st_size < 100 << 20
     left = [node.op_type for node in onnx.load(tmp_path / "opened.onnx").graph.node]
     assert "Concat" in left and left.count("Concat") < doublings, "small constants are computed"
+
+
+def within(kind: str, *nodes: onnx.NodeProto) -> bytes:
+    """A model of one operator `kind` with a graph of `nodes` within it, for each of its branches."""
+    names = {"If": ("then_branch", "else_branch")}.get(kind, ("body",))
+    given, made = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]), onnx.ValueInfoProto(name="z")
+    branch = helper.make_graph(nodes, "within", [], [made])
+    first = numpy_helper.from_array(np.array([1 << 20, 1 << 20]), "huge")
+    outer = helper.make_node(kind, ["x"], ["y"], **dict.fromkeys(names, branch))
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    return helper.make_model(helper.make_graph([outer], "g", [given], [output], [first])).SerializeToString()
+
+
+def test_graphs_within_a_graph_that_end_are_read() -> None:
+    for kind in ("If", "SequenceMap"):
+        graph = read_onnx(within(kind, helper.make_node("Neg", ["x"], ["z"])), "plan")
+        assert (list(graph.inputs), list(graph.outputs)) == (["x"], ["y"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner", "why"),
+    [
+        ("Loop", helper.make_node("Neg", ["x"], ["z"]), "a graph within its graph"),
+        ("Scan", helper.make_node("Neg", ["x"], ["z"]), "a graph within its graph"),
+        ("If", helper.make_node("RandomNormal", [], ["z"], shape=[4]), "draws random numbers"),
+        ("If", helper.make_node("Strange", ["x"], ["z"], domain="com.example"), "domain"),
+        ("SequenceMap", helper.make_node("ConstantOfShape", ["huge"], ["z"]), "ConstantOfShape of more than"),
+    ],
+)
+def test_graphs_within_a_graph_are_held_to_its_rules(kind: str, inner: onnx.NodeProto, why: str) -> None:
+    with pytest.raises(BundleError, match=why):
+        read_onnx(within(kind, inner), "plan")
+
+
+def test_nodes_of_graphs_within_a_graph_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "NODES", 6)
+    nodes = [helper.make_node("Neg", ["x"], [f"z{number}"]) for number in range(3)]
+    with pytest.raises(BundleError, match="more than 6 nodes"):
+        read_onnx(within("If", *nodes), "plan")

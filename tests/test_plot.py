@@ -42,6 +42,14 @@ def test_heat_map_shows_blocks_over_steps(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_steps_and_blocks_are_counted_in_whole_numbers() -> None:
+    figure = router_heat_map(trace()[-1])
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        for ticks in (axes.get_xticks(), axes.get_yticks()):
+            assert len(ticks) >= 2 and all(tick == round(tick) for tick in ticks)
+
+
 def colours(decisions: list[float]) -> dict[str, tuple[float, ...]]:
     """By what the colour bar calls it, of a request of one block."""
     record = RequestTrace("r")

@@ -59,6 +59,9 @@ def test_every_stage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     dry(Net(), inputs())
     elastic = edit_compile.elasticize(Net().eval(), inputs())
     edit_compile.compile(elastic, inputs=inputs(), engine="torch")
+    assert not any("choosing an engine" in line for line in told)
+    edit_compile.compile(elastic, inputs=inputs())
+    assert any("compiling Net: choosing an engine, for up to a minute" in line for line in told)
     for said in ("looking at Net: running the model", "finding the blocks of Net: exporting blocks (0 of 1)"):
         assert any(said in line for line in told)
     assert any("compiling Net: exporting the model around its blocks" in line for line in told)

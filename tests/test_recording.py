@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import edit_compile
 from edit_compile import CallsError, Recording
+from tests.models import noise
 
 
 class Echo(nn.Module):
@@ -231,3 +232,41 @@ def test_a_damaged_state_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "recording.json").write_text(text)
     with pytest.raises(CallsError, match=r"recording.json .*delete it"):
         write(tmp_path, range(2, 3))
+
+
+def record_seeds(folder: Path, seeds: Sequence[int], prompt: str = "a") -> None:
+    model = nn.Linear(3, 3)
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor, t: float, prompt: str) -> Tensor:
+            return model(x)
+
+    denoiser = Denoiser()
+    with torch.no_grad(), edit_compile.record(denoiser, folder) as recorder:
+        for seed in seeds:
+            x = noise(2, 3, seed=seed)
+            with recorder.generation():
+                for t in (1.0, 0.5):
+                    x = x - denoiser(x, t, prompt)
+
+
+def test_a_generation_that_is_recorded_twice_is_told_once(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"generation 2 .* begins as generation 0 does") as told:
+        record_seeds(tmp_path, [0, 1, 0, 1])
+    assert len([one for one in told if "begins as" in str(one.message)]) == 1
+    assert len(Recording(tmp_path)) == 4
+
+
+def test_a_generation_of_an_earlier_run_that_is_recorded_again_is_told(tmp_path: Path) -> None:
+    record_seeds(tmp_path, [0, 1])
+    with pytest.warns(RuntimeWarning, match=r"generation 2 .* begins as generation 1 does"):
+        record_seeds(tmp_path, [1])
+
+
+def test_the_same_noise_for_another_prompt_is_another_generation(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        record_seeds(tmp_path, [0, 1])
+        record_seeds(tmp_path, [0, 1], prompt="b")
+        (tmp_path / "generation-00000.safetensors").write_bytes(b"damaged")
+        record_seeds(tmp_path, [2])

@@ -294,6 +294,11 @@ def test_the_command_writes_a_bundle_with_tiers(compiled: CompiledTransformer, t
     assert done.exit_code == 0, done.output
     assert "fast" in done.output and "fewer sampling steps" in done.output
     assert list(edit_compile.load(tmp_path / "tuned", engine="torch").tiers) == ["fast"]
+    assert "replaces" not in done.output
+    call[1] = str(tmp_path / "tuned")
+    again = CliRunner().invoke(app, [*call, "--output", str(tmp_path / "tuned"), "--budget", "fast=.7"])
+    said = "".join(again.output.split())  # lines are broken where the terminal ends
+    assert f"replacesthetier'fast'that{tmp_path}/tunedhas" in said and f"replacesthebundle{tmp_path}/tuned" in said
     wrong = CliRunner().invoke(app, [*call, "--output", str(tmp_path / "x"), "--budget", "fast"])
     assert wrong.exit_code == 2 and "say name=number" in wrong.output
 

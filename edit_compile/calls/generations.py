@@ -6,13 +6,15 @@ metadata (`Contents`) refers to; nothing in it is code. Keys are made to be read
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -153,6 +155,22 @@ def read_generation(path: Path) -> Generation:
     except ValueError as error:
         raise _damaged(path, f"says something else than calls ({error})") from error
     return Generation(calls, tensors[contents.result] if contents.result is not None else None)
+
+
+def beginning_of(path: Path) -> bytes:
+    """What `beginning` gives for the generation in the file `path`; CallsError as for `read_generation`."""
+    first, *_ = read_contents(path).calls
+    with safe_open(path, framework="pt") as file:
+        return beginning(first, {key: file.get_tensor(key) for key in first.tensors.values()})
+
+
+def beginning(first: Call, tensors: Mapping[str, Tensor]) -> bytes:
+    """A digest of what the first call of a generation was given."""
+    digest = hashlib.blake2b(repr(sorted(first.constants.items(), key=str)).encode())
+    for name, key in sorted(first.tensors.items()):
+        digest.update(f"{name} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _recorded(call: Call, tensors: dict[str, Tensor]) -> RecordedCall:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edit_compile.calls.draft import Draft
-from edit_compile.calls.generations import FORMAT, METADATA, CallsError, Contents, file_name, files_of, read_contents
+from edit_compile.calls.generations import (
+    FORMAT,
+    METADATA,
+    CallsError,
+    Contents,
+    beginning,
+    beginning_of,
+    file_name,
+    files_of,
+    read_contents,
+)
 from edit_compile.files import write_file_atomically
 from runtime.bundle.folder import file_beside, mode_of_new_files
 
@@ -50,7 +60,11 @@ class Shards:
         state = _read_state(folder / STATE)
         self.stride, self.count = state.stride, max(state.count, max(self._sizes, default=-1) + 1)
         self._check_model()
-        self._warned = False
+        self._beginnings: dict[bytes, int] = {}
+        for number in self._sizes:
+            with suppress(CallsError, SafetensorError, ValueError):  # what cannot be read is told when it is read
+                self._beginnings.setdefault(beginning_of(folder / file_name(number)), number)
+        self._warned = self._warned_of_twins = False
 
     def keep(self, draft: Draft) -> None:
         """Number the generation, and write it where its number is one to keep; CallsError where it does not fit."""
@@ -63,6 +77,7 @@ class Shards:
                 if number % self.stride == 0:
                     temporary.replace(self.folder / file_name(number))
                     self._sizes[number] = size
+                    self._warn_of_twins(number, beginning(draft.calls[0], draft.tensors))
         if number % self.stride:
             self._warn()
         self.count += 1
@@ -101,6 +116,19 @@ class Shards:
 
     def _total(self, number: int, size: int) -> int:
         return sum(self._sizes.values()) + (size if number % self.stride == 0 else 0)
+
+    def _warn_of_twins(self, number: int, begins: bytes) -> None:
+        """Say so, once, where generation `number` begins as one that is kept does."""
+        twin = self._beginnings.setdefault(begins, number)
+        if twin != number and twin in self._sizes and not self._warned_of_twins:
+            self._warned_of_twins = True
+            warnings.warn(
+                f"generation {number} recorded in {self.folder} begins as generation {twin} does (the same latents, "
+                "timestep and prompt): what is recorded twice counts twice in what is tuned or trained on it; give "
+                "each generation a seed of its own, or another folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _warn(self) -> None:
         if not self._warned:

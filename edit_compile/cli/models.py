@@ -128,6 +128,7 @@ def compile_model(
     from edit_compile.elastic.transformer import elasticize
     from edit_compile.loading import UserError, load_model, parse_numbers
     from passes.graphs.weightless import weightless
+    from runtime.bundle.files import replaced
     from runtime.face.transformer import CompiledTransformer
     from runtime.routing.policy import RoutingPolicy
 
@@ -135,6 +136,8 @@ def compile_model(
         raise UserError("give --output FOLDER to write the bundle to, or --dry-run")
     given, chosen = compile_inputs(inputs or (), calls, dtype)
     loaded = load_model(model, chosen, bare=dry_run)
+    if output is not None and not dry_run and (told := replaced(output)):
+        typer.echo(told)
     made = run(
         elasticize(loaded) if dry_run and weightless(loaded) else loaded,  # to show what routers would cost
         parse_numbers(widths),

@@ -15,6 +15,8 @@ from edit_compile.elastic.block_hooks import carries_hooks
 from edit_compile.elastic.layout import PASSES
 from edit_compile.elastic.recorded_inputs import Inputs, RecordedCalls, first_trace, inputs_for
 from edit_compile.elastic.transformer import ElasticTransformer
+from edit_compile.progress import shown
+from passes.graphs.progress import tell
 from passes.graphs.weightless import weightless
 from passes.observe.statement import BlockStatement
 from passes.pipeline import Pass
@@ -108,9 +110,12 @@ def compile(
     mapped = output is not None and all(weight.device.type == "cpu" for weight in program.weights.values())
     if not mapped:
         program = owned(program, tracer.model)
-    compiled = CompiledTransformer(
-        program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
-    )
+    with shown(f"compiling {type(tracer.model).__name__}"):
+        if engine is None and program.manifest.blocks:
+            tell("choosing an engine, for up to a minute where none was chosen for such blocks on this machine", 0, 1)
+        compiled = CompiledTransformer(
+            program, engine, policy or tracer.policy, tracer, host=tracer.host, eager=tracer.model, dispatch=dispatch
+        )
     if output is not None:
         assert inputs is not None
         tracer.prove(compiled, inputs_for(tracer.model, inputs))

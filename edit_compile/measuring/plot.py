@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from edit_compile.measuring.timing import Spread
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
@@ -47,6 +48,8 @@ def router_heat_map(trace: RequestTrace, context: str | None = None) -> Figure:
     gates.set_ylabel("block")
     for axes in (gates, decisions):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # in a generation of few steps they would be halves
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

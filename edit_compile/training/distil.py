@@ -56,12 +56,14 @@ def distil(
 
     Raises:
         CallsError: calls of another model, of different numbers of steps, or of fewer than a rollout has.
-        ValueError: a budget outside (0, 1), or less than what is not in blocks costs; trained parameters in half
-            precision; several processes.
+        ValueError: no TrainConfig; a budget outside (0, 1), or less than what is not in blocks costs; trained
+            parameters in half precision; several processes.
         TrainingError: `config.output` holds a run of another model, of other calls or settings.
     """
     if train not in ("routers", "lora", "all"):
         raise ValueError(f"train={train!r}: use 'routers', 'lora' or 'all'")
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config={config!r}: a TrainConfig, which tells the run's folder, steps and batch size")
     if config.shard or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("distil trains in one process: leave out shard and torchrun")
     check_model(elastic.model, calls)

@@ -13,7 +13,7 @@ from edit_compile.calls.generations import Recording
 from edit_compile.loading import UserError
 from edit_compile.tuning.table import tables
 from edit_compile.tuning.tune import tune
-from runtime.bundle.files import check_place
+from runtime.bundle.files import check_place, replaced
 from runtime.face.load import load
 
 
@@ -50,8 +50,12 @@ def tune_bundle(asked: Asked, console: Console) -> None:
             work=asked.work,
             progress=lambda what, done, total: shown.update(task, description=what, completed=done, total=total),
         )
+    for name in sorted(tuned.tiers.keys() & compiled.tiers.keys()):
+        console.print(f"replaces the tier {name!r} that {asked.bundle} has")
     tuned.add_to(compiled)
     console.print(tables(tuned))
+    if told := replaced(asked.output):
+        console.print(told)
     compiled.save(asked.output)
     console.print(f"wrote {asked.output}")
     if asked.picture is not None:

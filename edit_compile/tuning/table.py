@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from edit_compile.bundles.tier_table import tier_table
+from edit_compile.tuning.verdict import Verdict
 
 if TYPE_CHECKING:
     from edit_compile.tuning.tuned import Tuned
@@ -31,7 +32,8 @@ def against_fewer_steps(tuned: Tuned) -> Table:
         gain, verdict = tuned.gain[name], tuned.verdict(name)
         numbers = f"{tier.quality_db or 0:.1f}", f"{tuned.fewer_steps[name].value:.1f}", str(tuned.steps_in_time[name])
         # beside all steps, which are the recording itself, a difference in dB says nothing
-        told = "-" if verdict == "NOT FASTER" else f"{gain.value:.1f} ({gain.low:.1f} to {gain.high:.1f})"
-        table.add_row(name, str(tuned.computed_steps[name]), *numbers, told, verdict)
+        told = "-" if verdict is Verdict.NOT_FASTER else f"{gain.value:.1f} ({gain.low:.1f} to {gain.high:.1f})"
+        better = f"{tuned.steps_in_time[name]} {verdict}" if verdict is Verdict.FEWER_STEPS else str(verdict)
+        table.add_row(name, str(tuned.computed_steps[name]), *numbers, told, better)
     table.caption = tuned.advice
     return table

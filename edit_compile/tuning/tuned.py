@@ -12,6 +12,7 @@ from rich.console import Console
 from edit_compile.calls.result_quality import Mean
 from edit_compile.tuning.table import tables
 from edit_compile.tuning.timing import Seconds
+from edit_compile.tuning.verdict import Verdict
 from runtime.bundle.tiers import Tier
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider
@@ -47,25 +48,24 @@ class Tuned:
             console.print(tables(self))
         return captured.get()
 
-    def verdict(self, name: str) -> str:
-        """Whether the tier `name` is better than plain steps in its time: "equal", "the tier", "undecided" where the
-        interval of the gain holds 0, "N STEPS INSTEAD", or "NOT FASTER" where all steps fit in its time."""
-        gain, rival = self.gain[name], self.steps_in_time[name]
+    def verdict(self, name: str) -> Verdict:
+        """Whether the tier `name` is better than plain steps in its time."""
+        gain = self.gain[name]
         if gain.value == 0:
-            return "equal"
-        if rival == self.tiers[name].steps:
-            return "NOT FASTER"
-        return "the tier" if gain.low > 0 else f"{rival} STEPS INSTEAD" if gain.high < 0 else "undecided"
+            return Verdict.EQUAL
+        if self.steps_in_time[name] == self.tiers[name].steps:
+            return Verdict.NOT_FASTER
+        return Verdict.TIER if gain.low > 0 else Verdict.FEWER_STEPS if gain.high < 0 else Verdict.UNDECIDED
 
     @property
     def advice(self) -> str | None:
         """Which tiers are not worth having, and of which that is not known; None where all are."""
-        verdicts = {name: self.verdict(name) for name in self.gain}
-        worse = [
-            f"{name} (sample with {self.steps_in_time[name]} steps)" for name in verdicts if "INSTEAD" in verdicts[name]
-        ]
-        slow = [name for name in verdicts if verdicts[name] == "NOT FASTER"]
-        unsure = [f"{name} ({self.steps_in_time[name]})" for name in verdicts if verdicts[name] == "undecided"]
+        named: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
+        for name in self.gain:
+            named[self.verdict(name)].append(name)
+        worse = [f"{name} (sample with {self.steps_in_time[name]} steps)" for name in named[Verdict.FEWER_STEPS]]
+        slow = named[Verdict.NOT_FASTER]
+        unsure = [f"{name} ({self.steps_in_time[name]})" for name in named[Verdict.UNDECIDED]]
         told = [f"plain fewer steps are better than {', '.join(worse)}: do not use these tiers"] * bool(worse)
         told += [f"computing every step takes no longer than {', '.join(slow)}: do not use these tiers"] * bool(slow)
         told += [f"undecided beside as many plain steps as take the tier's time: {', '.join(unsure)}; record more "

@@ -52,6 +52,10 @@ def save(program: Program, path: str | Path) -> str:
     target = Path(path)
     check_place(target)
     check(program)
+    graphs = program.files.items()
+    for name, data in graphs:
+        _within("GRAPH_BYTES", len(data), name)
+    _within("GRAPHS_BYTES", sum(len(data) for _, data in graphs), "all graphs together")
     check_graphs(program)
     try:
         with written_whole(target) as folder:
@@ -60,6 +64,16 @@ def save(program: Program, path: str | Path) -> str:
         raise BundleError(
             f"{target} cannot be written ({error}): what was there is as it was; see to space and permissions"
         ) from error
+
+
+def _within(limit: str, size: int, what: str) -> None:
+    """BundleError where `load` would refuse `what`, which has `size` bytes, by the limit of that name."""
+    most = getattr(limits, limit)
+    if size > most:
+        raise BundleError(
+            f"{what}: {size} bytes, `load` reads at most {most} ({limit} in runtime/bundle/limits.py): not written; "
+            "compile for fewer widths or forms of call"
+        )
 
 
 def check_place(target: Path) -> None:
@@ -78,6 +92,11 @@ def check_place(target: Path) -> None:
         raise BundleError(f"{target} exists and is not a bundle: choose another name, or remove it")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise BundleError(f"{target} cannot be written: {there} is not a folder, or not one that may be written to")
+
+
+def replaced(path: Path) -> str | None:
+    """What `save` to `path` would replace, in words; None where no bundle is there."""
+    return f"replaces the bundle {path}" if (path / MANIFEST).is_file() else None
 
 
 def load(path: str | Path, *, verify: bool = True, digest: str | None = None) -> Program:
@@ -160,6 +179,7 @@ def _write(program: Program, folder: Path) -> str:
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     manifest = replace(program.manifest, files={name: digests.of_file(folder / name) for name in names})
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    _within("MANIFEST_BYTES", len(data), MANIFEST)
     (folder / MANIFEST).write_bytes(data)
     digest = digests.of_bytes(data)
     (folder / digests.FILE).write_bytes(digests.line(digest))
@@ -192,7 +212,8 @@ def _parsed(data: bytes, place: Path) -> Manifest:
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
         raise BundleError(
-            f"{place} has schema version {str(schema)[:20]}, this edit_compile reads {SCHEMA}: compile the model again"
+            f"{place} has schema version {str(schema)[:20]}, this edit_compile reads {SCHEMA}: take the "
+            "one that made it, or compile the model again"
         )
     try:
         manifest = msgspec.convert(raw, Manifest)

@@ -1,14 +1,16 @@
 """What an ONNX file takes, gives and calls, read from its bytes (protobuf) without onnx.
 
 A plan holds tensors and operators of ONNX itself. Refused are tensors in other files, operators of other domains,
-functions, training, graphs within graphs (loops, which need not end), and operators that draw random numbers.
+functions, training, loops (which need not end), and operators that draw random numbers. Of graphs within graphs only
+those are read that run once, or once for each entry of a sequence; they are held to the same rules.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 
 from runtime.base.errors import BundleError
@@ -25,10 +27,15 @@ _DOMAINS = ("", "ai.onnx")
 _RANDOM = ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
 _SUBGRAPHS = (6, 11)
 """Fields of an attribute that hold graphs."""
+_ENDING = ("If", "SequenceMap")
+"""Operators with graphs within them that end, whatever those say."""
 _SHORT = 256
 """Bytes of a tensor that may tell sizes; longer ones are tables."""
 _SIZED = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Range": 1, "Pad": 1, "OneHot": 1, "Resize": 3}
 """Operators that make a tensor of sizes that they are given, and which of their inputs tells these."""
+
+Numbers = MutableMapping[str, tuple[int, ...]]
+"""Integers that a graph writes down, by name; those of graphs around it are seen, and never written over."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class OnnxGraph:
 
     inputs: dict[str, Given] = field(default_factory=dict)
     outputs: dict[str, Given] = field(default_factory=dict)
-    numbers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
 
 
 def read_onnx(data: bytes, name: str) -> OnnxGraph:
@@ -64,8 +71,9 @@ class _Reader:
             raise ValueError(f"{len(graphs)} graphs")
         return self._graph(graphs[0])
 
-    def _graph(self, data: bytes) -> OnnxGraph:
-        graph, nodes = OnnxGraph(), []
+    def _graph(self, data: bytes, outer: Numbers | None = None) -> OnnxGraph:
+        """A graph; one within another sees its integers, `outer`, and has no inputs or outputs that plans know."""
+        graph, nodes = OnnxGraph(numbers={} if outer is None else ChainMap({}, outer)), []
         for number, value in _fields(data):
             if number == 1:
                 nodes.append(_bytes(value))
@@ -73,16 +81,17 @@ class _Reader:
                 self._tensor(_bytes(value), graph.numbers)
             elif number == 15:
                 raise self._refused("a sparse tensor")
-            elif number in (11, 12):
+            elif number in (11, 12) and outer is None:
                 told, given = _value_info(_bytes(value))
                 (graph.inputs if number == 11 else graph.outputs)[told] = given
-        if len(nodes) > limits.NODES:
+        self._nodes += len(nodes)
+        if self._nodes > limits.NODES:
             raise self._refused(f"more than {limits.NODES} nodes")
         for node in nodes:
             self._node(node, graph.numbers)
         return graph
 
-    def _node(self, data: bytes, numbers: dict[str, tuple[int, ...]]) -> None:
+    def _node(self, data: bytes, numbers: Numbers) -> None:
         kind, domain, inputs, outputs, attributes = "", "", [], [], []
         for number, value in _fields(data):
             if number == 1:
@@ -99,9 +108,9 @@ class _Reader:
             raise self._refused(f"the operator {kind} of the domain {domain!r}")
         if kind in _RANDOM or (kind == "Dropout" and len(inputs) > 2):
             raise self._refused(f"{kind}, which draws random numbers")
-        found: dict[str, tuple[int, ...]] = {}
+        found: Numbers = {}
         for attribute in attributes:
-            self._attribute(attribute, found)
+            self._attribute(attribute, found, kind, numbers)
         if kind == "Constant" and outputs and found:
             numbers[outputs[0]] = next(iter(found.values()))
         at = _SIZED.get(kind, len(inputs))
@@ -109,12 +118,15 @@ class _Reader:
         if math.prod(max(abs(size), 1) for size in sizes) > limits.MADE:
             raise self._refused(f"{kind} of more than {limits.MADE} elements")
 
-    def _attribute(self, data: bytes, found: dict[str, tuple[int, ...]]) -> None:
+    def _attribute(self, data: bytes, found: Numbers, kind: str, numbers: Numbers) -> None:
+        """Put the integers of an attribute of a node of that `kind`, which sees `numbers`, into `found`."""
         integers = []
         for number, value in _fields(data):
+            if number in _SUBGRAPHS and kind not in _ENDING:
+                raise self._refused(f"a graph within its graph ({kind})")
             if number in _SUBGRAPHS:
-                raise self._refused("a graph within its graph")
-            if number in (5, 10):
+                self._graph(_bytes(value), numbers)
+            elif number in (5, 10):
                 self._tensor(_bytes(value), found)
             elif number in (22, 23):
                 raise self._refused("a sparse tensor")
@@ -125,7 +137,7 @@ class _Reader:
         if integers:
             found["ints"] = tuple(integers)
 
-    def _tensor(self, data: bytes, numbers: dict[str, tuple[int, ...]]) -> None:
+    def _tensor(self, data: bytes, numbers: Numbers) -> None:
         """Put the integers of a tensor among `numbers`; BundleError where its values are in another file."""
         name, kind, raw, integers = "", 0, b"", []
         for number, value in _fields(data):

@@ -71,16 +71,16 @@ def choose(program: Program) -> Choice:
     if any(weight.device.type != "cpu" for weight in program.weights.values()):
         return Choice("torch", "it follows weights on a GPU", {})
     plans = _heaviest(program)
-    known = _folder() / f"{_key(plans)}.json"
+    known, kinds = _folder() / f"{_key(plans)}.json", " and ".join(plan.kind for plan in plans)
     times, when = _kept(known), "earlier here"
     if not times:
+        log.info("no engine was named: timing blocks (%s) on each, once on this machine, for up to a minute", kinds)
         wait = CoreWait()
         times, when = _measured(program, plans), "here"
         if wait.share > BUSY:
             when = "here while the machine was busy, so the next process measures again"
         else:
             _keep(known, times)
-    kinds = " and ".join(plan.kind for plan in plans)
     if not times:
         return Choice(USUAL, f"no {kinds} of {program.manifest.model} takes noise that could be timed", {})
     fastest, *others = sorted(times, key=lambda name: times[name] / _WORTH.get(name, 1.0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -81,18 +82,19 @@ def as_plain(value: object) -> Constant:
     """A scalar as what a manifest can hold; None for anything else.
 
     What a model can tell from a plain number or text, as members of enums, numpy's scalars and dtypes, is a text that
-    nobody writes: ``<Mode.A>``, ``<float32 0.5>``. So are NaN and infinity, which JSON lacks.
+    nobody writes: ``<module:Mode.A>``, ``<float32 0.5>``. So are NaN and infinity, which JSON lacks.
     """
     kind = type(value)
+    place = f"{kind.__module__}:{kind.__qualname__}"
     if kind in (bool, int, str) or (kind is float and math.isfinite(value)):  # type: ignore[arg-type]
         return value  # type: ignore[return-value]
     if isinstance(value, Enum):
-        return f"<{kind.__qualname__}.{value.name or value.value}>"
+        return f"<{place}.{value.name or value.value}>"
     if isinstance(value, np.generic):
         return f"<{kind.__name__} {value.item()!r}>"
     base = next((base for base in (int, float, str) if isinstance(value, base)), None)
     if base is not None:
-        return f"<{kind.__qualname__} {base.__repr__(value)}>"
+        return f"<{place} {base.__repr__(value)}>"
     return f"<{value}>" if isinstance(value, (torch.dtype, torch.device)) else None
 
 
@@ -237,7 +239,13 @@ def _typed(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
-    return all_exactly(glue.constants) == all_exactly(constants)
+    """Whether a call's constants are those of `glue`, also as manifests told them before classes had their modules."""
+    traced = all_exactly(glue.constants)
+    return traced in (all_exactly(constants), all_exactly({n: _unplaced(value) for n, value in constants.items()}))
+
+
+def _unplaced(value: Constant) -> Constant:
+    return re.sub(r"^<[\w.]+:", "<", value) if type(value) is str else value
 
 
 def _shape(shape: Sequence[int | None]) -> str:
