@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from edit_compile import RouterConfig
 from edit_compile.elastic.storage import load_elastic
 from edit_compile.elastic.transformer import ElasticTransformer, elasticize
+from examples.fashion_mnist.call import CHANNELS as CHANNELS
+from examples.fashion_mnist.call import LABEL_CHANNELS, inputs
+from examples.fashion_mnist.call import TOKENS as TOKENS
+from examples.fashion_mnist.call import image_ids as image_ids
 from examples.fashion_mnist.data import NO_CLASS
 
 WEIGHTS = Path(__file__).parent / "weights"
-TOKENS, CHANNELS, LABEL_CHANNELS = 49, 16, 16
 ROUTER = RouterConfig(token_stride=4)
 """In blocks this small a router of all tokens takes a fifth of a call; the committed weights were trained with one."""
 CONFIG: dict[str, Any] = {
@@ -45,32 +48,6 @@ def dense_model() -> FluxTransformer2DModel:
             nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     return model
-
-
-def image_ids() -> Tensor:
-    """Positions of the 49 patches, (49, 3) float32: zero, row, column."""
-    ids = torch.zeros(7, 7, 3)
-    ids[..., 1] = torch.arange(7)[:, None]
-    ids[..., 2] = torch.arange(7)[None]
-    return ids.reshape(TOKENS, 3)
-
-
-def inputs(x: Tensor, t: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Keyword arguments of the model's forward.
-
-    x: (B, 49, 16) float32; t: (B,) float32 in [0, 1], 1 is pure noise; labels: (B,) int64 in 0..10, 10 is "no class".
-    """
-    onehot = nn.functional.one_hot(labels, NO_CLASS + 1).to(x.dtype)
-    label = nn.functional.pad(onehot, (0, LABEL_CHANNELS - onehot.shape[1]))
-    return {
-        "hidden_states": x,
-        "encoder_hidden_states": label[:, None],
-        "pooled_projections": label,
-        "timestep": t,
-        "img_ids": image_ids().to(x.device),
-        "txt_ids": torch.zeros(1, 3, device=x.device),
-        "return_dict": False,
-    }
 
 
 def load_model(name: str) -> nn.Module:
