@@ -33,6 +33,9 @@ class Watch:
     def queued(self, waiting: int) -> None:
         """So many jobs wait."""
 
+    def taken(self, job: Job) -> None:
+        """It waits, or soon runs; `ended` is told of it later."""
+
     def advanced(self, rows: int, seconds: float) -> None:
         """A step of so many jobs was taken."""
 
@@ -79,9 +82,10 @@ class Batcher:
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFull(len(self._waiting), self._retry_after())
             job = Job(f"image {next(self._numbers)}", checked, deadline)
+            self._watch.taken(job)
             self._waiting.append(job)
+            self._watch.queued(len(self._waiting))
             self._changed.notify_all()
-        self._watch.queued(len(self._waiting))
         return job
 
     def drain(self, timeout: float | None = None) -> bool:

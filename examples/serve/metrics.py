@@ -1,15 +1,18 @@
-"""What the batcher does, as Prometheus metrics of all processes that share PROMETHEUS_MULTIPROC_DIR, else of this one."""
+"""What the batcher does, as Prometheus metrics: of all processes that share PROMETHEUS_MULTIPROC_DIR, or this one."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from examples.serve.batcher import Watch
 from examples.serve.jobs import Job
 
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 LATENCIES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -18,12 +21,16 @@ class Metrics(Watch):
     """Metrics named edit_compile_*; one of it for each process, since names are registered once."""
 
     def __init__(self) -> None:
+        _forget_the_dead()
         self._own = CollectorRegistry()
         self._requests = Counter(
             "edit_compile_requests", "Requests by tier and outcome", ("tier", "outcome"), registry=self._own
         )
         self._waiting = Gauge(
             "edit_compile_queue_length", "Jobs that wait", registry=self._own, multiprocess_mode="livesum"
+        )
+        self._under_way = Gauge(
+            "edit_compile_jobs", "Jobs taken and not ended", registry=self._own, multiprocess_mode="livesum"
         )
         self._batches = Histogram(
             "edit_compile_batch_size", "Jobs that a step was taken of", buckets=BATCHES, registry=self._own
@@ -40,24 +47,39 @@ class Metrics(Watch):
     def queued(self, waiting: int) -> None:
         self._waiting.set(waiting)
 
+    def taken(self, job: Job) -> None:
+        self._under_way.inc()
+
     def advanced(self, rows: int, seconds: float) -> None:
         self._batches.observe(rows)
         self._steps.observe(seconds)
 
     def ended(self, job: Job, outcome: str) -> None:
+        self._under_way.dec()
         tier = job.ask.tier or "dense"
         self._requests.labels(tier, outcome).inc()
         if outcome == "done":
             self._latency.labels(tier).observe(job.age)
 
     def turned_away(self, tier: str | None, outcome: str) -> None:
-        """A request that became no job: "refused" (its tier is not said, it may be any text), "queue full", "draining"."""
+        """A request that became no job: "queue full", "draining", or "refused", whose tier, any text, is not kept."""
         self._requests.labels("" if outcome == "refused" else tier or "dense", outcome).inc()
 
     def text(self) -> bytes:
         """All metrics, in Prometheus's text format."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if _FOLDER not in os.environ:
             return generate_latest(self._own)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
         return generate_latest(registry)
+
+
+def _forget_the_dead() -> None:
+    """Take out the queue lengths of processes that were killed; what they counted stays counted."""
+    for file in Path(os.environ.get(_FOLDER, os.devnull)).glob("gauge_live*_*.db"):
+        process = int(file.stem.rpartition("_")[2])
+        with suppress(PermissionError):  # it lives, and is not ours
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                mark_process_dead(process)
