@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
-import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import edit_compile
-from edit_compile import CompiledTransformer, ReusePolicy, ScheduledPolicy
-from examples.fashion_mnist.model import CHANNELS, CONFIG, TOKENS, inputs
+from edit_compile import CompiledTransformer, ReusePolicy
+from examples.fashion_mnist.call import CHANNELS, TOKENS, inputs
 from examples.fashion_mnist.sample import sample
 from examples.serve.batcher import Batcher
 from examples.serve.jobs import Ask, Job, Refused
 from examples.serve.sampling import STEPS, EulerSampler
-from runtime.routing.policy import REUSE
+from tests.serve_model import HALF, small_compiled
 
-HALF = np.array([[1, 1], [REUSE, REUSE], [1, 0.5], [-2, 1], [1, REUSE], [REUSE, -2]])
 ALONE: dict[Ask, torch.Tensor] = {}
 
 
@@ -39,15 +34,7 @@ class Failing(ReusePolicy):
 
 @pytest.fixture(scope="module")
 def compiled() -> CompiledTransformer:
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(**{**CONFIG, "num_layers": 1, "num_single_layers": 1}).eval()
-    x = torch.randn(2, TOKENS, CHANNELS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        example = inputs(x, torch.tensor([0.3, 0.7]), torch.tensor([1, 10]))
-        made = edit_compile.compile(model, inputs=example, engine="torch")
-    made.add_tier("half", ScheduledPolicy(HALF, routed=False), steps=len(HALF))
-    made.add_tier("every third", ReusePolicy(2, warmup_steps=1, order=1))
+    made = small_compiled()
     made.add_tier("failing", Failing(1))
     return made
 
