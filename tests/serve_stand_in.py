@@ -28,6 +28,8 @@ class Counting:
     Calls with a job of a tier named "bad" raise. While `gated`, each call waits for `let_through`.
     """
 
+    most_together = 16
+
     def __init__(self, gated: bool = False) -> None:
         self.calls: list[list[tuple[str, int]]] = []
         self.ended: list[str] = []

@@ -281,7 +281,7 @@ def test_health_says_that_the_batcher_died(make: Make, caplog: pytest.LogCapture
         batcher.submit(Ask(1))
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_waiting": 0}])
-def test_sizes_are_at_least_one(options: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_batch": 17}, {"max_waiting": 0}])
+def test_sizes_that_cannot_be(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Batcher(Counting(), **options)

@@ -17,7 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
-    """What advances images; a drawing is one under way, immutable, with `done`. See `sampling.EulerSampler`."""
+    """What advances images; a drawing is one under way, immutable, with `done`. See `sampling.EulerSampler`.
+
+    `most_together`: drawings of a call.
+    """
+
+    most_together: int
 
     def check(self, ask: Ask) -> Ask: ...
     def begin(self, name: str, ask: Ask) -> Any: ...
@@ -53,8 +58,9 @@ class Batcher:
     def __init__(
         self, sampler: Sampler, *, max_batch: int = 8, max_waiting: int = 32, watch: Watch | None = None
     ) -> None:
-        if max_batch < 1 or max_waiting < 1:
-            raise ValueError(f"max_batch is {max_batch} and max_waiting {max_waiting}: both are at least 1")
+        most = sampler.most_together
+        if not 1 <= max_batch <= most or max_waiting < 1:
+            raise ValueError(f"max_batch={max_batch} is from 1 to {most}, max_waiting={max_waiting} at least 1")
         self._sampler, self._max_batch, self._max_waiting = sampler, max_batch, max_waiting
         self._watch = watch or Watch()
         self._waiting: deque[Job] = deque()

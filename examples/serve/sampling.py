@@ -13,6 +13,7 @@ from examples.fashion_mnist.call import CHANNELS, TOKENS, inputs
 from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
 from examples.serve.flops import Share
 from examples.serve.jobs import Ask, Refused
+from runtime.face.session import KEPT
 from runtime.requests.trace import RequestTrace
 
 STEPS = 28
@@ -40,6 +41,8 @@ class Drawing:
 
 class EulerSampler:
     """The sampler of `examples.fashion_mnist.sample`, for images that are at different steps."""
+
+    most_together = KEPT  # of more that begin at once, not all are traced, and what they took would not be known
 
     def __init__(self, compiled: CompiledTransformer) -> None:
         self._compiled = compiled
@@ -101,9 +104,8 @@ class EulerSampler:
 
     def _velocities(self, branch: str, drawings: Sequence[Drawing], labels: list[int]) -> Tensor:
         """What the model gives for each drawing as one of the class of `labels`, (drawings, tokens, channels)."""
-        found = []
-        for drawing, label in zip(drawings, labels, strict=True):
-            given = inputs(drawing.x, drawing.times[drawing.step][None], torch.tensor([label]))
-            with self._compiled.request(drawing.name, tier=drawing.tier), self._compiled.cache_context(branch):
-                found.append(self._compiled(**given)[0])
-        return torch.cat(found)
+        x = torch.cat([drawing.x for drawing in drawings])
+        t = torch.stack([drawing.times[drawing.step] for drawing in drawings])
+        names, tiers = [drawing.name for drawing in drawings], [drawing.tier for drawing in drawings]
+        with self._compiled.request(names, tier=tiers), self._compiled.cache_context(branch):
+            return self._compiled(**inputs(x, t, torch.tensor(labels)))[0]
