@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 RIVALS_STAMP := $(VENV)/.installed-rivals
+SERVE_STAMP := $(VENV)/.installed-serve
 TORCH := $(shell grep '^torch==' constraints.txt)
 HY3DGEN := $(shell grep '^hy3dgen==' constraints.txt)
 TENSORRT := $(shell grep '^tensorrt_' constraints.txt)
 CUDA := $(shell grep -E '^(cuda-|nvidia-cuda-)' constraints.txt)
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow torture torture-quick lint format bench models matrix readme evidence evidence-quick data train clean
+.PHONY: demo serve test test-slow torture torture-quick lint format bench models matrix readme evidence evidence-quick data train clean
 .DEFAULT_GOAL := test
 
 # torch comes first and alone, so that pip takes the wheel it is given instead of resolving it with everything else.
@@ -35,6 +36,19 @@ $(TEST_STAMP): $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.fashion_mnist.demo --output demo
+
+# Ray Serve and what the example of a server needs beside it.
+$(SERVE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,compile,serve]"
+	@touch $@
+
+demo/served.edit: $(STAMP)
+	@mkdir -p demo
+	$(BIN)/python -m examples.serve.bundle $@
+
+# A server at http://127.0.0.1:8000 until it is interrupted: docs/serving.md. OPTIONS="--replicas 4 --port 9000"
+serve: $(SERVE_STAMP) demo/served.edit
+	$(BIN)/python -m examples.serve.server demo/served.edit $(OPTIONS)
 
 # The tests run even where a check fails, so that one run shows everything; the summary of pytest comes last.
 test: $(TEST_STAMP)

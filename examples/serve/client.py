@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import signal
 import socket
@@ -24,6 +25,8 @@ from torch import Tensor
 from examples.serve.jobs import Ask
 
 ROOT = Path(__file__).parents[2]
+PORTS = range(18_000, 19_000)
+"""Below those that systems give to whoever asks for any: Ray's processes do, while the server starts."""
 STARTS = 180.0
 """Seconds in which a server has to be ready, and in which it has to be gone."""
 
@@ -62,8 +65,7 @@ class Server:
 @contextmanager
 def served(bundle: Path, **options: int | str) -> Iterator[Server]:
     """`examples.serve.server` with `options`, in a process of its own; RuntimeError where it is not ready in time."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = next(port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "examples.serve.server", str(bundle), f"--port={port}", *words]
     with tempfile.TemporaryFile("w+") as log:
@@ -113,3 +115,11 @@ async def until_idle(client: httpx.AsyncClient, seconds: float = 60.0) -> None:
 def kill(process: int) -> None:
     """End a replica at once, as a machine that fails does."""
     os.kill(process, signal.SIGKILL)
+
+
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
