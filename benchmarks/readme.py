@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import evidence, evidence_told, example_tables, matrix, pareto
+from benchmarks import evidence, evidence_told, example_tables, matrix, pareto, serving
 from benchmarks.gpu_table import markdown
 from benchmarks.markdown import table
 from edit_compile.measuring.machine import summary
@@ -18,9 +18,10 @@ README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = ROOT / "examples" / "fashion_mnist" / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
+SERVING = ROOT / "docs" / "serving.md"
 PICTURE = ROOT / "docs" / "pareto.svg"
 DEPLOY = ROOT / "docs" / "deploy.md"
-PAGES = (README, EXAMPLE, EVIDENCE, DEPLOY)
+PAGES = (README, EXAMPLE, EVIDENCE, DEPLOY, SERVING)
 HEADINGS = (
     "run",
     "eager, ms per step",
@@ -81,6 +82,10 @@ def written(path: Path, folder: Path) -> str:
     if path == DEPLOY:
         there = (folder / "matrix.json").exists()
         return with_figures(text, [matrix.markdown(_read(folder, "matrix")) if there else NO_MATRIX], "matrix")
+    if path == SERVING:
+        for name, told in serving.sections(_read(folder, "serve")).items():
+            text = with_figures(text, [told], name)
+        return text
     rivals = _read(folder, "rivals")
     if path == EVIDENCE:
         paper, starts = (_read(folder, n) if (folder / f"{n}.json").exists() else None for n in ("paper", "starts"))

@@ -207,6 +207,28 @@ def test_draining_finishes_what_there_is_and_takes_no_more(make: Make) -> None:
     assert not waiter.is_alive() and all(job.future.done() for job in jobs)
 
 
+class Slow(Batcher):
+    """Leaves others time to look, after each step."""
+
+    def _wait(self) -> bool:
+        time.sleep(0.1)
+        return super()._wait()
+
+
+def test_draining_ends_where_the_last_jobs_gave_up_waiting() -> None:
+    sampler = Counting(gated=True)
+    batcher = Slow(sampler, max_batch=1)
+    batcher.submit(Ask(0, steps=1))
+    sampler.wait_for_call()
+    assert batcher.submit(Ask(1)).future.cancel()
+    waiter = threading.Thread(target=batcher.drain, daemon=True)
+    waiter.start()
+    sampler.open()
+    waiter.join(5)
+    assert not waiter.is_alive()
+    batcher.close()
+
+
 def test_closing_stops_what_is_not_done(make: Make) -> None:
     sampler, batcher, seen = make(gated=True, max_batch=1)
     jobs = [batcher.submit(Ask(n, steps=1000)) for n in range(2)]

@@ -170,6 +170,7 @@ class Batcher:
         for job in [job for job in self._waiting if _over(job)]:
             self._waiting.remove(job)
             self._give_up(job)
+            self._changed.notify_all()
 
     def _begin(self, job: Job) -> None:
         try:

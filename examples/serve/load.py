@@ -1,7 +1,7 @@
 """Load a server on this machine, and try what has to hold of it: python -m examples.serve.load demo/served.edit
 
 Requests arrive whether or not earlier ones are answered, at rates that are shares of what one image at a time would
-need. Everything runs on this machine, the clients too. It takes some three minutes on a machine that does nothing else.
+need. Everything runs on this machine, the clients too, for at most three minutes; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ LOADS = (0.5, 1.0, 2.0)
 REPLICAS, MAX_BATCH, MAX_WAITING = 2, 8, 16
 PATIENCE = 20.0
 """Seconds after which a request is given up."""
+IMAGES = 20
+COMPARED = 6
+"""Images of each rate that are drawn alone, too."""
 
 
 async def seconds_alone(client: httpx.AsyncClient) -> float:
@@ -100,15 +103,16 @@ async def loaded(
 
 async def tried(client: httpx.AsyncClient, compiled: edit_compile.CompiledTransformer, seed: int) -> dict[str, Any]:
     """What holds, as figures: images, a storm of cancelling, a killed replica."""
-    same = await together(client, asks(32, TIERS, seed))
-    stayed, ended = await a_storm_of_cancelling(client, asks(40, ("quarter", "draft"), seed + 1), seed)
+    same = await together(client, asks(IMAGES, TIERS, seed))
+    stayed, ended = await a_storm_of_cancelling(client, asks(2 * IMAGES, ("quarter", "draft"), seed + 1), seed)
     first, after_all = await a_replica_is_killed(client, asks(16, TIERS, seed + 2))
     images = [answer for answer in (*same, *stayed, *after_all) if answer.status == 200]
     return {
-        "images": {"asked": 32, "done": sum(answer.status == 200 for answer in same)},
+        "images": {"asked": IMAGES, "done": sum(answer.status == 200 for answer in same)},
         "cancelled": {"stayed": len(stayed), "done": sum(a.status == 200 for a in stayed), "ended": ended},
         "killed": {
             "asked": sum(first.values()),
+            "at_first": {str(status): count for status, count in sorted(first.items())},
             "done_at_first": first[200],
             "done_when_asked_again": sum(answer.status == 200 for answer in after_all),
         },
@@ -130,7 +134,8 @@ async def measured(bundle: Path, seconds: float, seed: int) -> dict[str, Any]:
                 for number, load in enumerate(LOADS):
                     rate = load * REPLICAS / alone
                     figures, done = await loaded(client, load, rate, seconds, seed + number)
-                    runs.append({"max_batch": max_batch, **figures, "apart": apart(compiled, done[:20])})
+                    sys.stderr.write(f"{max_batch} jobs a batch, load {load:g}: {figures['images_per_second']:.2f}/s\n")
+                    runs.append({"max_batch": max_batch, **figures, "apart": apart(compiled, done[:COMPARED])})
                 if max_batch > 1:
                     trials = await tried(client, compiled, seed + 10)
                     answers, late = await the_end(server, client, asks(12, TIERS, seed + 20))
@@ -147,13 +152,14 @@ def versions() -> Mapping[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=12.0, help="in which requests of one rate arrive")
+    parser.add_argument("--seconds", type=float, default=8.0, help="in which requests of one rate arrive")
+    parser.add_argument("--at-most", type=float, default=180.0, help="seconds after which all of it is given up")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     machine, began = describe_machine(), time.monotonic()
-    found = asyncio.run(measured(given.bundle, given.seconds, given.seed))
+    found = asyncio.run(asyncio.wait_for(measured(given.bundle, given.seconds, given.seed), given.at_most))
     taken = {"machine": {**machine, **versions()}, "commit": commit(), "seed": given.seed, "engine": "torch"}
     taken["minutes"] = (time.monotonic() - began) / 60
     write_file_atomically(given.output, json.dumps({**taken, **found}, indent=1) + "\n")
