@@ -1,4 +1,7 @@
-"""A server of two replicas on Ray Serve, on this machine: images, a killed replica, cancelling, the end."""
+"""A server of two replicas on Ray Serve, on this machine: images, a killed replica, cancelling, the end.
+
+Skipped where Ray is not installed: `make serve` does that, then `make test-slow`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from examples.serve.jobs import Ask
 from examples.serve.trials import a_replica_is_killed, a_storm_of_cancelling, apart, asks, the_end, together
 from tests.serve_model import small_compiled
 
+pytestmark = pytest.mark.slow
 TIERS = (None, "half", "every third")
 CLOSE = 1e-4
 

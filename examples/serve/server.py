@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from examples.serve.replica import Replica
@@ -54,12 +55,14 @@ def start(
             "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": metrics, "OMP_NUM_THREADS": str(threads)}},
         },
     )
-    return serve.run(deployed.bind(str(bundle.resolve()), engine, max_batch, max_waiting, threads), name=APP)
+    handle = serve.run(deployed.bind(str(bundle.resolve()), engine, max_batch, max_waiting, threads), name=APP)
+    handle.broadcast("check_health").results()  # so that the handle knows all replicas when `stop` needs them at once
+    return handle
 
 
 def stop(replicas: DeploymentHandle, patience: float = 120.0) -> None:
     """Have replicas answer 503 to what is new, wait for the jobs there are, `patience` seconds, and end everything."""
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, DeploymentUnavailableError):  # some take longer; there are none left
         replicas.broadcast("drain").results(timeout_s=patience, return_exceptions=True)
     serve.delete(APP)
     serve.shutdown()
