@@ -43,7 +43,8 @@ def loads(record: Mapping[str, Any]) -> str:
         f"{summary(machine)}, Ray {machine['ray']}; engine {record['engine']}, {record['replicas']} replicas of one "
         f"thread, at most {record['max_waiting']} jobs waiting in each; clients on the same machine; "
         f"seed {record['seed']}, commit {record['commit']}. Load 1 is what the replicas do one image at a time, in "
-        f"{record['seconds_alone']:.2f} s each, the mean of the tiers."
+        f"{record['seconds_alone']:.2f} s each, the mean of the tiers. "
+        f"Before it began, {record['load_average']:.1f} processes were running on the machine."
     )
     return f"{table(LOADS, rows)}\n\n{taken}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -158,9 +159,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    machine, began = describe_machine(), time.monotonic()
+    machine, began, busy = describe_machine(), time.monotonic(), os.getloadavg()[0]
     found = asyncio.run(asyncio.wait_for(measured(given.bundle, given.seconds, given.seed), given.at_most))
     taken = {"machine": {**machine, **versions()}, "commit": commit(), "seed": given.seed, "engine": "torch"}
+    taken["load_average"] = busy
     taken["minutes"] = (time.monotonic() - began) / 60
     write_file_atomically(given.output, json.dumps({**taken, **found}, indent=1) + "\n")
     sys.stdout.write(f"{given.output}: written\n")
