@@ -127,9 +127,10 @@ def run(name: str, wheels: Sequence[Path] = (), installed: bool = False) -> Row:
     report = folder / "report.xml"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EDIT_COMPILE_CACHE": str(folder)}
     command = [str(python), "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+    report.unlink(missing_ok=True)
     with (folder / "pytest.log").open("w") as log:
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if not report.exists():
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if not report.exists() or done.returncode not in (0, 1):  # 1: a test failed, which the report tells
         end = (folder / "pytest.log").read_text().strip().splitlines()[-1:]
         return Row(**asdict(row) | {"not_run": f"pytest did not run: {' '.join(end)}", "wheels": files})
     return Row(**asdict(row) | _counted(report) | {"wheels": files})
@@ -137,14 +138,17 @@ def run(name: str, wheels: Sequence[Path] = (), installed: bool = False) -> Row:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The table, and what it was taken on."""
-    machine, rows = results["machine"], results["rows"]
+    rows = results["rows"]
     lines = [[r["name"], *(r["versions"].get(one, "") for one in SHOWN), _outcome(r)] for r in rows]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     pythons = ", ".join(dict.fromkeys(r["python"] for r in rows))
+    machines = ", ".join(dict.fromkeys(f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in rows))
+    files = ", ".join(dict.fromkeys(f"{len(r['tests'])} files of tests" for r in rows))
+    by_hand = [f"{r['name']} from {w}, whose libraries for CUDA came by hand" for r in rows for w in r["wheels"][-1:]]
     told = (
-        f"{machine['cpu']}, {machine['cores']} cores, Python {pythons}; commit {commits}; {len(results['tests'])} files"
+        f"{machines}, Python {pythons}; commit {commits}; {files}{'; torch of ' * bool(by_hand)}{', '.join(by_hand)}."
     )
-    return f"{table(['', *SHOWN, 'tests'], lines)}\n\n{told} of tests each."
+    return f"{table(['', *SHOWN, 'tests'], lines)}\n\n{told}"
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
@@ -197,9 +201,9 @@ def main() -> int:
     held = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     rows = {row["name"]: row for row in held}
     for name in asked.names or NAMES:
-        rows[name] = asdict(run(name, wheels, asked.installed))
+        rows[name] = asdict(run(name, wheels, asked.installed)) | {"machine": describe_machine(), "tests": TESTS}
         ordered = [rows[one] for one in NAMES if one in rows]
-        results = {"machine": describe_machine(), "tests": TESTS, "rows": ordered}
+        results = {"rows": ordered}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         sys.stdout.write(f"{name}: {_outcome(rows[name])}\n" + "".join(f"    {one}\n" for one in rows[name]["failed"]))
     sys.stdout.write(markdown(json.loads(RESULTS.read_text())) + "\n")

@@ -21,6 +21,9 @@ LOADS = (
 )
 TIERS = ("max batch", "load", "tier", "images", "p50, s", "p95, s", "p99, s")
 
+ENOUGH = 20
+"""Latencies of which p95 and p99 are told."""
+
 
 def loads(record: Mapping[str, Any]) -> str:
     """A row for each rate, and where it was taken."""
@@ -54,7 +57,7 @@ def tiers(record: Mapping[str, Any]) -> str:
     rows = []
     for run in record["runs"]:
         for tier, found in run["latency"].items():
-            told = [f"{found[share]:.2f}" if found["count"] else "-" for share in ("p50", "p95", "p99")]
+            told = [_share(found, share) for share in ("p50", "p95", "p99")]
             rows.append((str(run["max_batch"]), f"{run['load']:g}", tier, str(found["count"]), *told))
     return table(TIERS, rows)
 
@@ -82,6 +85,12 @@ def trials(record: Mapping[str, Any]) -> str:
 def sections(record: Mapping[str, Any]) -> dict[str, str]:
     """What stands between which marks."""
     return {"loads": loads(record), "latencies": tiers(record), "trials": trials(record)}
+
+
+def _share(found: Mapping[str, float], share: str) -> str:
+    """A share of the latencies in seconds; not the last of a few."""
+    enough = 1 if share == "p50" else ENOUGH
+    return f"{found[share]:.2f}" if found["count"] >= enough else "-"
 
 
 def _latencies(found: Mapping[str, float]) -> str:

@@ -57,6 +57,9 @@ def test_large_tensors_are_not_computed_while_a_session_is_opened(tmp_path: Path
     assert "Concat" in left and left.count("Concat") < doublings, "small constants are computed"
 
 
+INNERMOST = helper.make_graph([helper.make_node("Neg", ["x"], ["w"])], "innermost", [], [onnx.ValueInfoProto(name="w")])
+
+
 def within(kind: str, *nodes: onnx.NodeProto) -> bytes:
     """A model of one operator `kind` with a graph of `nodes` within it, for each of its branches."""
     names = {"If": ("then_branch", "else_branch")}.get(kind, ("body",))
@@ -82,6 +85,7 @@ def test_graphs_within_a_graph_that_end_are_read() -> None:
         ("If", helper.make_node("RandomNormal", [], ["z"], shape=[4]), "draws random numbers"),
         ("If", helper.make_node("Strange", ["x"], ["z"], domain="com.example"), "domain"),
         ("SequenceMap", helper.make_node("ConstantOfShape", ["huge"], ["z"]), "ConstantOfShape of more than"),
+        ("SequenceMap", helper.make_node("SequenceMap", ["x"], ["z"], body=INNERMOST), "a graph within its graph"),
     ],
 )
 def test_graphs_within_a_graph_are_held_to_its_rules(kind: str, inner: onnx.NodeProto, why: str) -> None:

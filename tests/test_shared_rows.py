@@ -184,6 +184,14 @@ def test_one_tier_for_all_and_one_chosen_for_all() -> None:
     assert [one.arrays()["width"].tolist()[:3] for one in list(compiled.trace)[-2:]] == [[1.0] * 3, [1.0, 0.5, 0.25]]
 
 
+def test_none_among_tiers_goes_back_to_what_is_chosen_for_all() -> None:
+    compiled = model()
+    jobs = [Job("a", None, 1, 3), Job("b", "scheduled", 1, 3)]
+    with compiled.decided_by(TIERS["every third"]), compiled.request(["a", "b"], tier=["scheduled", "scheduled"]):
+        together(compiled, jobs)
+    assert [one.arrays()["width"].tolist()[:3] for one in compiled.trace] == [[1.0] * 3, [1.0, 0.5, 0.25]]
+
+
 def bad_names() -> Iterator[tuple[list[str], object, str]]:
     yield ["a", "a"], None, "a name of its own"
     yield [], None, "a name of its own"

@@ -120,7 +120,9 @@ class Shards:
     def _warn_of_twins(self, number: int, begins: bytes) -> None:
         """Say so, once, where generation `number` begins as one that is kept does."""
         twin = self._beginnings.setdefault(begins, number)
-        if twin != number and twin in self._sizes and not self._warned_of_twins:
+        if twin not in self._sizes:  # no longer kept
+            self._beginnings[begins] = number
+        elif twin != number and not self._warned_of_twins:
             self._warned_of_twins = True
             warnings.warn(
                 f"generation {number} recorded in {self.folder} begins as generation {twin} does (the same latents, "

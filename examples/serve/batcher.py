@@ -89,6 +89,8 @@ class Batcher:
                 raise QueueFull(len(self._waiting), self._retry_after())
             job = Job(f"image {next(self._numbers)}", checked, deadline)
             self._watch.taken(job)
+            if not (self._waiting or self._running):
+                self._looked = time.monotonic()  # whether it gets on is told from now
             self._waiting.append(job)
             self._watch.queued(len(self._waiting))
             self._changed.notify_all()
@@ -130,9 +132,9 @@ class Batcher:
         with self._changed:
             left, self._running = [*self._running, *self._waiting], []
             self._waiting.clear()
+            for job in left:
+                self._end(job, "stopped", error=Stopped("the server stopped before the image was done: ask again"))
             self._changed.notify_all()
-        for job in left:
-            self._end(job, "stopped", error=Stopped("the server stopped before the image was done: ask again"))
 
     def _wait(self) -> bool:
         """Wait for a job; whether to go on."""
@@ -150,6 +152,7 @@ class Batcher:
         for group in [together, *([job] for job in self._running if job.alone)]:
             if group:
                 self._advance(group)
+                self._looked = time.monotonic()
         for job in [job for job in self._running if job.drawing.done]:
             self._deliver(job)
 
@@ -160,16 +163,17 @@ class Batcher:
             free = self._max_batch - len(self._running)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._running += joining
+            self._watch.queued(len(self._waiting))
         for job in joining:
             job.waited = job.age
             self._begin(job)
-        self._watch.queued(len(self._waiting))
 
     def _sweep(self) -> None:
         """Let jobs go that gave up waiting."""
         for job in [job for job in self._waiting if _over(job)]:
             self._waiting.remove(job)
             self._give_up(job)
+            self._watch.queued(len(self._waiting))
             self._changed.notify_all()
 
     def _begin(self, job: Job) -> None:

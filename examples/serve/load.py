@@ -1,7 +1,7 @@
 """Load a server on this machine, and try what has to hold of it: python -m examples.serve.load demo/served.edit
 
 Requests arrive whether or not earlier ones are answered, at rates that are shares of what one image at a time would
-need. Everything runs on this machine, the clients too, for at most three minutes; nothing else should run meanwhile.
+need. Everything runs on this machine, the clients too, for at most five minutes; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=8.0, help="in which requests of one rate arrive")
-    parser.add_argument("--at-most", type=float, default=180.0, help="seconds after which all of it is given up")
+    parser.add_argument("--at-most", type=float, default=300.0, help="seconds after which all of it is given up")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()

@@ -59,6 +59,9 @@ class _Reader:
     def __init__(self, name: str) -> None:
         self._name = name
         self._nodes = 0
+        self._mapped = (
+            False  # within a graph that runs for each entry of a sequence: another would run for each of each
+        )
 
     def model(self, data: bytes) -> OnnxGraph:
         graphs = []
@@ -122,10 +125,12 @@ class _Reader:
         """Put the integers of an attribute of a node of that `kind`, which sees `numbers`, into `found`."""
         integers = []
         for number, value in _fields(data):
-            if number in _SUBGRAPHS and kind not in _ENDING:
+            if number in _SUBGRAPHS and (kind not in _ENDING or (self._mapped and kind == "SequenceMap")):
                 raise self._refused(f"a graph within its graph ({kind})")
             if number in _SUBGRAPHS:
+                before, self._mapped = self._mapped, self._mapped or kind == "SequenceMap"
                 self._graph(_bytes(value), numbers)
+                self._mapped = before
             elif number in (5, 10):
                 self._tensor(_bytes(value), found)
             elif number in (22, 23):

@@ -152,7 +152,9 @@ class Dispatch:
                     found.append(one.reuse(old, own, decision))
         if len(found) < 2:
             return found[0] if found else after
-        return [torch.cat(own, dim) for own, dim in zip(zip(*found, strict=True), ready.state_dims, strict=True)]
+        joined = zip(zip(*found, strict=True), before, ready.state_dims, strict=True)
+        # in the strides that states have, on which the glue's views depend
+        return [torch.cat(own, dim, out=torch.empty_like(old)) for own, old, dim in joined]
 
 
 def _narrowed(states: Sequence[Tensor], dims: Sequence[int], first: int, rows: int) -> Sequence[Tensor]:

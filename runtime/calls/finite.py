@@ -51,13 +51,20 @@ class Again:
     seen: Sighting
     timestep: Tensor
     run: Callable[[], Sequence[Tensor]]
+    parts: Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
 
-    def explain(self) -> None:
-        """Warn where the step is not finite at full width either; else NotFiniteError, which ends the requests."""
-        origin = self.at_full_width()
+    def explain(self, outputs: Sequence[Tensor]) -> list[Scene]:
+        """Warn of those that are not finite at full width either, and give them; NotFiniteError where others are not.
+
+        `outputs` are what the step gave; `parts` has those of each scene. The error ends all the requests.
+        """
+        origin, whole = self._full_width()
         if origin:
             warnings.warn(f"{self._step} gives NaN or infinity{origin}", RuntimeWarning, stacklevel=2)
-            return
+            pairs = list(zip(self.scenes, self.parts(whole), self.parts(outputs), strict=True))
+            own = [scene for scene, full, _ in pairs if not all_finite(full)]
+            if not own or all(all_finite(given) for scene, _, given in pairs if scene not in own):
+                return own or list(self.scenes)
         watched = _Watched(Dispatch(self.blocks, self.scenes, self.timestep, self.glue), self.blocks)
         with suppress(NotFiniteError):  # of a router behind what is looked for
             self._outputs(watched)
@@ -70,13 +77,18 @@ class Again:
 
     def at_full_width(self) -> str:
         """Where the step is not finite although every block is computed at full width, as words; "" where it is."""
+        return self._full_width()[0]
+
+    def _full_width(self) -> tuple[str, Sequence[Tensor]]:
+        """The same, and the outputs."""
         full = ScheduledPolicy(np.ones((1, len(self.blocks))), routed=False)
         apart = Scene(Branch("", 0, self.seen, {}), 0, RequestTrace(""), (0.0,), full)
         watched = _Watched(Dispatch(self.blocks, [apart], self.timestep, self.glue), self.blocks)
-        whole = all_finite(self._outputs(watched))
+        outputs = self._outputs(watched)
         if watched.told:
-            return f"{watched.told}, as the model itself: look at its weights, the inputs, and the precision"
-        return "" if whole else ", which comes from outside of its blocks: look at the model's other weights"
+            return f"{watched.told}, as the model itself: look at its weights, the inputs, and the precision", outputs
+        told = ", which comes from outside of its blocks: look at the model's other weights"
+        return "" if all_finite(outputs) else told, outputs
 
     @property
     def _step(self) -> str:

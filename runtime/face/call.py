@@ -27,14 +27,17 @@ class Call:
         if requests == 1:
             return [self.sighting]
         dims = {given.name: given.shape.index(None) for given in self.glue.inputs if None in given.shape}
+        latent = self.glue.latents[0][0] if self.glue.latents else None
         counts = arguments.rows(self.glue, self.tensors)
         latents = self.sighting.latents
-        if latents is None or self.glue.latents[0][0] not in dims:
+        if latents is None or latent not in dims:
             raise InputError("this call has no latents with rows that requests could share: call each request alone")
         rows = len(latents)
         for name, count in counts.items():
             if count != rows or count % requests:
                 raise InputError(f"{name} holds {count} rows, which {requests} requests cannot share equally")
+        fixed = {name: t for name, t in self.sighting.conditioning.items() if name not in dims and t.ndim}
+        dims |= {name: 0 for name, tensor in fixed.items() if len(tensor) == rows}  # of a size that was traced
         each = rows // requests
         return [self.sighting.part(start, start + each, rows, dims) for start in range(0, rows, each)]
 

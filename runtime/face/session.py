@@ -228,7 +228,11 @@ class Session(GrowingProgram):
             with answering(dispatch):
                 return dispatch, *self._answered(call)
 
-        again = Again(self.blocks, glue, scenes, call.sighting, timestep, lambda: self._answered(call)[1])
+        def parts_of(outputs: Sequence[Any]) -> Sequence[Sequence[Any]]:
+            advanced = advanced_of(glue, outputs)
+            return [outputs] if len(scenes) == 1 or advanced is None else [[o] for o in advanced.chunk(len(scenes))]
+
+        again = Again(self.blocks, glue, scenes, call.sighting, timestep, lambda: self._answered(call)[1], parts_of)
         try:
             dispatch, result, outputs = dispatched()
         except NotFiniteError as error:  # of a router, which reads what a block before it gave
@@ -245,8 +249,7 @@ class Session(GrowingProgram):
                 scene.trace.shorten(length)
             dispatch, result, outputs = dispatched()
         if any(scene.trace not in self._told for scene in scenes) and not all_finite(outputs):
-            again.explain()
-            self._told.update(scene.trace for scene in scenes)
+            self._told.update(scene.trace for scene in again.explain(outputs))
         advanced = advanced_of(glue, outputs)
         if advanced is not None:
             for request, part, own in zip(requests, seen, advanced.chunk(len(requests)), strict=True):

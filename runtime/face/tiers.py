@@ -98,7 +98,8 @@ class WithTiers:
             raise EditError(
                 f"tier has {len(tier)} entries for {len(names)} requests: give one for all, or one for each"
             )
-        policies = {n: self._known(one).policy for n, one in zip(names, tier, strict=True) if one is not None}
+        pairs = zip(names, tier, strict=True)
+        policies = {name: None if one is None else self._known(one).policy for name, one in pairs}
         return scope.each_decided_by(self, policies)
 
     def _deciders(self) -> tuple[Decider, ...]:

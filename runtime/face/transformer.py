@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,9 +158,10 @@ class CompiledTransformer(WithTiers, WithoutAdapters, nn.Module):
 
         Raises EditError for a name given twice, no name at all, and a tier that is not there.
         """
-        unnamed = f"unnamed request {next(_numbers)}" if name is None else name
-        names = [str(one) for one in (unnamed if isinstance(unnamed, (list, tuple)) else [unnamed])]
-        if not names or len(set(names)) < len(names):
+        given = f"unnamed request {next(_numbers)}" if name is None else name
+        several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+        names = [str(one) for one in (given if several else [given])]
+        if not names or len(set(names)) < len(names) or (several and None in given):
             raise EditError(f"name={names}: give each request that shares the rows a name of its own")
         with self._at(tier, names), named_requests(names):
             try:

@@ -61,8 +61,9 @@ class Requests:
                 for request in requests:
                     self._abandon(request)
                 raise
-            for request in requests:
-                self._weigh(request, device)
+            grown = [self._weigh(request) for request in requests]
+        if any(grown):
+            self._make_room(requests[-1], device)
 
     def existing(self) -> list[Request]:
         """The current requests, as far as there are any yet."""
@@ -129,17 +130,20 @@ class Requests:
             if self._own.__dict__.get("request") is request:
                 del self._own.request
 
-    def _weigh(self, request: Request, device: torch.device) -> None:
-        """Note the size of `request`, used last, and free others' where all are beyond the limit."""
+    def _weigh(self, request: Request) -> bool:
+        """Note the size of `request`, used last; whether it has grown."""
         size = request.nbytes
         with self._lock:
             grown = self._sizes.pop(request, 0) < size
             self._sizes[request] = size
-            if not grown:
-                return
+            return grown
+
+    def _make_room(self, last: Request, device: torch.device) -> None:
+        """Free what others than `last` hold, those used longest ago first, where all are beyond the limit."""
+        with self._lock:
             total, limit, lost = sum(self._sizes.values()), self._limit_on(device), 0
             for other in list(self._sizes):
-                if total <= limit or other is request:
+                if total <= limit or other is last:
                     break
                 if self._sizes[other] and _lose_if_idle(other):
                     total, lost = total - self._sizes[other], lost + 1

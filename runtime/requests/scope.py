@@ -34,9 +34,14 @@ def decided_by(owner: object, policy: Decider) -> AbstractContextManager[None]:
     return _said(_deciders, {**others, (owner, None): policy})
 
 
-def each_decided_by(owner: object, policies: Mapping[str, Decider]) -> AbstractContextManager[None]:
-    """Let each of `policies` decide for calls of `owner` in the request of that name, inside the ``with`` block."""
-    return _said(_deciders, {**_deciders.get(), **{(owner, name): policy for name, policy in policies.items()}})
+def each_decided_by(owner: object, policies: Mapping[str, Decider | None]) -> AbstractContextManager[None]:
+    """Let each of `policies` decide for calls of `owner` in the request of that name, inside the ``with`` block.
+
+    None: what decides for `owner` in any.
+    """
+    named: dict[tuple[object, str | None], Decider | None] = {(owner, name): one for name, one in policies.items()}
+    said = {**_deciders.get(), **named}
+    return _said(_deciders, {key: policy for key, policy in said.items() if policy is not None})
 
 
 def current_decider(owner: object, request: str | None) -> Decider | None:

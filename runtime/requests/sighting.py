@@ -48,7 +48,7 @@ class Sighting:
         }
         return replace(
             self,
-            timestep=self.timestep.reshape(-1)[span] if self.timestep.numel() == rows else self.timestep,
+            timestep=self.timestep[span] if self.timestep.ndim and len(self.timestep) == rows else self.timestep,
             latents=None if self.latents is None else self.latents[span],
             conditioning=conditioning,
         )

@@ -82,6 +82,9 @@ def main() -> int:
         for name, record in made.items():
             told = "new" if name not in there else "as it was" if there[name] == record else "ANOTHER"
             sys.stdout.write(f"{name}: {record.digest} ({told})\n")
+        if not there and asked.folder.exists() and any(asked.folder.iterdir()):
+            sys.stderr.write(f"{asked.folder} holds something else than bundles: give an empty folder, or a new one\n")
+            return 1
         if there and there != made and not asked.replace:
             sys.stderr.write(f"{asked.folder} holds other bundles, which are left: raise the version, or --replace\n")
             return 1

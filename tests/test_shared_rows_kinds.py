@@ -1,0 +1,185 @@
+"""Requests that share rows, of kinds of models and calls that are told from others by one thing each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+import edit_compile
+from runtime.base.errors import EditError, NotFiniteError
+from runtime.base.guard import guard
+from runtime.bundle import archive as pt2
+from runtime.bundle.program import Program
+from runtime.bundle.spec import GlueInput
+from runtime.face.transformer import CompiledTransformer
+from runtime.routing.policy import REUSE
+from runtime.routing.reuse import ReusePolicy
+from runtime.routing.schedule import ScheduledPolicy
+from tests import programs, unprepared
+from tests.data import make as kept_bundles
+from tests.test_shared_rows import BLOCKS, TIERS, Job, decisions, together
+from tests.test_unprepared_batches import Guided
+
+FRAMES = 3
+
+
+class ByFrame(programs.GlueModel):
+    """A timestep for each frame of a row."""
+
+    def forward(
+        self,
+        into: Tensor,
+        timing: Tensor,
+        out: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+    ) -> tuple[Tensor]:
+        hidden, text = hidden_states @ into, encoder_hidden_states
+        time = torch.sin(timestep.mean(1)[:, None] * timing)
+        table = torch.arange(programs.IMAGE * programs.D, dtype=torch.float32).reshape(programs.IMAGE, -1) * 0.01
+        for index in range(BLOCKS):
+            hidden, text = guard([hidden, text, time, table], [0, 1], index)
+        return (hidden @ out,)
+
+
+def program_of_frames() -> Program:
+    made = programs.make(("double",) * BLOCKS)
+    example = (
+        torch.randn(programs.C, programs.D),
+        torch.randn(programs.E),
+        torch.randn(programs.D, programs.C),
+        torch.randn(2, programs.IMAGE, programs.C),
+        torch.randn(2, programs.TEXT, programs.D),
+        torch.rand(2, FRAMES),
+    )
+    rows = {0: Dim.AUTO}
+    glue = torch.export.export(ByFrame(("double",)), example, dynamic_shapes=(None, None, None, rows, rows, rows))
+    (known,) = made.manifest.glues
+    known = replace(known, inputs=(*known.inputs[:2], GlueInput("timestep", "float32", (None, FRAMES))))
+    return replace(
+        made, manifest=replace(made.manifest, glues=(known,)), files=made.files | {"glue/a.pt2": pt2.dump(glue)}
+    )
+
+
+class OfFrames(Job):
+    def arguments(self, context: str) -> dict[str, Tensor]:
+        given = super().arguments(context)
+        return given | {"timestep": given["timestep"][:, None].expand(-1, FRAMES).contiguous()}
+
+
+@pytest.mark.parametrize("tier", ["scheduled", "ahead", "every third"])
+def test_timesteps_of_frames_belong_to_their_rows(tier: str) -> None:
+    compiled, twins = (
+        CompiledTransformer(program_of_frames(), "torch"),
+        CompiledTransformer(program_of_frames(), "torch"),
+    )
+    for one in (compiled, twins):
+        for name, policy in TIERS.items():
+            one.add_tier(name, policy)
+    first, second, third = (OfFrames(name, tier, 1, 4) for name in "abc")
+    for jobs in ([first], [first, second], [first, third], [first]):
+        together(compiled, jobs)
+    twin = OfFrames("a", tier, 1, 4)
+    while not twin.over:
+        together(twins, [twin])
+    torch.testing.assert_close(first.latents, twin.latents)
+    assert decisions(compiled, "a") == decisions(twins, "a")
+
+
+@torch.no_grad()
+def test_states_keep_their_strides_where_residuals_of_several_are_reused() -> None:
+    compiled = edit_compile.compile(Guided().eval(), inputs=unprepared.inputs(2), engine="torch")
+    compiled.policy = ReusePolicy(2)
+
+    def drawn(names: list[str], x: Tensor) -> Tensor:
+        with compiled.request(names):
+            for step in range(3):
+                x = x - 0.1 * compiled(x=x, t=torch.full((len(x),), 1 - step / 6))
+        return x
+
+    start = unprepared.inputs(2)["x"]
+    both = drawn(["a", "b"], start)
+    each = [drawn([name], row) for name, row in zip("cd", start.split(1), strict=True)]
+    torch.testing.assert_close(both, torch.cat(each))
+
+
+def compiled_without_routers() -> CompiledTransformer:
+    return CompiledTransformer(programs.make(routers=False), "torch")
+
+
+def test_requests_of_one_call_are_within_the_limit_of_memory() -> None:
+    compiled = compiled_without_routers()
+    compiled.policy, compiled.memory_limit = ReusePolicy(5), 1
+    jobs = [Job(name, None, 1, 6) for name in "abc"]
+    together(compiled, jobs)
+    with pytest.warns(RuntimeWarning, match="lose theirs"):
+        together(compiled, jobs)
+    compiled.reset_counters()
+    together(compiled, jobs)
+    assert compiled.counters.computed >= 2 * 2 * BLOCKS  # but for the one that was called last
+
+
+def test_what_the_model_itself_overflows_in_hides_nothing_of_others() -> None:
+    compiled = compiled_without_routers()
+    compiled.policy = ScheduledPolicy(np.array([[1.0] * BLOCKS, [REUSE] * BLOCKS, [REUSE] * BLOCKS]))
+    jobs = [Job("a", None, 1, 3), Job("b", None, 1, 3)]
+    together(compiled, jobs)
+    jobs[0].latents = torch.full_like(jobs[0].latents, 1e38)
+    for branch in compiled._session.requests._named["b"]._branches:
+        branch.banks[1].deltas[0].fill_(torch.inf)
+    with pytest.warns(RuntimeWarning, match="as the model itself"), pytest.raises(NotFiniteError, match="reused"):
+        together(compiled, jobs)
+
+
+def several() -> Iterator[object]:
+    yield ("a", "b")
+    yield {"a": 1, "b": 2}.keys()
+    yield np.array(["a", "b"])
+    yield (name for name in "ab")
+
+
+@pytest.mark.parametrize("names", list(several()), ids=["tuple", "keys", "array", "generator"])
+def test_whatever_holds_names_gives_several(names: object) -> None:
+    compiled = compiled_without_routers()
+    with compiled.request(names):  # type: ignore[arg-type]
+        compiled(**programs.inputs(2))
+    assert sorted(one.request for one in compiled.trace) == ["a", "b"]
+
+
+def test_a_name_may_be_a_number_and_none_is_no_name_among_others() -> None:
+    compiled = compiled_without_routers()
+    with compiled.request(17):  # type: ignore[arg-type]
+        compiled(**programs.inputs(2))
+    assert [one.request for one in compiled.trace] == ["17"]
+    with pytest.raises(EditError, match="a name of its own"), compiled.request([None, "a"]):  # type: ignore[list-item]
+        pytest.fail("entered")
+
+
+def test_bundles_are_never_written_over_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis.txt").write_text("years")
+    monkeypatch.setattr("sys.argv", ["make", str(tmp_path)])
+    monkeypatch.setattr(kept_bundles, "make", lambda place: {})
+    assert kept_bundles.main() == 1
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+def test_alone_and_together_are_the_same_for_a_model_of_frames() -> None:
+    compiled = CompiledTransformer(program_of_frames(), "torch")
+    compiled.policy = ReusePolicy(1, order=1)
+    job, other = OfFrames("a", None, 2, 4), OfFrames("b", None, 2, 4)
+    for _ in range(4):
+        together(compiled, [job, other])
+    twins = CompiledTransformer(program_of_frames(), "torch")
+    twins.policy = compiled.policy
+    twin = OfFrames("a", None, 2, 4)
+    while not twin.over:
+        together(twins, [twin])
+    torch.testing.assert_close(job.latents, twin.latents)
