@@ -1,7 +1,7 @@
 """Tuned tiers beside fewer steps and other caches: python -m examples.fashion_mnist.rivals
 
 Every setting of every rival (see `contestants`) is tried on a few images, and the best of each at each share of the
-dense FLOPs is told. The two best of each share go into the final, with tiers, fewer steps of the compiled model, the
+dense FLOPs is told. The three best of each share go into the final, with tiers, fewer steps of the compiled model, the
 distilled elastic model, and torch.compile: dB to the dense model's images from the same noise, accuracy and Frechet
 distance of --images images, and times faster than the dense model in eager mode, by seconds of the processor, on one
 thread, all in turns in one process.
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="images per batch, in the trials and when timed")
     parser.add_argument("--batches", type=int, default=2, help="batches in the trials")
     parser.add_argument("--no-draw", action="store_true", help="leave out what was not drawn before")
-    parser.add_argument("--leaders", type=int, default=2, help="rivals of each share that are drawn in full")
+    parser.add_argument("--leaders", type=int, default=3, help="rivals of each share that are drawn in full")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--grouped", type=int, default=7, help="generations that tuning held out")
     parser.add_argument("--output", type=Path, default=RESULTS / "rivals.json")
