@@ -97,7 +97,7 @@ $(RIVALS_STAMP): $(STAMP)
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps cache-dit==1.5.3 pyyaml
 	@touch $@
 
-# All figures of docs/evidence.md, made again: about an hour and a half of one core, goes on where it stopped (runs/evidence).
+# All figures of docs/evidence.md, made again: about two hours of one core, goes on where it stopped (runs/evidence).
 evidence: $(RIVALS_STAMP) data
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.fashion_mnist.evidence
 

@@ -111,7 +111,7 @@ def _distilled(rivals: Row, one: Row) -> tuple[str, str, str]:
     steps = [other for other in rivals["results"] if plain(other)]
     nearest = min(steps, key=lambda other: abs(other["flops_share"] - one["flops_share"]))
     fast = min((other for other in steps if as_fast(other, one)), key=lambda other: other["distance"])
-    gain = "gain" if one["distance"] < fast["distance"] else "**no gain**"
+    gain = "ahead, too" if one["distance"] < fast["distance"] else "**no gain**"
     return (
         f"**{one['flops_share']:.0%} of the FLOPs at distance {one['distance']:.1f}** ({one['decibels']:.1f} dB), "
         f"{times(one)} times faster: `distil`",

@@ -36,7 +36,7 @@ from examples.fashion_mnist.rivals import RESULTS, times_faster
 from examples.fashion_mnist.rivals_trials import Work
 from examples.fashion_mnist.sample import FEW_STEPS
 
-TAKES = "about two and a half hours of one core; what is done so far is kept in {}, and the same command goes on"
+TAKES = "about two hours of one core; what is done so far is kept in {}, and the same command goes on"
 TAKES_QUICK = "about ten minutes of one core"
 TIERS = ("half", "quarter")
 ROUNDING = 1e-3
