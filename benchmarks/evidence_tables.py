@@ -141,7 +141,7 @@ def taken(rivals: Row, paper: Row | None) -> str:
     told = [
         f"- Rivals: {machine(rivals)}; {rivals['images']} images a row, in batches of {rivals['rows']}, seeds "
         f"{rivals['seeds']}; {rivals['tried']} settings tried; drawn at {drawn}, timed at {rivals['commit']}, "
-        f"{rivals['repeats']} rounds, by {rivals['seconds']}. The elastic model's routers take "
+        f"the least of {rivals['repeats']} rounds, by {rivals['seconds']}. The elastic model's routers take "
         f"{rivals['routers_share']:.1%} of the FLOPs of a "
         "dense call, and are counted among its own.",
     ]
