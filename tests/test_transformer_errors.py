@@ -42,7 +42,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
         raise RuntimeError("out of memory")
 
     ready.bound = (broken,) * 4
-    model._session.requests._current()._branches[0].clear()
+    model._session.requests.existing()[0]._branches[0].clear()
     before = model.counters
     with pytest.raises(RuntimeError, match="out of memory"):
         call(model, 0.8)
