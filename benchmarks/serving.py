@@ -68,6 +68,7 @@ def trials(record: Mapping[str, Any]) -> str:
     cancelled, killed, end = found["cancelled"], found["killed"], found["end"]
     ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(cancelled["ended"].items()))
     then = ", ".join(f"{count} of status {status}" for status, count in sorted(end["then_asked"].items()))
+    then = then or "nothing, they were done before"
     largest = max(found["apart"], *(run["apart"] for run in record["runs"]))
     return "\n".join(
         [
