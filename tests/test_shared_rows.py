@@ -86,7 +86,7 @@ def together(compiled: CompiledTransformer, jobs: Sequence[Job]) -> None:
 
 def alone(compiled: CompiledTransformer, job: Job) -> Job:
     """The same job by itself, from its beginning."""
-    twin = Job(job.name, job.tier, job.rows, job.steps)
+    twin = type(job)(job.name, job.tier, job.rows, job.steps)
     while not twin.over:
         together(compiled, [twin])
     return twin
