@@ -1,8 +1,10 @@
 """What the time of a call of the distilled model is made of: python -m examples.fashion_mnist.parts_of_time
 
 Ten images, 7 steps, on each engine, in turns in one process: the dense model compiled, the elastic one, the elastic
-one by the same decisions without routers, and with nothing computed. Differences tell what routers and blocks take,
-beside what the blocks' FLOPs would allow. Writes benchmarks/results/example_time.json.
+one by the same decisions without routers, by those with all rows that a block is computed for at the widest of their
+widths, which is the least that rows computed together under a mask could take, and with nothing computed. Differences
+tell what routers and blocks take, beside what the blocks' FLOPs would allow. Writes
+benchmarks/results/example_time.json.
 """
 
 from __future__ import annotations
@@ -41,11 +43,16 @@ def drawn(compiled: edit_compile.CompiledTransformer, policies: Mapping[str, Dec
         sample_patches(ByBranch(compiled, policies) if policies else compiled, torch.arange(10), steps=FEW_STEPS)
 
 
-def decisions(elastic: edit_compile.CompiledTransformer) -> dict[str, Decider]:
+def decisions(elastic: edit_compile.CompiledTransformer) -> dict[str, edit_compile.ScheduledPolicy]:
     """What the routers decide, as schedules without them."""
     drawn(elastic)
     grids = {name: elastic.trace[-1].grid(name) for name in BRANCHES}
     return {name: scheduled(np.where(grid["done"] == 2, grid["width"], SKIP)) for name, grid in grids.items()}
+
+
+def at_the_widest(table: np.ndarray) -> np.ndarray:
+    """`table` (steps, blocks, rows) with all rows that compute a block at the widest of their widths."""
+    return np.where(table > SKIP, table.max(-1, keepdims=True), table)
 
 
 def share_of(elastic: edit_compile.CompiledTransformer, dense: edit_compile.CompiledTransformer) -> float:
@@ -67,11 +74,13 @@ def parts(engine: str, repeats: int) -> dict[str, object]:
         edit_compile.compile(load_model(name), inputs=example, engine=engine) for name in ("dense", "elastic")
     )
     same = decisions(elastic)
+    together = {name: scheduled(at_the_widest(one.table)) for name, one in same.items()}
     nothing = dict.fromkeys(BRANCHES, scheduled(np.full((FEW_STEPS, len(elastic.program.manifest.blocks)), SKIP)))
     runs: dict[str, Callable[[], None]] = {
         "dense": partial(drawn, dense),
         "elastic": partial(drawn, elastic),
         "without routers": partial(drawn, elastic, same),
+        "rows together": partial(drawn, elastic, together),
         "nothing computed": partial(drawn, elastic, nothing),
     }
     seconds = interleaved({name: [run] for name, run in runs.items()}, repeats)
