@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import edit_compile
 from edit_compile import CompileError
 from tests.models import PlainDiT, noise, randomised, tiny_plain
 from tests.test_growth import agree, lazily, opened
@@ -31,12 +33,13 @@ class Tables(PlainDiT):
         self.clock.scale = 1.0
         self.mode: str | None = None
         self.act, self.steps = torch.tanh, np.ones(1, dtype=np.float32)
+        self.aside = [nn.Linear(32, 32)]
 
     def forward(self, x: Tensor, t: Tensor, words: Tensor, mask: Tensor | None = None) -> Tensor:
         t = self.act(t) * self.share * float(self.steps[0])
         vector = self.clock(t[:, None].expand(-1, self.dim)) * self.clock.scale + self.table
         other, share = self.tables["pair"]
-        vector = vector + self.tables["deep"][0] + other * share + (1 if self.mode == "odd" else 0)
+        vector = self.aside[0](vector) + self.tables["deep"][0] + other * share + (1 if self.mode == "odd" else 0)
         x, words = self.embed(x), self.text(words)
         for layer in self.layers:
             x = layer(x, words, vector, mask)
@@ -93,6 +96,18 @@ def forward(model: Any) -> None:
     model.head.forward = lambda x: x[..., :4]
 
 
+def module_in_a_list(model: Any) -> None:
+    model.aside[0].weight.detach().mul_(2)
+
+
+def hook_before(model: Any) -> None:
+    model.head.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+
+
+def hook_after(model: Any) -> None:
+    model.layers[0].register_forward_hook(lambda _, args, output: 2 * output)
+
+
 CHANGES: list[tuple[Change, str]] = [
     (written, "table"),
     (replaced, "table"),
@@ -106,6 +121,9 @@ CHANGES: list[tuple[Change, str]] = [
     (function, "act"),
     (array, "steps"),
     (forward, "head.forward"),
+    (module_in_a_list, "aside.0.weight"),
+    (hook_before, "head._forward_pre_hooks"),
+    (hook_after, "layers.0._forward_hooks"),
 ]
 
 
@@ -149,6 +167,16 @@ def test_what_a_model_keeps_itself_is_no_change() -> None:
         model(**tiny_plain(tokens=6)[1])
     agree(compiled, model, tiny_plain(tokens=6)[1])
     assert len(compiled.program.manifest.glues) == 3
+
+
+@pytest.mark.filterwarnings("ignore:the routers of:UserWarning")
+def test_hooks_of_this_package_are_no_change(tmp_path: Path) -> None:
+    model, inputs = randomised(Tables()), tiny_plain()[1]
+    elastic = edit_compile.elasticize(model, inputs)
+    compiled = lazily(elastic, inputs=inputs)
+    with edit_compile.record(model, tmp_path):
+        agree(compiled, model, inputs)
+    agree(compiled, model, tiny_plain(tokens=7)[1])
 
 
 def test_what_is_set_to_what_it_was_is_no_change() -> None:

@@ -15,6 +15,7 @@ from runtime.face.arguments import exactly
 _MODULE = frozenset(vars(nn.Module()))
 _TENSORS = ("_parameters", "_buffers")
 _ABSENT = object()
+OURS = "edit_compile"
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,13 @@ class Snapshot:
     """Where each tensor of a model is, of what dtype, and how often it was written to; and its plain values.
 
     Of plain attributes, those in lists, tuples and dicts are seen, too, and those of classes that a module now has of
-    its own, its forward among them; of other objects it is seen whether they are the same. What goes around torch's
-    counting, as writing to ``parameter.data`` does, is not seen, nor are hooks. It is looked at as a generation begins:
-    so that a look is quick, places are found once, and what is the very same object there is not compared.
+    its own, its forward among them; modules in them as registered ones; of other objects whether they are the same;
+    forward hooks, but for this package's own. What goes around torch's counting, as writing to ``parameter.data`` does,
+    is not seen. It is looked at as a generation begins: so that a look is quick, places are found once, and what is
+    the very same object there is not compared.
     """
 
-    places: tuple[_Place, ...]
+    places: tuple[_Place | _Hooks, ...]
 
     @staticmethod
     def of(model: nn.Module) -> Snapshot:
@@ -71,9 +73,30 @@ class _Place:
         return isinstance(self.value, PLAIN) and _mark(now) == self.mark
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
-    for prefix, module in model.named_modules():
+@dataclass(frozen=True)
+class _Hooks:
+    """The forward hooks of a module: `held` is where torch keeps them, `value` those that were there."""
+
+    name: str
+    held: Mapping[int, object]
+    value: tuple[object, ...]
+
+    def is_as_it_was(self) -> bool:
+        return not (self.held or self.value) or _hooks(self.held) == self.value
+
+
+def _hooks(held: Mapping[int, object]) -> tuple[object, ...]:
+    """Those of `held` that are not of this package: an elastic model's, a recorder's."""
+    return tuple(hook for hook in held.values() if str(getattr(hook, "__module__", "")).partition(".")[0] != OURS)
+
+
+def _places(model: nn.Module, outer: str = "", seen: set[nn.Module] | None = None) -> Iterator[_Place | _Hooks]:
+    """`seen` are modules that were come upon; `model` is called `outer`, "" for the whole one."""
+    seen = set() if seen is None else seen
+    for prefix, module in list(model.named_modules(seen, outer)):
         own = vars(module)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            yield _Hooks(f"{prefix}.{kind}".lstrip("."), own[kind], _hooks(own[kind]))
         for kind in _TENSORS:
             for key, tensor in own[kind].items():
                 if tensor is not None:
@@ -82,7 +105,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
             yield _Place(f"{prefix}.{key}".lstrip("."), own["_modules"], (key,), child)
         for key, value in own.items():
             if key not in _MODULE:
-                yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value)
+                yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value, seen)
         for key in {"forward", *_of_class(type(module))} - own.keys():  # type: ignore[arg-type]
             yield _Place(f"{prefix}.{key}".lstrip("."), own, (key,), _ABSENT)
 
@@ -99,12 +122,16 @@ def _of_class(kind: type[nn.Module]) -> frozenset[str]:
     )
 
 
-def _leaves(name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object) -> Iterator[_Place]:
+def _leaves(
+    name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object, seen: set[nn.Module]
+) -> Iterator[_Place | _Hooks]:
     if isinstance(value, dict | list | tuple):
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            yield from _leaves(f"{name}.{key}", holder, (*keys, key), item)
-    else:
-        yield _Place(name, holder, keys, value)
+            yield from _leaves(f"{name}.{key}", holder, (*keys, key), item, seen)
+        return
+    yield _Place(name, holder, keys, value)
+    if isinstance(value, nn.Module):
+        yield from _places(value, name, seen)
 
 
 def _mark(value: object) -> object:
