@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from enum import Enum, IntEnum, StrEnum
@@ -59,6 +60,18 @@ def by_nan(value: Any) -> float:
     return 2.0 if value is not None and math.isnan(value) else 3.0
 
 
+def by_holder(value: Any) -> float:
+    return {tuple: 2.0, list: 3.0, dict: 4.0, type(None): 5.0}[type(value)]
+
+
+def by_item(value: Any) -> float:
+    return {tuple: 2.0, list: 3.0, dict: 4.0, type(None): 5.0}[type(next(iter(value.values()), ()))]
+
+
+def by_none(value: Any) -> float:
+    return 2.0 if value.get("scale", 1.0) is None else 3.0
+
+
 class Telling(Net):
     """Scales what it gives by what a Python function tells of an argument."""
 
@@ -88,6 +101,14 @@ PAIRS: list[tuple[Callable[[Any], float], Any, Any]] = [
     (by_class, np.float32(0.5), np.float64(0.5)),
     (by_nan, math.nan, None),
     (by_nan, math.inf, math.nan),
+    (by_holder, (1, 2), [1, 2]),
+    (by_holder, [1, 2], {"0": 1, "1": 2}),
+    (by_holder, [], ()),
+    (by_holder, {}, None),
+    (by_holder, None, []),
+    (by_item, {"a": [(1, 2)]}, {"a": ([1, 2],)}),
+    (by_item, {"a": []}, {"a": {}}),
+    (by_none, {"scale": None}, {}),
 ]
 
 
@@ -105,8 +126,31 @@ def test_equal_constants_of_another_kind_are_another_form(
     loaded = edit_compile.load(tmp_path / "one.edit", engine="torch")
     for again in (one, one):
         close(loaded(**inputs(), value=again), model(**inputs(), value=one))
-    with pytest.raises(ShapeError, match=r"fixed when compiling: value: compiled with .*, called with "):
+    with pytest.raises(ShapeError, match=r"fixed when compiling: value.*: compiled with.*, called with"):
         loaded(**inputs(), value=other)
+
+
+class Defaulting(Net):
+    """With an argument whose default is not None, and any others."""
+
+    def forward(self, x: Tensor, t: Tensor, share: float | None = 0.5, mask: Any = None, **others: Any) -> Tensor:  # type: ignore[override]
+        scale = 2.0 if share is None else share
+        return super().forward(x, t) * scale * (3.0 if others.get("power", 1) is None else 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["share", "power"])
+def test_none_is_another_form_where_leaving_it_out_says_something_else(name: str, tmp_path: Path) -> None:
+    model = Defaulting().eval()
+    for given, other in (({}, {name: None}), ({name: None}, {})):
+        compiled = edit_compile.compile(model, inputs=inputs() | given, engine="torch", output=tmp_path / "x")
+        loaded = edit_compile.load(tmp_path / "x", engine="torch")
+        for one in (compiled, loaded):
+            close(one(**inputs(), **given, mask=None), model(**inputs(), **given))
+        with pytest.raises(ShapeError, match=f"fixed when compiling: {name}"):
+            loaded(**inputs(), **other)
+        close(compiled(**inputs(), **other), model(**inputs(), **other))
+        assert len(compiled.program.manifest.glues) == 2
 
 
 def by_module(value: Any) -> float:
@@ -153,12 +197,40 @@ def test_a_manifest_from_before_classes_had_modules_is_called_as_it_was(value: A
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value", [1, True, 1.0, -0.0, math.nan, math.inf, 2**70, "a", Mode.A, Other.A, np.float32(2)])
+def test_a_manifest_from_before_holders_were_told_is_called_as_it_was(tmp_path: Path) -> None:
+    model, value = Telling(by_item).eval(), {"a": [(1, 2)]}
+    edit_compile.compile(model, inputs=inputs() | {"value": value}, engine="torch", output=tmp_path / "x")
+
+    def as_before(manifest: Any) -> None:
+        (glue,) = manifest["glues"]
+        told = glue["constants"]
+        assert told == {
+            "value": "<dict>",
+            "value.a": "<list>",
+            "value.a.0": "<tuple>",
+            "value.a.0.0": 1,
+            "value.a.0.1": 2,
+        }
+        glue["constants"] = {name: one for name, one in told.items() if type(one) is int}
+        del manifest["telling_none"]
+
+    forged.put_manifest(tmp_path / "x", as_before)
+    loaded = edit_compile.load(tmp_path / "x", engine="torch")
+    close(loaded(**inputs(), value=value), model(**inputs(), value=value))
+    with pytest.raises(ShapeError, match="fixed when compiling"):
+        loaded(**inputs(), value={"a": [(1, 2)], "b": []})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "value",
+    [[1, (2.0, "a")], {"a": {}}, 1, True, 1.0, -0.0, math.nan, math.inf, 2**70, "a", Mode.A, Other.A, np.float32(2)],
+)
 def test_the_same_constant_is_one_form_also_in_a_bundle(value: Any, tmp_path: Path) -> None:
     model = Telling(lambda value: 2.0).eval()
     compiled = edit_compile.compile(model, inputs=inputs() | {"value": value}, engine="torch", output=tmp_path / "x")
     loaded = edit_compile.load(tmp_path / "x", engine="torch")
-    again = float("nan") if value != value else value
+    again = float("nan") if value != value else copy.deepcopy(value)
     for one in (compiled, loaded):
         close(one(**inputs(), value=again), model(**inputs(), value=value))
         assert len(one.program.manifest.glues) == 1

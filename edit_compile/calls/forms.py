@@ -17,6 +17,7 @@ def one_of_each_form(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _form(arguments: Mapping[str, Any]) -> tuple[object, ...]:
-    tensors, constants = flatten(arguments)
+    # which of its arguments None says something to, the recorded model alone knows
+    tensors, constants = flatten({name: value for name, value in arguments.items() if value is not None})
     shapes = sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items())
     return tuple(shapes), tuple(sorted(all_exactly(constants).items()))

@@ -151,7 +151,7 @@ def _traced(tracer: Tracer, inputs: Inputs | RecordedCalls) -> Program:
     forms = inputs_for(tracer.model, inputs) if isinstance(inputs, RecordedCalls) else ()
     for form in forms:
         assert isinstance(form, Mapping)
-        if find_glue(program.manifest.glues, *flatten(form)) is None:
+        if find_glue(program.manifest.glues, *flatten(tracer.told(form))) is None:
             program = tracer.grow(form, program)
     return program
 

@@ -40,7 +40,7 @@ from passes.program.coverage import Coverage
 from passes.program.memory import Memory
 from runtime.base.errors import EditError
 from runtime.bundle.program import Program
-from runtime.face.arguments import argument_names, find_glue, flatten
+from runtime.face.arguments import argument_names, find_glue, flatten, telling_none, without_silent
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import Decider, RoutingPolicy
 from runtime.routing.schedule import ScheduledPolicy
@@ -176,6 +176,11 @@ class Tracer:
         """
         return None if self._snapshot is None else self._snapshot.changed()
 
+    def told(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given` without what says nothing."""
+        forward = self.model.forward
+        return without_silent(given, argument_names(forward), telling_none(forward))
+
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the model, and its routers, as `torch.nn.Module.to` does."""
         (self.model if self.elastic is None else self.elastic)._apply(fn)
@@ -298,7 +303,7 @@ class Tracer:
         self._runs += 1
         return Compilation(
             model,
-            inputs,
+            self.told(inputs) if isinstance(inputs, Mapping) else [self.told(one) for one in inputs],
             timestep=self.timestep if program is None else program.manifest.timestep,
             narrow=self.elastic.narrow if self.elastic is not None else None,
             widths=self.widths,
@@ -330,6 +335,7 @@ class Tracer:
             dtype=str(dtype_of(self.model)).removeprefix("torch."),
             timestep=self.timestep or "timestep",
             arguments=argument_names(self.model.forward),
+            telling_none=telling_none(self.model.forward),
             router=self.elastic.router_config if self.elastic is not None else None,
             policy=self.policy.to_spec(),
             attributes=attributes_of(self.model),

@@ -14,7 +14,7 @@ from edit_compile.measuring.comparison import BlockWork, Comparison
 from edit_compile.measuring.machine import describe_machine
 from edit_compile.measuring.timing import Call, Spread, interleaved
 from runtime.bundle.spec import Manifest, Plan
-from runtime.face.arguments import find_glue, flatten
+from runtime.face.arguments import find_glue, flatten, without_silent
 from runtime.face.transformer import CompiledTransformer
 from runtime.requests.trace import COMPUTED, REUSED, SKIPPED, RequestTrace
 
@@ -101,7 +101,8 @@ def resident_bytes(compiled: CompiledTransformer) -> int:
 
 def row_flops(manifest: Manifest, kwargs: Mapping[str, Any]) -> dict[tuple[str, int], int]:
     """FLOPs of one row in each (plan id, variant), at the shapes of a call with `kwargs`."""
-    glue = find_glue(manifest.glues, *flatten(kwargs))
+    told = without_silent(kwargs, manifest.arguments, manifest.telling_none)
+    glue = find_glue(manifest.glues, *flatten(told))
     return {} if glue is None else {(cost.plan, cost.variant): cost.flops for cost in glue.costs}
 
 

@@ -47,6 +47,7 @@ class Source:
     router: RouterConfig | None = None
     policy: Policy = field(default_factory=Policy)
     attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    telling_none: tuple[str, ...] = ()
 
     def manifest(self, widths: Sequence[float]) -> Manifest:
         """A manifest that holds no plans, blocks or glue yet."""
@@ -65,6 +66,7 @@ class Source:
             policy=self.policy,
             versions={name: version(name) for name in _PACKAGES},
             attributes=self.attributes,
+            telling_none=self.telling_none,
         )
 
 

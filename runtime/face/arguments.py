@@ -1,6 +1,7 @@
 """The arguments of a model's forward as a flat set of tensors and plain constants.
 
 Lists, tuples and dicts are flattened to dotted names (``x.0``), and made of them again; leaves are tensors or scalars.
+What holds others is a constant, too: models may tell a tuple from a list, and an empty one from None.
 """
 
 from __future__ import annotations
@@ -28,12 +29,36 @@ IGNORED = frozenset({"return_dict"})
 OTHERS = "**"
 """Stands among the names of a forward's arguments for all others, where it takes any."""
 
+MISSING = object()
+
+HOLDERS: dict[str, type] = {"<list>": list, "<tuple>": tuple, "<dict>": dict}
+"""What stands among the constants for something that holds others."""
+
 
 def argument_names(forward: Callable[..., object]) -> tuple[str, ...]:
     """Names of the arguments of `forward`, in order; OTHERS comes last where it takes others by keyword."""
     parameters = inspect.signature(forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return (*names, OTHERS) if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
+
+
+def telling_none(forward: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the arguments of `forward` that default to another value than None, so that None says something.
+
+    OTHERS is among them where it takes any: what it does where they are missing is its own affair.
+    """
+    parameters = inspect.signature(forward).parameters.values()
+    others = (OTHERS,) * any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return (*(p.name for p in parameters if p.default is not None and p.default is not p.empty), *others)
+
+
+def without_silent(given: Mapping[str, Any], names: Sequence[str], telling: Sequence[str]) -> dict[str, Any]:
+    """`given` without what is None and says nothing by it; `names` and `telling` are the forward's."""
+
+    def says(name: str) -> bool:
+        return name in telling or (OTHERS in telling and name not in names)
+
+    return {name: value for name, value in given.items() if value is not None or says(name)}
 
 
 def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -52,7 +77,7 @@ def named(arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str,
 
 
 def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Constant]]:
-    """Tensors and constants by dotted name; None, empty lists and empty dicts are left out.
+    """Tensors and constants by dotted name; constants are None, scalars, and of `HOLDERS` whatever holds others.
 
     InputError for a leaf that is neither a tensor nor a scalar.
     """
@@ -65,13 +90,12 @@ def flatten(arguments: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: dict[str, Constant]) -> None:
-    if value is None:
-        return
     if isinstance(value, Tensor):
         tensors[name] = value
-    elif (plain := as_plain(value)) is not None:
-        constants[name] = plain
+    elif value is None or (plain := as_plain(value)) is not None:
+        constants[name] = None if value is None else plain
     elif isinstance(value, (list, tuple, Mapping)):
+        constants[name] = "<dict>" if isinstance(value, Mapping) else f"<{'list' if type(value) is list else 'tuple'}>"
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _flatten(f"{name}.{key}", item, tensors, constants)
     else:
@@ -106,7 +130,7 @@ def exactly(value: object) -> object:
 
 def all_exactly(constants: Mapping[str, Constant]) -> dict[str, object]:
     """What `exactly` gives for each of a call's constants that says anything, by name."""
-    return {n: exactly(value) for n, value in constants.items() if value is not None and n not in IGNORED}
+    return {n: exactly(value) for n, value in constants.items() if n not in IGNORED}
 
 
 def mapped(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
@@ -125,23 +149,29 @@ def _mapped(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> A
 
 
 def unflatten(values: Mapping[str, object]) -> dict[str, Any]:
-    """Arguments by name, of leaves by dotted name; what has the keys 0, 1, ... becomes a list."""
+    """Arguments by name, of leaves by dotted name, and of `HOLDERS`.
+
+    Where no holder is named, what has the keys 0, 1, ... becomes a list, all else a dict.
+    """
+    holders = {name: HOLDERS[value] for name, value in values.items() if type(value) is str and value in HOLDERS}
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *path, last = name.split(".")
         place = tree
         for key in path:
             place = place.setdefault(key, {})
-        place[last] = value
-    return {name: _lists(value) for name, value in tree.items()}
+        place.setdefault(last, {}) if name in holders else place.update({last: value})
+    return {name: _held(name, value, holders) for name, value in tree.items()}
 
 
-def _lists(value: Any) -> Any:
+def _held(name: str, value: Any, holders: Mapping[str, type]) -> Any:
     if type(value) is not dict:
         return value
-    items = {key: _lists(item) for key, item in value.items()}
+    items = {key: _held(f"{name}.{key}", item, holders) for key, item in value.items()}
     numbers = [str(index) for index in range(len(items))]
-    return [items[key] for key in numbers] if items and items.keys() == set(numbers) else items
+    numbered = items.keys() == set(numbers)
+    kind = holders.get(name) or (list if items and numbered else dict)
+    return kind(items[key] for key in numbers) if kind is not dict and numbered else items
 
 
 def find_glue(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Mapping[str, Constant]) -> Glue | None:
@@ -181,8 +211,8 @@ def explain(glues: Sequence[Glue], tensors: Mapping[str, Tensor], constants: Map
     if typed:
         traced, called = typed[0].constants, constants
         one, other = all_exactly(traced), all_exactly(called)
-        names = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
-        told = "; ".join(f"{n}: compiled with {traced.get(n)!r}, called with {called.get(n)!r}" for n in names)
+        names = sorted(n for n in one.keys() | other.keys() if one.get(n, MISSING) != other.get(n, MISSING))
+        told = "; ".join(f"{n}: compiled {_with(traced, n)}, called {_with(called, n)}" for n in names)
         return ShapeError(f"these arguments are fixed when compiling: {told}")
     if shaped:
         told = ", ".join(f"{name} {str(tensor.dtype)[6:]}" for name, tensor in tensors.items())
@@ -239,13 +269,27 @@ def _typed(glue: Glue, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _same_constants(glue: Glue, constants: Mapping[str, Constant]) -> bool:
-    """Whether a call's constants are those of `glue`, also as manifests told them before classes had their modules."""
-    traced = all_exactly(glue.constants)
+    """Whether a call's constants are those of `glue`, also as earlier manifests told them.
+
+    Those had classes without their modules, and nothing of lists, tuples and dicts that hold something.
+    """
+    traced, called = all_exactly(glue.constants), all_exactly(constants)
+    if traced == called:
+        return True
+    if not any(value in HOLDERS for value in glue.constants.values()):
+        holding = {name.rpartition(".")[0] for name in (*constants, *(given.name for given in glue.inputs))}
+        constants = {n: v for n, v in constants.items() if not (n in holding and v in HOLDERS)}
     return traced in (all_exactly(constants), all_exactly({n: _unplaced(value) for n, value in constants.items()}))
 
 
 def _unplaced(value: Constant) -> Constant:
     return re.sub(r"^<[\w.]+:", "<", value) if type(value) is str else value
+
+
+def _with(constants: Mapping[str, Constant], name: str) -> str:
+    value = constants.get(name)
+    kind = HOLDERS.get(value) if type(value) is str else None
+    return "without it" if name not in constants else f"with a {kind.__name__}" if kind else f"with {value!r}"
 
 
 def _shape(shape: Sequence[int | None]) -> str:

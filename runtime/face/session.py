@@ -83,6 +83,8 @@ class Session(GrowingProgram):
 
     def __call__(self, given: Mapping[str, object], policies: Sequence[Decider]) -> object:
         """The model's output for the arguments `given`; each of the current requests is decided by its policy."""
+        manifest = self.program.manifest
+        given = arguments.without_silent(given, manifest.arguments, manifest.telling_none)
         flat, constants = arguments.flatten(given)
         glue, tensors = self.find(given, flat, constants)
         arguments.check_device(glue, tensors, self.device)
