@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ class Takes:
 
     clock = 0.0
     loads: list[str] = []
+    rows: set[int] = set()
 
     def __init__(self, name: str, units: float | Exception) -> None:
         self.name, self._units = name, units
@@ -46,6 +48,7 @@ class Takes:
         return self._run
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        Takes.rows.add(len(inputs[0]))
         Takes.clock += float(self._units)  # type: ignore[arg-type]
         return list(inputs)
 
@@ -55,7 +58,7 @@ def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "core_seconds", lambda: (0.0, 0.0))
     monkeypatch.delenv("EDIT_COMPILE_ENGINE")
     monkeypatch.setenv("EDIT_COMPILE_CACHE", str(tmp_path))
-    Takes.loads = []
+    Takes.loads, Takes.rows = [], set()
 
 
 @pytest.fixture
@@ -99,6 +102,23 @@ def test_most_of_the_work_is_what_is_measured_at_the_middle_width(speeds: Callab
     speeds(onnxruntime=1, torch=2, inductor=3)
     choice.choose(programs.make())
     assert {load.partition(" ")[2] for load in Takes.loads} == {"Double 0.5", "Single 0.5"}
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (10**9, 16)])
+def test_it_is_measured_for_the_rows_that_were_compiled(batch: int, rows: int, speeds: Callable[..., None]) -> None:
+    speeds(onnxruntime=1, torch=2, inductor=3)
+    program = programs.make()
+    choice.choose(replace(program, manifest=replace(program.manifest, batch=batch)))
+    assert Takes.rows == {rows}
+
+
+def test_what_was_measured_for_one_row_is_not_taken_for_two(speeds: Callable[..., None]) -> None:
+    speeds(onnxruntime=1, torch=2, inductor=3)
+    program = programs.make()
+    choice.choose(program)
+    speeds(onnxruntime=3, torch=2, inductor=1)
+    assert choice.choose(program).engine == "onnxruntime"
+    assert choice.choose(replace(program, manifest=replace(program.manifest, batch=2))).engine == "inductor"
 
 
 def test_where_none_runs_it_is_an_error_that_says_why(speeds: Callable[..., None]) -> None:

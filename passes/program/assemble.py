@@ -195,8 +195,10 @@ class _Assembly:
         plans = {plan.id: plan for plan in self.program.manifest.plans}
         for item in self.compilation.planned:
             plans[item.plan.id] = grown_plan(plans.get(item.plan.id, item.plan), item.plan.buckets)
+        first = not self.program.manifest.glues
         manifest = replace(
             self.program.manifest,
+            batch=self.discovery.buckets[0][0].batch if first else self.program.manifest.batch,
             timestep=self.discovery.timestep,
             plans=tuple(plans.values()),
             blocks=tuple(self.blocks.values()),

@@ -209,6 +209,7 @@ class Policy:
 class Manifest:
     """All a bundle says of itself. `arguments` are the names of the model's forward, in order.
 
+    `batch` is the number of samples that it was first compiled with.
     `telling_none` are those to which None says something else than leaving them out, "**" for all others.
     `attributes` are the model's own plain ones beside its configuration, which some pipelines read.
     `policy` decides where no tier is chosen; `tiers` are further ones by name, in the order in which they were added.
@@ -231,3 +232,4 @@ class Manifest:
     attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     tiers: dict[str, Tier[StoredPolicy]] = field(default_factory=dict)
     telling_none: tuple[str, ...] = ()
+    batch: int = 1

@@ -1,7 +1,8 @@
 """Which engine a program runs on where none was named: that which takes least time for its blocks here.
 
-One block is timed of each kind on which most of the work lies, at the middle width, for one row, on noise: at a budget
-most blocks run near it, and what fusing gains shows there more than at full width. What was measured is kept for this
+One block is timed of each kind on which most of the work lies, at the middle width, for as many rows as the program was
+compiled with, on noise: at a budget most blocks run near it, and what fusing gains shows there more than at full width;
+for several rows other engines may be the fastest than for one. What was measured is kept for this
 machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only the first load
 takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
 """
@@ -41,6 +42,8 @@ _WORTH = {"inductor": 0.98}
 """An engine that compiles for each set of shapes, for seconds, has to be faster than the others by that much."""
 _MOST = 0.75
 """Share of the work that the kinds of block that are timed make up at least."""
+_ROWS = 16
+"""Rows that are timed at most."""
 _BLOCKS, _ROUNDS, _CALLS, _SECONDS = 4, 4, 3, 1.0
 
 
@@ -71,7 +74,7 @@ def choose(program: Program) -> Choice:
     if any(weight.device.type != "cpu" for weight in program.weights.values()):
         return Choice("torch", "it follows weights on a GPU", {})
     plans = _heaviest(program)
-    known, kinds = _folder() / f"{_key(plans)}.json", " and ".join(plan.kind for plan in plans)
+    known, kinds = _folder() / f"{_key(plans, _rows(program))}.json", " and ".join(plan.kind for plan in plans)
     times, when = _kept(known), "earlier here"
     if not times:
         log.info("no engine was named: timing blocks (%s) on each, once on this machine, for up to a minute", kinds)
@@ -141,7 +144,7 @@ def _ready(name: str, program: Program, plans: Iterable[Plan]) -> dict[Plan, Cal
     ready = {}
     for plan in plans:
         try:
-            run = _run(name, program, plan, _noise(plan))
+            run = _run(name, program, plan, _noise(plan, _rows(program)))
             with _no_workers():
                 run()
         except (RuntimeError, ValueError, IndexError, TypeError):
@@ -202,26 +205,30 @@ def _timed(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _noise(plan: Plan) -> list[Tensor]:
-    """Inputs of one row, at the first sizes that the plan was compiled for."""
+def _rows(program: Program) -> int:
+    return min(max(program.manifest.batch, 1), _ROWS)
+
+
+def _noise(plan: Plan, rows: int) -> list[Tensor]:
+    """Inputs of `rows` rows, of one where it takes no more, at the first sizes that the plan was compiled for."""
     shapes = plan.buckets[0] if plan.buckets else [given.shape for given in plan.inputs]
-    drawn = torch.Generator().manual_seed(0)
+    drawn, each = torch.Generator().manual_seed(0), 1 if plan.single_row else rows
     made = []
     for given, shape in zip(plan.inputs, shapes, strict=True):
-        sizes, dtype = [1 if size is None else size for size in shape], getattr(torch, given.dtype)
+        sizes, dtype = [each if size is None else size for size in shape], getattr(torch, given.dtype)
         real = dtype.is_floating_point or dtype.is_complex
         drawn_or_full = torch.randn(sizes, generator=drawn) if real else torch.full(sizes, dtype is torch.bool)
         made.append(drawn_or_full.to(dtype))
     return made
 
 
-def _key(plans: Iterable[Plan]) -> str:
+def _key(plans: Iterable[Plan], rows: int) -> str:
     versions = []
     for library in ("torch", "onnxruntime", "onnxruntime-gpu"):
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{library} {metadata.version(library)}")
     measured = [(plan.id, _middle(plan), plan.buckets[:1]) for plan in plans]
-    told = (measured, cpu_model(), cores(), torch.get_num_threads(), versions)
+    told = (measured, rows, cpu_model(), cores(), torch.get_num_threads(), versions)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
