@@ -47,13 +47,14 @@ def time_parts(results: Mapping[str, Any]) -> str:
         (
             one["engine"],
             _spread(one["times_faster"], ".2f"),
+            _spread(one["times_faster_frozen"], ".2f"),
             *(f"{one['ms'][part]['median']:.1f}" for part in parts),
         )
         for one in results["engines"]
     ]
     left = results["engines"][0]["block_flops_left"]
     told = f"Medians of ms; {left:.0%} of the blocks' FLOPs are left. {_taken(results)}; at {results['commit']}."
-    return f"{table(('engine', 'dense / elastic', *parts), rows)}\n\n{told}"
+    return f"{table(('engine', 'dense / elastic', 'dense / frozen', *parts), rows)}\n\n{told}"
 
 
 def _spread(one: Mapping[str, float], form: str) -> str:

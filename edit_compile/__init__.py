@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from edit_compile.training.distil_task import Distillation as Distillation
     from edit_compile.training.losses import Budget as Budget
     from edit_compile.training.train import TrainConfig as TrainConfig
+    from edit_compile.tuning.frozen import Frozen as Frozen
+    from edit_compile.tuning.frozen import freeze as freeze
     from edit_compile.tuning.tune import tune as tune
     from edit_compile.tuning.tuned import Tuned as Tuned
     from edit_compile.widths.channel_order import order_channels as order_channels
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from runtime.bundle.tiers import Tier as Tier
     from runtime.face.load import load as load
     from runtime.face.transformer import CompiledTransformer as CompiledTransformer
+    from runtime.routing.branched import BranchedPolicy as BranchedPolicy
     from runtime.routing.policy import RoutingPolicy as RoutingPolicy
     from runtime.routing.reuse import ReusePolicy as ReusePolicy
     from runtime.routing.schedule import ScheduledPolicy as ScheduledPolicy
@@ -80,12 +83,14 @@ _HOMES = {
     "edit_compile.training.distil_task": ("Distillation",),
     "edit_compile.training.losses": ("Budget",),
     "edit_compile.training.train": ("TrainConfig",),
+    "edit_compile.tuning.frozen": ("Frozen", "freeze"),
     "edit_compile.tuning.tune": ("tune",),
     "edit_compile.tuning.tuned": ("Tuned",),
     "passes.observe.statement": ("BlockStatement", "StatementError"),
     "runtime.base.errors": ("BundleError", "EditError", "EngineError", "InputError", "PolicyError", "ShapeError"),
     "runtime.bundle.files": ("bundle_digest",),
     "runtime.face.load": ("load",),
+    "runtime.routing.branched": ("BranchedPolicy",),
     "runtime.routing.policy": ("RoutingPolicy",),
     "runtime.routing.reuse": ("ReusePolicy",),
     "runtime.routing.schedule": ("ScheduledPolicy",),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import evidence_rows, evidence_tables, evidence_told, pareto
 from benchmarks.readme import EVIDENCE, PICTURE, README, RESULTS, marks
@@ -167,28 +166,6 @@ def test_the_committed_picture_is_of_what_was_recorded() -> None:
 def test_the_most_frequent_decision() -> None:
     decisions = np.array([[[0.0, 0.5, 0.5], [1.0, 1.0, 0.25]]])
     np.testing.assert_array_equal(paper.most_frequent(decisions), [[0.5, 1.0]])
-
-
-def test_decisions_are_told_by_branch() -> None:
-    class Model:
-        asked: list = []
-
-        def decided_by(self, policy: object):
-            self.asked.append(policy)
-            return torch.no_grad()
-
-        def cache_context(self, name: str):
-            return torch.no_grad()
-
-        def __call__(self, **kwargs: object) -> object:
-            return kwargs
-
-    model = Model()
-    both = paper.ByBranch(model, {"cond": "one", "uncond": "other"})  # type: ignore[arg-type, dict-item]
-    for name in ("cond", "uncond"):
-        with both.cache_context(name):
-            assert both(x=1) == {"x": 1}
-    assert model.asked == ["one", "other"]
 
 
 @pytest.mark.parametrize("name", ["rivals", "paper", "tuned", "partial_steps"])

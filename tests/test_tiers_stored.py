@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edit_compile
-from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, Tier
+from edit_compile import BranchedPolicy, ReusePolicy, RoutingPolicy, ScheduledPolicy, Tier
 from runtime.base.errors import BundleError, EditError, PolicyError
 from runtime.face.transformer import CompiledTransformer
 from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP
@@ -41,6 +41,7 @@ def reuses(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> ReusePolicy:
 
 plain = routing | schedules()
 policies = plain | reuses(st.none() | plain) | reuses(reuses(plain).filter(lambda one: one.watches is None))
+policies |= st.builds(BranchedPolicy, st.dictionaries(st.text(), policies, max_size=3), policies)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 

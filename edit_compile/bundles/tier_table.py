@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from runtime.bundle.tiers import Tier
+from runtime.routing.branched import BranchedPolicy
 from runtime.routing.policy import SKIP, Decider, RoutingPolicy
 from runtime.routing.reuse import ReusePolicy
 from runtime.routing.schedule import ScheduledPolicy
@@ -39,6 +40,9 @@ def in_words(policy: Decider) -> str:
         return _schedule(policy)
     if isinstance(policy, ReusePolicy):
         return _reuse(policy)
+    if isinstance(policy, BranchedPolicy):
+        told = "; ".join(f"{name}: {in_words(own)}" for name, own in policy.branches.items())
+        return f"{told}; other branches: {in_words(policy.otherwise)}"
     return type(policy).__name__
 
 

@@ -14,6 +14,8 @@ from runtime.face.arguments import exactly
 
 _MODULE = frozenset(vars(nn.Module()))
 _TENSORS = ("_parameters", "_buffers")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_NONE = ((),)
 _ABSENT = object()
 OURS = "edit_compile"
 
@@ -34,7 +36,8 @@ class Snapshot:
     @staticmethod
     def of(model: nn.Module) -> Snapshot:
         """As they are now."""
-        return Snapshot(tuple(_places(model)))
+        modules = _modules(model)
+        return Snapshot((*_places(modules), _Hooks(modules)))
 
     def changed(self) -> str | None:
         """Name of the first that is not as it was; what came to it since does not count."""
@@ -73,41 +76,64 @@ class _Place:
         return isinstance(self.value, PLAIN) and _mark(now) == self.mark
 
 
-@dataclass(frozen=True)
 class _Hooks:
-    """The forward hooks of a module: `held` is where torch keeps them, `value` those that were there."""
+    """The forward hooks of `modules`, but for those of this package: an elastic model's, a recorder's."""
 
-    name: str
-    held: Mapping[int, object]
-    value: tuple[object, ...]
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._names = [f"{name}.{kind}".lstrip(".") for name in modules for kind in _HOOKS]
+        self._held = [vars(module)[kind] for module in modules.values() for kind in _HOOKS]
+        self._were = self._now()
+
+    @property
+    def name(self) -> str:
+        """Where the first are that were not there, or are there no more."""
+        all_three = zip(self._names, self._were, self._now(), strict=True)
+        return next((name for name, were, now in all_three if were != now), "")
 
     def is_as_it_was(self) -> bool:
-        return not (self.held or self.value) or _hooks(self.held) == self.value
+        return self._were == (self._now() if any(self._held) else _NONE * len(self._held))
+
+    def _now(self) -> tuple[tuple[object, ...], ...]:
+        return tuple(tuple(filter(_foreign, held.values())) for held in self._held)
 
 
-def _hooks(held: Mapping[int, object]) -> tuple[object, ...]:
-    """Those of `held` that are not of this package: an elastic model's, a recorder's."""
-    return tuple(hook for hook in held.values() if str(getattr(hook, "__module__", "")).partition(".")[0] != OURS)
+def _foreign(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] != OURS
 
 
-def _places(model: nn.Module, outer: str = "", seen: set[nn.Module] | None = None) -> Iterator[_Place | _Hooks]:
-    """`seen` are modules that were come upon; `model` is called `outer`, "" for the whole one."""
-    seen = set() if seen is None else seen
-    for prefix, module in list(model.named_modules(seen, outer)):
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`model` and all that it holds, also in attributes, lists, tuples and dicts, by name."""
+    found, waiting, seen = dict[str, nn.Module](), [("", model)], set[nn.Module]()
+    while waiting:
+        outer, one = waiting.pop()
+        new = dict(one.named_modules(seen, outer))
+        found |= new
+        for prefix, module in new.items():
+            for place in _attributes(prefix, module):
+                if isinstance(place.value, nn.Module):
+                    waiting.append((place.name, place.value))
+    return found
+
+
+def _places(modules: Mapping[str, nn.Module]) -> Iterator[_Place]:
+    for prefix, module in modules.items():
         own = vars(module)
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            yield _Hooks(f"{prefix}.{kind}".lstrip("."), own[kind], _hooks(own[kind]))
         for kind in _TENSORS:
             for key, tensor in own[kind].items():
                 if tensor is not None:
                     yield _Place(f"{prefix}.{key}".lstrip("."), own[kind], (key,), tensor)
         for key, child in own["_modules"].items():
             yield _Place(f"{prefix}.{key}".lstrip("."), own["_modules"], (key,), child)
-        for key, value in own.items():
-            if key not in _MODULE:
-                yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value, seen)
+        yield from _attributes(prefix, module)
         for key in {"forward", *_of_class(type(module))} - own.keys():  # type: ignore[arg-type]
             yield _Place(f"{prefix}.{key}".lstrip("."), own, (key,), _ABSENT)
+
+
+def _attributes(prefix: str, module: nn.Module) -> Iterator[_Place]:
+    own = vars(module)
+    for key, value in own.items():
+        if key not in _MODULE:
+            yield from _leaves(f"{prefix}.{key}".lstrip("."), own, (key,), value)
 
 
 @functools.cache
@@ -122,16 +148,12 @@ def _of_class(kind: type[nn.Module]) -> frozenset[str]:
     )
 
 
-def _leaves(
-    name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object, seen: set[nn.Module]
-) -> Iterator[_Place | _Hooks]:
+def _leaves(name: str, holder: Mapping[str, Any], keys: tuple[Any, ...], value: object) -> Iterator[_Place]:
     if isinstance(value, dict | list | tuple):
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            yield from _leaves(f"{name}.{key}", holder, (*keys, key), item, seen)
-        return
-    yield _Place(name, holder, keys, value)
-    if isinstance(value, nn.Module):
-        yield from _places(value, name, seen)
+            yield from _leaves(f"{name}.{key}", holder, (*keys, key), item)
+    else:
+        yield _Place(name, holder, keys, value)
 
 
 def _mark(value: object) -> object:

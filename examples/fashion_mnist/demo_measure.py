@@ -16,6 +16,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+import edit_compile
 from edit_compile.measuring.machine import describe_machine
 from edit_compile.measuring.plot import latency_bars, router_heat_map, save
 from edit_compile.measuring.timing import Call, Spread, interleaved
@@ -31,7 +32,7 @@ from runtime.face.transformer import CompiledTransformer
 BATCH = 50
 SHOWN = 30
 BASE = "dense, eager"
-ELASTIC = "elastic, compiled"
+ELASTIC, FROZEN = "elastic, compiled", "elastic, frozen"
 VARIANTS = {"dense, compiled": "dense.edit", ELASTIC: "elastic.edit"}
 
 
@@ -87,6 +88,16 @@ def draw(model: Callable[..., Any], images: int, on_step: Callable[[int, float],
     return torch.cat([sample(model, part, steps=FEW_STEPS, seed=i, on_step=on_step) for i, part in batches])
 
 
+def frozen(elastic: CompiledTransformer) -> CompiledTransformer:
+    """`elastic` with what its routers decide most often for other images in their place."""
+    for seed in range(4):
+        with elastic.request():
+            sample(elastic, torch.arange(len(CLASSES)), steps=FEW_STEPS, seed=9000 + seed)
+    elastic.policy = edit_compile.freeze(elastic).policy
+    elastic.trace.clear()
+    return elastic
+
+
 def judge_images(images: Tensor, judge: Judge, reference: Reference) -> tuple[float, float]:
     """(accuracy, Frechet distance) of images whose classes come in turn."""
     predicted, features = judged(judge, images)
@@ -107,6 +118,7 @@ def measure(folder: Path, engine: str | None, images: int, repeats: int, progres
     models: dict[str, nn.Module] = {BASE: load_model("dense")}
     for name, file in VARIANTS.items():
         models[name] = load(folder / file, engine=engine)
+    models[FROZEN] = frozen(load(folder / VARIANTS[ELASTIC], engine=engine))
     timing = progress.add_task("timing ten classes at a time", total=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

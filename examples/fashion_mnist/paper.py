@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,22 +45,6 @@ Policies = Callable[[int], Mapping[str, Decider]]
 """Those of both branches, for the batch of a seed."""
 
 
-@dataclass(frozen=True)
-class ByBranch:
-    """What the sampler calls: `compiled`, decided by the policy of the branch that is called."""
-
-    compiled: edit_compile.CompiledTransformer
-    policies: Mapping[str, Decider]
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        with self.compiled.decided_by(self.policies[name]), self.compiled.cache_context(name):
-            yield
-
-    def __call__(self, **kwargs: Any) -> Any:
-        return self.compiled(**kwargs)
-
-
 class Rows:
     """Draws images of the elastic model in few steps, and keeps them, with their share of FLOPs, in `folder`."""
 
@@ -72,8 +54,9 @@ class Rows:
 
     def draw(self, labels: Tensor, seed: int, policies: Mapping[str, Decider]) -> Tensor:
         """One batch; what was decided is kept by its seed."""
-        with self.elastic.request():
-            drawn = sample_patches(ByBranch(self.elastic, policies), labels, steps=FEW_STEPS, seed=seed)
+        policy = edit_compile.BranchedPolicy(policies, self.elastic.policy)
+        with self.elastic.request(), self.elastic.decided_by(policy):
+            drawn = sample_patches(self.elastic, labels, steps=FEW_STEPS, seed=seed)
         grids = {name: self.elastic.trace[-1].grid(name) for name in BRANCHES}
         self.seen[seed] = {name: np.where(grid["done"] == 2, grid["width"], SKIP) for name, grid in grids.items()}
         return drawn

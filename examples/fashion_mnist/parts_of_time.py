@@ -1,10 +1,10 @@
 """What the time of a call of the distilled model is made of: python -m examples.fashion_mnist.parts_of_time
 
 Ten images, 7 steps, on each engine, in turns in one process: the dense model compiled, the elastic one, the elastic
-one by the same decisions without routers, by those with all rows that a block is computed for at the widest of their
-widths, which is the least that rows computed together under a mask could take, and with nothing computed. Differences
-tell what routers and blocks take, beside what the blocks' FLOPs would allow. Writes
-benchmarks/results/example_time.json.
+one by what its routers decide most often ("frozen": a schedule for each branch of guidance), by the very same decisions
+without routers, by those with all rows that a block is computed for at the widest of their widths, which is the least
+that rows computed together under a mask could take, and with nothing computed. Differences tell what routers and blocks
+take, beside what the blocks' FLOPs would allow. Writes benchmarks/results/example_time.json.
 """
 
 from __future__ import annotations
@@ -28,26 +28,32 @@ from edit_compile.measuring.timing import Spread, interleaved
 from examples.fashion_mnist.data import CLASSES, NO_CLASS
 from examples.fashion_mnist.finals import commit
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
-from examples.fashion_mnist.paper import BRANCHES, ByBranch, scheduled
+from examples.fashion_mnist.paper import BRANCHES
 from examples.fashion_mnist.rivals import RESULTS
 from examples.fashion_mnist.sample import FEW_STEPS, sample_patches
+from runtime.requests.trace import COMPUTED
 from runtime.routing.policy import SKIP, Decider
 
 ENGINES = ("inductor", "torch", "onnxruntime")
 CALLS = FEW_STEPS * len(BRANCHES)
 
 
-def drawn(compiled: edit_compile.CompiledTransformer, policies: Mapping[str, Decider] | None = None) -> None:
-    """An image of each class, decided by each branch's policy where there are any."""
-    with compiled.request():
-        sample_patches(ByBranch(compiled, policies) if policies else compiled, torch.arange(10), steps=FEW_STEPS)
+def drawn(compiled: edit_compile.CompiledTransformer, policy: Decider | None = None) -> None:
+    """An image of each class."""
+    with compiled.request(), compiled.decided_by(policy or compiled.policy):
+        sample_patches(compiled, torch.arange(10), steps=FEW_STEPS)
 
 
-def decisions(elastic: edit_compile.CompiledTransformer) -> dict[str, edit_compile.ScheduledPolicy]:
-    """What the routers decide, as schedules without them."""
-    drawn(elastic)
+def decisions(elastic: edit_compile.CompiledTransformer) -> dict[str, np.ndarray]:
+    """What the routers decided last, by branch (steps, blocks, rows)."""
     grids = {name: elastic.trace[-1].grid(name) for name in BRANCHES}
-    return {name: scheduled(np.where(grid["done"] == 2, grid["width"], SKIP)) for name, grid in grids.items()}
+    return {name: np.where(grid["done"] == COMPUTED, grid["width"], SKIP) for name, grid in grids.items()}
+
+
+def without_routers(tables: Mapping[str, np.ndarray]) -> Decider:
+    """The policy that decides by `tables`."""
+    branches = {name: edit_compile.ScheduledPolicy(table, routed=False) for name, table in tables.items()}
+    return edit_compile.BranchedPolicy(branches, edit_compile.RoutingPolicy())
 
 
 def at_the_widest(table: np.ndarray) -> np.ndarray:
@@ -73,15 +79,18 @@ def parts(engine: str, repeats: int) -> dict[str, object]:
     dense, elastic = (
         edit_compile.compile(load_model(name), inputs=example, engine=engine) for name in ("dense", "elastic")
     )
-    same = decisions(elastic)
-    together = {name: scheduled(at_the_widest(one.table)) for name, one in same.items()}
-    nothing = dict.fromkeys(BRANCHES, scheduled(np.full((FEW_STEPS, len(elastic.program.manifest.blocks)), SKIP)))
+    drawn(elastic)
+    same, frozen = decisions(elastic), edit_compile.freeze(elastic, last=1)
+    policies = {
+        "frozen": frozen.policy,
+        "without routers": without_routers(same),
+        "rows together": without_routers({name: at_the_widest(table) for name, table in same.items()}),
+        "nothing computed": without_routers({name: np.zeros(table.shape[:2]) for name, table in same.items()}),
+    }
     runs: dict[str, Callable[[], None]] = {
         "dense": partial(drawn, dense),
         "elastic": partial(drawn, elastic),
-        "without routers": partial(drawn, elastic, same),
-        "rows together": partial(drawn, elastic, together),
-        "nothing computed": partial(drawn, elastic, nothing),
+        **{name: partial(drawn, elastic, policy) for name, policy in policies.items()},
     }
     seconds = interleaved({name: [run] for name, run in runs.items()}, repeats)
     took = {name: own[:, 0] / CALLS * 1e3 for name, own in seconds.items()}
@@ -97,7 +106,9 @@ def parts(engine: str, repeats: int) -> dict[str, object]:
         "engine": engine,
         "ms": told,
         "block_flops_left": left,
+        "agreement": dict(frozen.agreement),
         "times_faster": asdict(Spread.of(took["dense"] / took["elastic"])),
+        "times_faster_frozen": asdict(Spread.of(took["dense"] / took["frozen"])),
     }
 
 
@@ -111,11 +122,14 @@ def main() -> None:
     machine = describe_machine()
     written = {"machine": machine, "commit": commit(), "images": 10, "steps": FEW_STEPS, "engines": found}
     write_file_atomically(given.output, json.dumps(written, indent=1) + "\n")
-    table = Table("engine", "dense / elastic", *found[0]["ms"], caption=f"ms of a call; {summary(machine)}")  # type: ignore[misc]
+    table = Table(
+        "engine", "dense / elastic", "dense / frozen", *found[0]["ms"], caption=f"ms of a call; {summary(machine)}"
+    )  # type: ignore[misc]
     for one in found:
+        ratios = (f"{one[name]['median']:.2f}" for name in ("times_faster", "times_faster_frozen"))  # type: ignore[index]
         ms = (f"{spread['median']:.2f}" for spread in one["ms"].values())  # type: ignore[attr-defined]
-        table.add_row(str(one["engine"]), f"{one['times_faster']['median']:.2f}", *ms)  # type: ignore[index]
-    Console(width=160).print(table)
+        table.add_row(str(one["engine"]), *ratios, *ms)
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,14 @@ class StoredReuse(msgspec.Struct, frozen=True, tag_field="kind", tag="reuse"):
     otherwise: StoredRouting | StoredSchedule | StoredReuse | None
 
 
-StoredPolicy = StoredRouting | StoredSchedule | StoredReuse
+class StoredBranches(msgspec.Struct, frozen=True, tag_field="kind", tag="branches"):
+    """The fields of `runtime.routing.branched.BranchedPolicy`."""
+
+    branches: dict[str, StoredRouting | StoredSchedule | StoredReuse]
+    otherwise: StoredRouting | StoredSchedule | StoredReuse
+
+
+StoredPolicy = StoredRouting | StoredSchedule | StoredReuse | StoredBranches
 
 
 @dataclass(frozen=True)

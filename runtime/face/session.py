@@ -43,6 +43,7 @@ from runtime.requests.request import Request
 from runtime.requests.scope import current_context
 from runtime.requests.sighting import Sighting
 from runtime.requests.trace import Counters, RequestTrace, Trace, work
+from runtime.routing.branched import of_branch
 from runtime.routing.policy import Decider
 
 log = logging.getLogger(__name__)
@@ -216,10 +217,7 @@ class Session(GrowingProgram):
     ) -> object:
         glue = call.glue
         seen = [request.look(part) for request, part in zip(requests, parts, strict=True)]
-        scenes = [
-            Scene(request.enter(part), request.step, request.traced, part.times, policy)
-            for request, part, policy in zip(requests, seen, policies, strict=True)
-        ]
+        scenes = [_scene(*each) for each in zip(requests, seen, policies, strict=True)]
         self._check_weights(glue, begins=any(scene.step == 0 for scene in scenes))
         grow = None if self.tracer is None else partial(self.retrace, call.given)
         already = [len(scene.trace) for scene in scenes]
@@ -294,6 +292,11 @@ class Session(GrowingProgram):
         if reason is not None and reason != self._note:
             self._note = reason
             log.warning("decisions are taken on the host: %s", reason)
+
+
+def _scene(request: Request, seen: Sighting, policy: Decider) -> Scene:
+    branch = request.enter(seen)
+    return Scene(branch, request.step, request.traced, seen.times, of_branch(policy, branch.name))
 
 
 def _named(glue: Glue, outputs: Sequence[Tensor], given: Mapping[str, object]) -> object:

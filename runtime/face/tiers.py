@@ -12,6 +12,7 @@ from runtime.base.errors import BundleError, EditError, PolicyError
 from runtime.bundle.program import Program
 from runtime.bundle.tiers import Tier
 from runtime.requests import scope
+from runtime.routing.branched import BranchedPolicy
 from runtime.routing.policy import Decider, RoutingPolicy
 from runtime.routing.reuse import ReusePolicy
 from runtime.routing.schedule import ScheduledPolicy
@@ -141,5 +142,8 @@ def _check(policy: object, blocks: int) -> None:
         raise PolicyError(f"{policy!r} is no policy")
     if isinstance(policy, ReusePolicy) and policy.otherwise is not None:
         _check(policy.otherwise, blocks)
+    if isinstance(policy, BranchedPolicy):
+        for own in (*policy.branches.values(), policy.otherwise):
+            _check(own, blocks)
     if isinstance(policy, ScheduledPolicy) and blocks and policy.table.shape[1] != blocks:
         raise PolicyError(f"the schedule is for {policy.table.shape[1]} blocks, the model has {blocks}")

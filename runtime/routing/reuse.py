@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.base.errors import PolicyError
+from runtime.routing.branched import BranchedPolicy
 from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP, Decider, Watched, check_counts
 
 
@@ -44,6 +45,8 @@ class ReusePolicy:
             raise PolicyError("change and watches go together: how much of a change is too much, and of what")
         if self.change is not None and not 0.0 <= self.change < math.inf:
             raise PolicyError(f"change is a part of what is watched, at least 0, not {self.change!r}")
+        if isinstance(self.otherwise, BranchedPolicy):
+            raise PolicyError("otherwise is a BranchedPolicy: put that around policies of reuse, one for each branch")
         if self.otherwise is not None and self.otherwise.watches is not None:
             raise PolicyError("otherwise watches something, too: one policy of the two may")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from runtime.base.errors import BundleError, EditError, PolicyError
 from runtime.bundle.spec import Manifest
-from runtime.bundle.tiers import StoredPolicy, StoredReuse, StoredRouting, StoredSchedule, Tier
+from runtime.bundle.tiers import StoredBranches, StoredPolicy, StoredReuse, StoredRouting, StoredSchedule, Tier
+from runtime.routing.branched import BranchedPolicy
 from runtime.routing.policy import Decider, RoutingPolicy
 from runtime.routing.reuse import ReusePolicy
 from runtime.routing.schedule import ScheduledPolicy
@@ -58,11 +59,14 @@ def stored_policy(policy: Decider) -> StoredPolicy:
             policy.watches,
             policy.warmup_steps,
             int(policy.order),
-            None if policy.otherwise is None else stored_policy(policy.otherwise),
+            None if policy.otherwise is None else stored_policy(policy.otherwise),  # type: ignore[arg-type]
         )
+    if type(policy) is BranchedPolicy:
+        branches = {name: stored_policy(own) for name, own in policy.branches.items()}
+        return StoredBranches(branches, stored_policy(policy.otherwise))  # type: ignore[arg-type]
     raise EditError(
         f"{type(policy).__name__} decides in Python of its own, and a bundle holds data alone: "
-        "RoutingPolicy, ScheduledPolicy and ReusePolicy can be saved"
+        "RoutingPolicy, ScheduledPolicy, ReusePolicy and BranchedPolicy of them can be saved"
     )
 
 
@@ -75,6 +79,9 @@ def policy_of(stored: StoredPolicy) -> Decider:
             return ScheduledPolicy(stored.table, stored.routed, stored.beyond)  # type: ignore[arg-type]
         except PolicyError as error:
             raise PolicyError(f"table: {error}") from error
+    if isinstance(stored, StoredBranches):
+        branches = {name: policy_of(own) for name, own in stored.branches.items()}
+        return BranchedPolicy(branches, policy_of(stored.otherwise))
     try:
         otherwise = None if stored.otherwise is None else policy_of(stored.otherwise)
     except PolicyError as error:
