@@ -183,12 +183,13 @@ def _versions(python: Path) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "+" where files differ from it."""
+    """The commit that is checked out, "+" where files differ from it; results may, which a row before writes."""
 
     def git(*asked: str) -> str:
         return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 
 def main() -> int:
