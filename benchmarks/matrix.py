@@ -139,16 +139,13 @@ def run(name: str, wheels: Sequence[Path] = (), installed: bool = False) -> Row:
 def markdown(results: Mapping[str, Any]) -> str:
     """The table, and what it was taken on."""
     rows = results["rows"]
-    lines = [[r["name"], *(r["versions"].get(one, "") for one in SHOWN), _outcome(r)] for r in rows]
-    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
+    lines = [[r["name"], *(r["versions"].get(one, "") for one in SHOWN), _outcome(r), r["commit"]] for r in rows]
     pythons = ", ".join(dict.fromkeys(r["python"] for r in rows))
     machines = ", ".join(dict.fromkeys(f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in rows))
     files = ", ".join(dict.fromkeys(f"{len(r['tests'])} files of tests" for r in rows))
     by_hand = [f"{r['name']} from {w}, whose libraries for CUDA came by hand" for r in rows for w in r["wheels"][-1:]]
-    told = (
-        f"{machines}, Python {pythons}; commit {commits}; {files}{'; torch of ' * bool(by_hand)}{', '.join(by_hand)}."
-    )
-    return f"{table(['', *SHOWN, 'tests'], lines)}\n\n{told}"
+    told = f"{machines}, Python {pythons}; {files}{'; torch of ' * bool(by_hand)}{', '.join(by_hand)}."
+    return f"{table(['', *SHOWN, 'tests', 'commit'], lines)}\n\n{told}"
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
@@ -183,12 +180,13 @@ def _versions(python: Path) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "+" where files differ from it."""
+    """The commit that is checked out, "+" where files differ from it; results may, which a row before writes."""
 
     def git(*asked: str) -> str:
         return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,22 @@ def test_what_cannot_be_installed_is_told_and_not_counted(monkeypatch: pytest.Mo
     taken = {"machine": {"cpu": "A", "cores": "2"}, "tests": ["x"]}
     told = matrix.markdown({"rows": [matrix.asdict(row) | taken]})
     assert "not run: no such wheel" in told and "passed" not in told
+
+
+def test_what_a_row_before_wrote_does_not_count_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*asked: str) -> str:
+        given = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *asked]
+        return subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    code, record = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "matrix.json"
+    record.parent.mkdir(parents=True)
+    code.write_text("")
+    record.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    record.write_text("a row")
+    assert matrix.commit() == git("rev-parse", "--short=12", "HEAD")
+    code.write_text("changed")
+    assert matrix.commit().endswith("+")
