@@ -12,6 +12,7 @@ from ray import serve
 import edit_compile
 from examples.serve.answers import Body, draw, health
 from examples.serve.batcher import Batcher
+from examples.serve.ending import Ending
 from examples.serve.metrics import Metrics
 from examples.serve.sampling import EulerSampler
 
@@ -23,14 +24,18 @@ app = FastAPI(title="edit_compile: images of the Fashion-MNIST example")
 class Replica:
     """One process: a bundle, and a thread that draws. Ray restarts it where `check_health` raises."""
 
-    def __init__(self, bundle: str, engine: str | None, max_batch: int, max_waiting: int, threads: int) -> None:
+    def __init__(
+        self, bundle: str, engine: str | None, max_batch: int, max_waiting: int, threads: int, shared: str
+    ) -> None:
         torch.set_num_threads(threads)
         sampler = EulerSampler(edit_compile.load(bundle, engine=engine))
         self._metrics = Metrics()
-        self._batcher = Batcher(sampler, max_batch=max_batch, max_waiting=max_waiting, watch=self._metrics)
+        self._batcher = Batcher(
+            sampler, max_batch=max_batch, max_waiting=max_waiting, watch=self._metrics, ending=Ending(shared).begun
+        )
 
     async def drain(self) -> None:
-        """Take no more; returns when all jobs have ended."""
+        """Return when all jobs have ended; none is taken any more."""
         await asyncio.to_thread(self._batcher.drain)
 
     @app.post("/images")

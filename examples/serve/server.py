@@ -11,7 +11,8 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,14 +22,17 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from examples.serve.ending import Ending
 from examples.serve.replica import Replica
 
 APP = "edit_compile"
+LAST = 8
+"""Times that the server is asked for its health before it ends: each comes to some replica."""
 
 
 def start(
     bundle: Path,
-    metrics: str,
+    shared: str,
     *,
     replicas: int = 2,
     engine: str | None = "torch",
@@ -40,7 +44,7 @@ def start(
 ) -> DeploymentHandle:
     """Have `replicas` processes of `threads` threads each answer at http://host:port; what `stop` takes.
 
-    `metrics` is an empty folder, for what the replicas count together.
+    `shared` is an empty folder: what the replicas count together is there, and whether the end has come (`Ending`).
     """
     ray.init(num_cpus=max(os.cpu_count() or 1, replicas * threads), include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
@@ -52,20 +56,27 @@ def start(
         graceful_shutdown_timeout_s=120,
         ray_actor_options={
             "num_cpus": threads,
-            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": metrics, "OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": shared, "OMP_NUM_THREADS": str(threads)}},
         },
     )
-    handle = serve.run(deployed.bind(str(bundle.resolve()), engine, max_batch, max_waiting, threads), name=APP)
+    given = str(bundle.resolve()), engine, max_batch, max_waiting, threads, shared
+    handle = serve.run(deployed.bind(*given), name=APP)
     handle.broadcast("check_health").results()  # so that the handle knows all replicas when `stop` needs them at once
     return handle
 
 
-def stop(replicas: DeploymentHandle, patience: float = 120.0) -> None:
-    """Have replicas answer 503 to what is new, wait for the jobs there are, `patience` seconds, and end everything."""
+def stop(replicas: DeploymentHandle, host: str, port: int, patience: float = 120.0) -> None:
+    """Wait for the jobs there are, `patience` seconds, and end everything; `Ending` has the replicas take no more.
+
+    Replicas answer 503 until all processes end together: Ray's own way to end an application has its proxy answer 404
+    to what comes meanwhile.
+    """
     with suppress(TimeoutError, DeploymentUnavailableError):  # some take longer; there are none left
         replicas.broadcast("drain").results(timeout_s=patience, return_exceptions=True)
-    serve.delete(APP)
-    serve.shutdown()
+    for _ in range(LAST):  # comes through Ray's proxy after the last images, however busy the machine is
+        with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
+            connection.request("GET", "/health")
+            connection.getresponse().read()
     ray.shutdown()
 
 
@@ -80,17 +91,23 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     given = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as metrics:
-        handle = start(given.pop("bundle"), metrics, **given)
+    with tempfile.TemporaryDirectory() as shared:
+        handle = start(given.pop("bundle"), shared, **given)
         ended = threading.Event()
+
+        def end(*_: object) -> None:
+            Ending(shared).begin()
+            ended.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):  # only now: ray.init puts handlers of its own in place
-            signal.signal(number, lambda *_: ended.set())
-        sys.stdout.write(f"ready: http://{given['host']}:{given['port']}/images\n")
+            signal.signal(number, end)
+        host, port = given["host"], given["port"]
+        sys.stdout.write(f"ready: http://{host}:{port}/images\n")
         sys.stdout.flush()
         ended.wait()
         sys.stdout.write("finishing what there is\n")
         sys.stdout.flush()
-        stop(handle)
+        stop(handle, host, port)
 
 
 if __name__ == "__main__":
