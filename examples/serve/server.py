@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -45,8 +46,8 @@ def start(
     """Have `replicas` processes of `threads` threads each answer at http://host:port; what `stop` takes.
 
     `shared` is an empty folder: what the replicas count together is there, and whether the end has come (`Ending`).
+    Ray runs.
     """
-    ray.init(num_cpus=max(os.cpu_count() or 1, replicas * threads), include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
     places = max_batch + max_waiting
     deployed = Replica.options(
@@ -80,6 +81,12 @@ def stop(replicas: DeploymentHandle, host: str, port: int, patience: float = 120
     ray.shutdown()
 
 
+def on_signal(handler: Callable[..., None]) -> None:
+    """Have `handler` called where the server is asked to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -91,16 +98,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     given = vars(parser.parse_args())
+    cpus = max(os.cpu_count() or 1, given["replicas"] * given["threads"])
     with tempfile.TemporaryDirectory() as shared:
-        handle = start(given.pop("bundle"), shared, **given)
         ended = threading.Event()
 
         def end(*_: object) -> None:
             Ending(shared).begin()
             ended.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):  # only now: ray.init puts handlers of its own in place
-            signal.signal(number, end)
+        on_signal(end)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        on_signal(end)  # ray.init has put handlers of its own in place
+        handle = start(given.pop("bundle"), shared, **given)
         host, port = given["host"], given["port"]
         sys.stdout.write(f"ready: http://{host}:{port}/images\n")
         sys.stdout.flush()
