@@ -30,7 +30,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.markdown import table
-from edit_compile.measuring.machine import describe_machine
+from edit_compile.measuring.machine import commit, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
@@ -117,7 +117,7 @@ def install(name: str, folder: Path, wheels: Sequence[Path]) -> Path:
 def run(name: str, wheels: Sequence[Path] = (), installed: bool = False) -> Row:
     """Install the combination `name`, unless it is `installed`, and run the tests with it."""
     folder = PLACE / name
-    told = {"commit": commit(), "python": ".".join(map(str, sys.version_info[:3]))}
+    told = {"commit": commit(".", ":!benchmarks/results"), "python": ".".join(map(str, sys.version_info[:3]))}
     files = tuple(wheel.name for wheel in wheels)
     try:
         python = folder / "bin" / "python" if installed else install(name, folder, wheels)
@@ -180,15 +180,6 @@ def _versions(python: Path) -> dict[str, str]:
     listed = subprocess.run([str(python), "-m", "pip", "list", "--format=json"], capture_output=True, check=True)
     found = {one["name"].lower(): one["version"] for one in json.loads(listed.stdout)}
     return {one: found[one.lower()] for one in requirements() if one.lower() in found}
-
-
-def commit() -> str:
-    """The commit that is checked out, "+" where files differ from it."""
-
-    def git(*asked: str) -> str:
-        return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
 def main() -> int:
