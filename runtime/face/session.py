@@ -6,7 +6,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -191,13 +190,9 @@ class Session(GrowingProgram):
         run = partial(self._answered, call)
         try:
             self._looks[form] = rehearse(self.blocks, call.glue, call.sighting, requests, grow, run)
-        except InnerShapeError:  # shapes may be others once blocks are computed
-            if hosted and grow is not None:
-                with suppress(EditError):
-                    grow()
         except Exception as error:
             told = error if isinstance(error, EditError) else _explained(call, error)
-            if isinstance(told, InputError) and not isinstance(told, ShapeError):
+            if isinstance(told, InputError) and not isinstance(told, ShapeError):  # these may be others with blocks
                 raise
 
     def _named(self, error: Exception) -> EditError | None:
