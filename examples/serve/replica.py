@@ -3,8 +3,6 @@
 Annotations are not postponed here: Ray moves the methods, and FastAPI would not find what their names mean.
 """
 
-import asyncio
-
 import torch
 from fastapi import FastAPI, Response
 from ray import serve
@@ -33,10 +31,6 @@ class Replica:
         self._batcher = Batcher(
             sampler, max_batch=max_batch, max_waiting=max_waiting, watch=self._metrics, ending=Ending(shared).begun
         )
-
-    async def drain(self) -> None:
-        """Return when all jobs have ended; none is taken any more."""
-        await asyncio.to_thread(self._batcher.drain)
 
     @app.post("/images")
     async def images(self, body: Body) -> Response:

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
@@ -20,10 +21,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from examples.serve.ending import Ending
+from examples.serve.metrics import jobs_under_way
 from examples.serve.replica import Replica
 
 APP = "edit_compile"
@@ -42,8 +42,8 @@ def start(
     threads: int = 1,
     host: str = "127.0.0.1",
     port: int = 8000,
-) -> DeploymentHandle:
-    """Have `replicas` processes of `threads` threads each answer at http://host:port; what `stop` takes.
+) -> None:
+    """Have `replicas` processes of `threads` threads each answer at http://host:port.
 
     `shared` is an empty folder: what the replicas count together is there, and whether the end has come (`Ending`).
     Ray runs.
@@ -61,24 +61,31 @@ def start(
         },
     )
     given = str(bundle.resolve()), engine, max_batch, max_waiting, threads, shared
-    handle = serve.run(deployed.bind(*given), name=APP)
-    handle.broadcast("check_health").results()  # so that the handle knows all replicas when `stop` needs them at once
-    return handle
+    serve.run(deployed.bind(*given), name=APP)
 
 
-def stop(replicas: DeploymentHandle, host: str, port: int, patience: float = 120.0) -> None:
+def stop(shared: str, host: str, port: int, patience: float = 120.0) -> None:
     """Wait for the jobs there are, `patience` seconds, and end everything; `Ending` has the replicas take no more.
 
-    Replicas answer 503 until all processes end together: Ray's own way to end an application has its proxy answer 404
-    to what comes meanwhile.
+    Jobs are counted in the folder `shared`. Replicas answer 503 until all processes end together: Ray's own way to end
+    an application has its proxy answer 404 to what comes meanwhile.
     """
-    with suppress(TimeoutError, DeploymentUnavailableError):  # some take longer; there are none left
-        replicas.broadcast("drain").results(timeout_s=patience, return_exceptions=True)
-    for _ in range(LAST):  # comes through Ray's proxy after the last images, however busy the machine is
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if not jobs_under_way(shared):
+            # answered through Ray's proxy after the last images, and after a job that was being taken has been counted
+            _ask_health(host, port)
+            if not jobs_under_way(shared):
+                break
+        time.sleep(0.1)
+    ray.shutdown()
+
+
+def _ask_health(host: str, port: int) -> None:
+    for _ in range(LAST):
         with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
             connection.request("GET", "/health")
             connection.getresponse().read()
-    ray.shutdown()
 
 
 def on_signal(handler: Callable[..., None]) -> None:
@@ -109,14 +116,14 @@ def main() -> None:
         on_signal(end)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         on_signal(end)  # ray.init has put handlers of its own in place
-        handle = start(given.pop("bundle"), shared, **given)
+        start(given.pop("bundle"), shared, **given)
         host, port = given["host"], given["port"]
         sys.stdout.write(f"ready: http://{host}:{port}/images\n")
         sys.stdout.flush()
         ended.wait()
         sys.stdout.write("finishing what there is\n")
         sys.stdout.flush()
-        stop(handle, host, port)
+        stop(shared, host, port)
 
 
 if __name__ == "__main__":
