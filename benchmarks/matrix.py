@@ -30,7 +30,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.markdown import table
-from edit_compile.measuring.machine import describe_machine
+from edit_compile.measuring.machine import commit, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
@@ -49,6 +49,8 @@ TESTS = (
     "tests/test_record_pipelines.py",
     "tests/test_cli.py",
 )
+COUNTED = (".", ":!benchmarks/results")
+"""What makes a row's commit another one; a row before writes results."""
 SHOWN = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors", "msgspec", "transformers")
 
 
@@ -117,7 +119,7 @@ def install(name: str, folder: Path, wheels: Sequence[Path]) -> Path:
 def run(name: str, wheels: Sequence[Path] = (), installed: bool = False) -> Row:
     """Install the combination `name`, unless it is `installed`, and run the tests with it."""
     folder = PLACE / name
-    told = {"commit": commit(), "python": ".".join(map(str, sys.version_info[:3]))}
+    told = {"commit": commit(*COUNTED), "python": ".".join(map(str, sys.version_info[:3]))}
     files = tuple(wheel.name for wheel in wheels)
     try:
         python = folder / "bin" / "python" if installed else install(name, folder, wheels)
@@ -177,16 +179,6 @@ def _versions(python: Path) -> dict[str, str]:
     listed = subprocess.run([str(python), "-m", "pip", "list", "--format=json"], capture_output=True, check=True)
     found = {one["name"].lower(): one["version"] for one in json.loads(listed.stdout)}
     return {one: found[one.lower()] for one in requirements() if one.lower() in found}
-
-
-def commit() -> str:
-    """The commit that is checked out, "+" where files differ from it; results may, which a row before writes."""
-
-    def git(*asked: str) -> str:
-        return subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 
 def main() -> int:

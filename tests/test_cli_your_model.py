@@ -110,3 +110,15 @@ def test_bench_times_it(folder: Path) -> None:
     assert "times faster" in run(
         "bench", folder / "sketch.edit", "--model", f"{folder / 'sketch.py'}:Sketch", *arguments
     )
+
+
+def test_compile_says_what_it_replaces(folder: Path, tmp_path: Path) -> None:
+    given = ["--inputs", folder / "inputs.safetensors", "--timestep", "noise_level", "--engine", "torch", "--widths", 1]
+    compiling, output = ["compile", f"{folder / 'sketch.py'}:Sketch", *given], tmp_path / "sketch.edit"
+    with pytest.warns(UserWarning, match="no routers"):
+        assert "replaces" not in run(*compiling, "--output", output)
+        first = (output / "manifest.json").stat().st_ino
+        assert "replaces" not in run(*compiling, "--output", output, "--dry-run")
+        assert (output / "manifest.json").stat().st_ino == first
+        said = run(*compiling, "--output", output).replace("\n", "")
+    assert said.startswith(f"replaces the bundle {output}") and said.endswith(f"wrote {output}")

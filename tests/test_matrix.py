@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import matrix
+from edit_compile.measuring import machine
 
 
 def test_the_oldest_are_the_bounds_and_the_pinned_the_constraints() -> None:
@@ -53,8 +54,8 @@ def test_what_a_row_before_wrote_does_not_count_as_changed(tmp_path: Path, monke
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     record.write_text("a row")
-    assert matrix.commit() == git("rev-parse", "--short=12", "HEAD")
+    assert machine.commit(*matrix.COUNTED) == git("rev-parse", "--short=12", "HEAD")
     code.write_text("changed")
-    assert matrix.commit().endswith("+")
+    assert machine.commit(*matrix.COUNTED).endswith("+")

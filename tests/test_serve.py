@@ -7,12 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.serve.batcher import Batcher, Watch
+from examples.serve.ending import Ending
 from examples.serve.jobs import Ask, Draining, Drawn, Job, QueueFull, Refused, Stopped, TimedOut
 from tests.serve_stand_in import Counting
 
@@ -44,7 +47,7 @@ Make = Callable[..., tuple[Counting, Batcher, Seen]]
 def make() -> Iterator[Make]:
     made: list[tuple[Counting, Batcher]] = []
 
-    def make(gated: bool = False, **options: int) -> tuple[Counting, Batcher, Seen]:
+    def make(gated: bool = False, **options: Any) -> tuple[Counting, Batcher, Seen]:
         sampler, seen = Counting(gated), Seen()
         made.append((sampler, Batcher(sampler, watch=seen, **options)))
         return sampler, made[-1][1], seen
@@ -205,6 +208,17 @@ def test_draining_finishes_what_there_is_and_takes_no_more(make: Make) -> None:
     sampler.open()
     waiter.join(SOON)
     assert not waiter.is_alive() and all(job.future.done() for job in jobs)
+
+
+def test_none_is_taken_once_the_server_ends_and_what_there_is_goes_on(make: Make, tmp_path: Path) -> None:
+    sampler, batcher, _ = make(gated=True, max_batch=1, ending=Ending(tmp_path).begun)
+    jobs = [batcher.submit(Ask(n)) for n in range(3)]
+    sampler.wait_for_call()
+    Ending(tmp_path).begin()
+    with pytest.raises(Draining, match="shutting down"):
+        batcher.submit(Ask(9))
+    sampler.open()
+    assert [drawn(job).image[0] for job in jobs] == [0, 1, 2]
 
 
 class Slow(Batcher):

@@ -6,6 +6,8 @@ Skipped where Ray is not installed: `make serve` does that, then `make test-slow
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,10 @@ pytest.importorskip("ray.serve")
 pytest.importorskip("httpx")
 
 import edit_compile
-from examples.serve.client import Server, metrics, request, served, until_idle
+from examples.serve.client import STARTS, Server, metrics, request, served, until_idle
 from examples.serve.jobs import Ask
 from examples.serve.trials import a_replica_is_killed, a_storm_of_cancelling, apart, asks, the_end, together
+from tests.processes import alive, descendants
 from tests.serve_model import small_compiled
 
 pytestmark = pytest.mark.slow
@@ -97,11 +100,32 @@ def test_a_killed_replica_takes_only_its_own_requests(
     asyncio.run(killed())
 
 
-def test_the_end_comes_when_the_last_image_is_there(server: Server) -> None:
+def test_the_end_refuses_at_once_finishes_what_there_is_and_leaves_nothing(server: Server) -> None:
+    processes = descendants(server.process.pid)
+
     async def ending() -> None:
         async with server.client() as client:
-            answers, late = await the_end(server, client, [Ask(n % 10, n, steps=40) for n in range(12)])
+            answers, late = await the_end(server, client, [Ask(n % 10, n, steps=100) for n in range(12)])
             assert [answer.status for answer in answers] == [200] * 12
-            assert set(late) <= {200, 503}  # refused, once the replica has heard of the end; what it took it finished
+            assert set(late) == {503}
 
     asyncio.run(ending())
+    assert server.process.wait(STARTS) == 0
+    assert len(processes) > 2 and gone(processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends(bundle: Path, number: signal.Signals) -> None:
+    with served(bundle, replicas=1) as server:
+        processes = descendants(server.process.pid)
+        server.process.send_signal(number)
+        assert server.process.wait(STARTS) == 0
+    assert gone(processes)
+
+
+def gone(processes: set[int]) -> bool:
+    """Whether all of them end within ten seconds."""
+    until = time.monotonic() + 10
+    while any(map(alive, processes)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not any(map(alive, processes))

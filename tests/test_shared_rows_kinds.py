@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import edit_compile
 from runtime.base.errors import EditError, NotFiniteError
@@ -121,6 +122,41 @@ def test_what_the_model_itself_overflows_in_hides_nothing_of_others() -> None:
         branch.banks[1].deltas[0].fill_(torch.inf)
     with pytest.warns(RuntimeWarning, match="as the model itself"), pytest.raises(NotFiniteError, match="reused"):
         together(compiled, jobs)
+
+
+def test_what_is_kept_of_a_request_is_its_own_rows_alone() -> None:
+    compiled = compiled_without_routers()
+    names = ["a", "b", "c", "d"]
+    given = programs.inputs(8)
+    joint = StorageWeakRef(given["encoder_hidden_states"].untyped_storage())
+    for step in range(3):
+        with compiled.request(names), compiled.cache_context("cond"):
+            compiled(**{**given, "timestep": torch.full((8,), 1 - step / 4)})
+    for name in names:
+        for branch in compiled._session.requests._named[name]._branches:
+            held = [one._tensor for one in branch.conditioning._given.values()]
+            assert held and branch.conditioning.nbytes == sum(one.untyped_storage().nbytes() for one in held)
+    del given
+    assert joint.expired()
+
+
+def test_rows_of_the_very_same_batch_are_known_without_looking_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compiled_without_routers()
+    given = programs.inputs(4)
+    looked: list[object] = []
+    monkeypatch.setattr("runtime.requests.conditioning.torch.equal", lambda *two: looked.append(two))
+
+    def call(text: Tensor, step: int) -> None:
+        with compiled.request(["a", "b"]), compiled.cache_context("cond"):
+            compiled(**{**given, "encoder_hidden_states": text, "timestep": torch.full((4,), 1 - step / 4)})
+
+    text = given["encoder_hidden_states"]
+    for step in range(3):
+        call(text, step)
+    assert not looked
+    text.add_(1)
+    call(text, 3)
+    assert looked
 
 
 def several() -> Iterator[object]:

@@ -200,7 +200,7 @@ def test_the_example_of_the_documentation_trains(tmp_path: Path, monkeypatch: py
     (tmp_path / "task.py").write_text(task)
     monkeypatch.chdir(tmp_path)
     settings = ["steps=2", "batch_size=1", "precision=bfloat16", "cpu=true"]
-    result = CliRunner().invoke(app, ["train", "task.py:RouterTask", *settings, "--output", "runs"])
+    result = CliRunner().invoke(app, ["train", "task.py:RouterTask", *settings, "--output", "runs/routers"])
     assert result.exit_code == 0, result.output
-    exec(after, {"RouterTask": load_object("task.py:RouterTask"), "runs": tmp_path / "runs"})
+    exec(after, {"RouterTask": load_object("task.py:RouterTask")})
     assert edit_compile.load_elastic(tmp_path / "elastic").router_dtype == torch.float32

@@ -28,6 +28,23 @@ LIBRARIES = (
 )
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def commit(*files: str) -> str:
+    """The commit of the checkout that this is run from; "" where it is none.
+
+    "+" follows where something differs from it: of what git calls `files`, of code and weights where none are named.
+    """
+
+    def git(*asked: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *asked], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    found = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+    differs = found and git("diff", "--quiet", "HEAD", "--", *(files or ("*.py", "*.safetensors"))).returncode
+    return f"{found}+" if differs else found
+
+
 def describe_machine() -> dict[str, str]:
     """Processor, cores, memory, threads in use, and the versions of what ran.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
 from edit_compile.files import save_tensors_atomically
+from edit_compile.measuring.machine import commit
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import CLASSES, from_patches
 from examples.fashion_mnist.evaluate import test_features
@@ -162,16 +162,3 @@ class Final:
         shift = found.mean() - frechet_of_gaussians(gaussian(features), self.real)
         low, high = np.percentile(found - shift, (2.5, 97.5))
         return float(low), float(high)
-
-
-def commit() -> str:
-    """The commit that this is run from, "+" where code differs from it; "" outside of a repository."""
-    root = Path(__file__).parents[2]
-
-    def asked(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=root, check=False)
-
-    found = asked("rev-parse", "--short=12", "HEAD").stdout.strip()
-    return found + "+" * (
-        bool(found) and asked("diff", "--quiet", "HEAD", "--", "*.py", "*.safetensors").returncode != 0
-    )

@@ -23,10 +23,10 @@ from torch import Tensor
 
 import edit_compile
 from edit_compile.files import save_tensors_atomically, write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from examples.fashion_mnist.contestant import Contestant
 from examples.fashion_mnist.data import CLASSES
-from examples.fashion_mnist.finals import Final, commit
+from examples.fashion_mnist.finals import Final
 from examples.fashion_mnist.paper_statistics import correlations, differences
 from examples.fashion_mnist.rivals import RESULTS, bundles_in
 from examples.fashion_mnist.rivals_tables import table_of

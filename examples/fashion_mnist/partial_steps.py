@@ -24,8 +24,7 @@ from rich.table import Table
 import edit_compile
 from edit_compile.calls.generations import Generation
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
-from examples.fashion_mnist.finals import commit
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.tune import FIRST_SEED, recorded
 from runtime.routing.policy import EXTRAPOLATE

@@ -23,10 +23,9 @@ from rich.table import Table
 
 import edit_compile
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from edit_compile.measuring.timing import Spread, interleaved
 from examples.fashion_mnist.data import CLASSES, NO_CLASS
-from examples.fashion_mnist.finals import commit
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 from examples.fashion_mnist.paper import BRANCHES
 from examples.fashion_mnist.rivals import RESULTS

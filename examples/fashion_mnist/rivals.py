@@ -30,13 +30,13 @@ from rich.progress import track
 
 import edit_compile
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.contestants import everyone
 from examples.fashion_mnist.contestants_compiled import Bundles, compiled_ones, other_engines
 from examples.fashion_mnist.contestants_hooks import on_compiled_blocks
 from examples.fashion_mnist.data import CLASSES, NO_CLASS, from_patches
-from examples.fashion_mnist.finals import Final, commit
+from examples.fashion_mnist.finals import Final
 from examples.fashion_mnist.model import CHANNELS, TOKENS, inputs, load_model
 from examples.fashion_mnist.rivals_finals import Kept, draw_finals
 from examples.fashion_mnist.rivals_tables import held_table, table_of

@@ -13,10 +13,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine
+from edit_compile.measuring.machine import commit, describe_machine
 from examples.fashion_mnist.contestant import Contestant, Draw
 from examples.fashion_mnist.data import from_patches
-from examples.fashion_mnist.finals import commit, decibels
+from examples.fashion_mnist.finals import decibels
 from examples.fashion_mnist.model import load_model
 from examples.fashion_mnist.sample import FEW_STEPS, STEPS, sample_patches
 from passes.graphs.cost import counting

@@ -24,11 +24,11 @@ import edit_compile
 from edit_compile.elastic.storage import load_elastic
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from examples.fashion_mnist.contestants_compiled import of
 from examples.fashion_mnist.data import CLASSES, NO_CLASS
 from examples.fashion_mnist.distil import taught
-from examples.fashion_mnist.finals import Final, Result, commit
+from examples.fashion_mnist.finals import Final, Result
 from examples.fashion_mnist.model import CHANNELS, TOKENS, elastic_model, inputs, load_model
 from examples.fashion_mnist.rivals import RESULTS
 from examples.fashion_mnist.rivals_finals import Kept

@@ -19,10 +19,9 @@ from rich.table import Table
 
 import edit_compile
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine, summary
+from edit_compile.measuring.machine import commit, describe_machine, summary
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.evaluate import quality
-from examples.fashion_mnist.finals import commit
 from examples.fashion_mnist.judge import load_judge
 from examples.fashion_mnist.model import WEIGHTS, load_model
 from examples.fashion_mnist.sample import GUIDANCE, STEPS, sample_patches

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any, Protocol
 
@@ -52,17 +52,24 @@ class Batcher:
     """A thread that takes one step after another, each of up to `max_batch` jobs, whatever step each of them is at.
 
     At most `max_waiting` jobs wait for a place. Jobs of a call that raises begin anew, each in calls of its own, so
-    that the one at fault fails alone; the images of the others are what they would have been.
+    that the one at fault fails alone; the images of the others are what they would have been. Once `ending` gives True,
+    no job is taken.
     """
 
     def __init__(
-        self, sampler: Sampler, *, max_batch: int = 8, max_waiting: int = 32, watch: Watch | None = None
+        self,
+        sampler: Sampler,
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 32,
+        watch: Watch | None = None,
+        ending: Callable[[], bool] = lambda: False,
     ) -> None:
         most = sampler.most_together
         if not 1 <= max_batch <= most or max_waiting < 1:
             raise ValueError(f"max_batch={max_batch} is from 1 to {most}, max_waiting={max_waiting} at least 1")
         self._sampler, self._max_batch, self._max_waiting = sampler, max_batch, max_waiting
-        self._watch = watch or Watch()
+        self._watch, self._ending = watch or Watch(), ending
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -77,13 +84,13 @@ class Batcher:
     def submit(self, ask: Ask, timeout: float | None = None) -> Job:
         """A job that ends within `timeout` seconds, or with TimedOut.
 
-        Refused for what cannot be had, QueueFull or Draining where nothing is taken.
+        Draining or QueueFull where nothing is taken, Refused for what cannot be had.
         """
-        checked = self._sampler.check(ask)
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            if self._draining or self._crash is not None:
+            if self._draining or self._crash is not None or self._ending():
                 raise Draining()
+            checked = self._sampler.check(ask)
             self._sweep()
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFull(len(self._waiting), self._retry_after())

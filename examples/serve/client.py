@@ -58,8 +58,10 @@ class Server:
         return httpx.AsyncClient(base_url=self.url, limits=httpx.Limits(max_connections=None), timeout=2 * STARTS)
 
     def terminate(self) -> None:
-        """Have it finish what it has, and end."""
+        """Have it finish what it has, and end; returns when it says that it takes no more."""
         self.process.send_signal(signal.SIGTERM)
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
 
 
 @contextmanager
@@ -110,6 +112,13 @@ async def until_idle(client: httpx.AsyncClient, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while (await metrics(client)).get("edit_compile_jobs", 0):
             await asyncio.sleep(0.1)
+
+
+async def until_taken(client: httpx.AsyncClient, jobs: int, seconds: float = 60.0) -> None:
+    """Return when so many jobs are under way or wait; TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while (await metrics(client)).get("edit_compile_jobs", 0) < jobs:
+            await asyncio.sleep(0.05)
 
 
 def kill(process: int) -> None:

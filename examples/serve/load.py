@@ -25,8 +25,7 @@ import torch
 
 import edit_compile
 from edit_compile.files import write_file_atomically
-from edit_compile.measuring.machine import describe_machine
-from examples.fashion_mnist.finals import commit
+from edit_compile.measuring.machine import commit, describe_machine
 from examples.serve.client import Answer, metrics, request, served, until_idle
 from examples.serve.jobs import Ask
 from examples.serve.trials import a_replica_is_killed, a_storm_of_cancelling, apart, asks, the_end, together

@@ -21,7 +21,7 @@ class Metrics(Watch):
     """Metrics named edit_compile_*; one of it for each process, since names are registered once."""
 
     def __init__(self) -> None:
-        _forget_the_dead()
+        _forget_the_dead(os.environ.get(_FOLDER, os.devnull))
         self._own = CollectorRegistry()
         self._requests = Counter(
             "edit_compile_requests", "Requests by tier and outcome", ("tier", "outcome"), registry=self._own
@@ -74,12 +74,20 @@ class Metrics(Watch):
         return generate_latest(registry)
 
 
-def _forget_the_dead() -> None:
+def jobs_under_way(folder: str) -> int:
+    """Jobs taken and not ended, of all living processes whose PROMETHEUS_MULTIPROC_DIR is `folder`."""
+    _forget_the_dead(folder)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, folder)
+    return int(registry.get_sample_value("edit_compile_jobs") or 0)
+
+
+def _forget_the_dead(folder: str) -> None:
     """Take out the queue lengths of processes that were killed; what they counted stays counted."""
-    for file in Path(os.environ.get(_FOLDER, os.devnull)).glob("gauge_live*_*.db"):
+    for file in Path(folder).glob("gauge_live*_*.db"):
         process = int(file.stem.rpartition("_")[2])
         with suppress(PermissionError):  # it lives, and is not ours
             try:
                 os.kill(process, 0)
             except ProcessLookupError:
-                mark_process_dead(process)
+                mark_process_dead(process, folder)

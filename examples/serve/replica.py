@@ -3,8 +3,6 @@
 Annotations are not postponed here: Ray moves the methods, and FastAPI would not find what their names mean.
 """
 
-import asyncio
-
 import torch
 from fastapi import FastAPI, Response
 from ray import serve
@@ -12,6 +10,7 @@ from ray import serve
 import edit_compile
 from examples.serve.answers import Body, draw, health
 from examples.serve.batcher import Batcher
+from examples.serve.ending import Ending
 from examples.serve.metrics import Metrics
 from examples.serve.sampling import EulerSampler
 
@@ -23,15 +22,15 @@ app = FastAPI(title="edit_compile: images of the Fashion-MNIST example")
 class Replica:
     """One process: a bundle, and a thread that draws. Ray restarts it where `check_health` raises."""
 
-    def __init__(self, bundle: str, engine: str | None, max_batch: int, max_waiting: int, threads: int) -> None:
+    def __init__(
+        self, bundle: str, engine: str | None, max_batch: int, max_waiting: int, threads: int, shared: str
+    ) -> None:
         torch.set_num_threads(threads)
         sampler = EulerSampler(edit_compile.load(bundle, engine=engine))
         self._metrics = Metrics()
-        self._batcher = Batcher(sampler, max_batch=max_batch, max_waiting=max_waiting, watch=self._metrics)
-
-    async def drain(self) -> None:
-        """Take no more; returns when all jobs have ended."""
-        await asyncio.to_thread(self._batcher.drain)
+        self._batcher = Batcher(
+            sampler, max_batch=max_batch, max_waiting=max_waiting, watch=self._metrics, ending=Ending(shared).begun
+        )
 
     @app.post("/images")
     async def images(self, body: Body) -> Response:

@@ -11,24 +11,29 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
+from examples.serve.ending import Ending
+from examples.serve.metrics import jobs_under_way
 from examples.serve.replica import Replica
 
 APP = "edit_compile"
+LAST = 8
+"""Times that the server is asked for its health before it ends: each comes to some replica."""
 
 
 def start(
     bundle: Path,
-    metrics: str,
+    shared: str,
     *,
     replicas: int = 2,
     engine: str | None = "torch",
@@ -37,12 +42,12 @@ def start(
     threads: int = 1,
     host: str = "127.0.0.1",
     port: int = 8000,
-) -> DeploymentHandle:
-    """Have `replicas` processes of `threads` threads each answer at http://host:port; what `stop` takes.
+) -> None:
+    """Have `replicas` processes of `threads` threads each answer at http://host:port.
 
-    `metrics` is an empty folder, for what the replicas count together.
+    `shared` is an empty folder: what the replicas count together is there, and whether the end has come (`Ending`).
+    Ray runs.
     """
-    ray.init(num_cpus=max(os.cpu_count() or 1, replicas * threads), include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
     places = max_batch + max_waiting
     deployed = Replica.options(
@@ -52,21 +57,41 @@ def start(
         graceful_shutdown_timeout_s=120,
         ray_actor_options={
             "num_cpus": threads,
-            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": metrics, "OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": shared, "OMP_NUM_THREADS": str(threads)}},
         },
     )
-    handle = serve.run(deployed.bind(str(bundle.resolve()), engine, max_batch, max_waiting, threads), name=APP)
-    handle.broadcast("check_health").results()  # so that the handle knows all replicas when `stop` needs them at once
-    return handle
+    given = str(bundle.resolve()), engine, max_batch, max_waiting, threads, shared
+    serve.run(deployed.bind(*given), name=APP)
 
 
-def stop(replicas: DeploymentHandle, patience: float = 120.0) -> None:
-    """Have replicas answer 503 to what is new, wait for the jobs there are, `patience` seconds, and end everything."""
-    with suppress(TimeoutError, DeploymentUnavailableError):  # some take longer; there are none left
-        replicas.broadcast("drain").results(timeout_s=patience, return_exceptions=True)
-    serve.delete(APP)
-    serve.shutdown()
+def stop(shared: str, host: str, port: int, patience: float = 120.0) -> None:
+    """Wait for the jobs there are, `patience` seconds, and end everything; `Ending` has the replicas take no more.
+
+    Jobs are counted in the folder `shared`. Replicas answer 503 until all processes end together: Ray's own way to end
+    an application has its proxy answer 404 to what comes meanwhile.
+    """
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if not jobs_under_way(shared):
+            # answered through Ray's proxy after the last images, and after a job that was being taken has been counted
+            _ask_health(host, port)
+            if not jobs_under_way(shared):
+                break
+        time.sleep(0.1)
     ray.shutdown()
+
+
+def _ask_health(host: str, port: int) -> None:
+    for _ in range(LAST):
+        with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+
+
+def on_signal(handler: Callable[..., None]) -> None:
+    """Have `handler` called where the server is asked to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def main() -> None:
@@ -80,17 +105,25 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     given = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as metrics:
-        handle = start(given.pop("bundle"), metrics, **given)
+    cpus = max(os.cpu_count() or 1, given["replicas"] * given["threads"])
+    with tempfile.TemporaryDirectory() as shared:
         ended = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # only now: ray.init puts handlers of its own in place
-            signal.signal(number, lambda *_: ended.set())
-        sys.stdout.write(f"ready: http://{given['host']}:{given['port']}/images\n")
+
+        def end(*_: object) -> None:
+            Ending(shared).begin()
+            ended.set()
+
+        on_signal(end)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        on_signal(end)  # ray.init has put handlers of its own in place
+        start(given.pop("bundle"), shared, **given)
+        host, port = given["host"], given["port"]
+        sys.stdout.write(f"ready: http://{host}:{port}/images\n")
         sys.stdout.flush()
         ended.wait()
         sys.stdout.write("finishing what there is\n")
         sys.stdout.flush()
-        stop(handle)
+        stop(shared, host, port)
 
 
 if __name__ == "__main__":

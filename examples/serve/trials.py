@@ -12,7 +12,7 @@ import torch
 
 from edit_compile import CompiledTransformer
 from examples.fashion_mnist.sample import sample
-from examples.serve.client import Answer, Server, kill, metrics, request, until_idle
+from examples.serve.client import Answer, Server, kill, metrics, request, until_idle, until_taken
 from examples.serve.jobs import Ask
 from examples.serve.sampling import STEPS
 
@@ -80,15 +80,14 @@ async def a_storm_of_cancelling(
 
 
 async def the_end(server: Server, client: httpx.AsyncClient, asked: Sequence[Ask]) -> tuple[list[Answer], Counter[int]]:
-    """Terminate while `asked` are under way; their answers, and the statuses of what is asked then."""
+    """Terminate while `asked` are under way; their answers, and the statuses of what is asked from then on."""
     under_way = [asyncio.create_task(request(client, ask)) for ask in asked]
-    await asyncio.sleep(1.0)
-    server.terminate()
-    await asyncio.sleep(1.0)
+    await until_taken(client, len(asked))
+    await asyncio.to_thread(server.terminate)
     late: Counter[int] = Counter()
     while not all(task.done() for task in under_way):
         late[(await request(client, Ask(0, steps=1))).status] += 1
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
     return await asyncio.gather(*under_way), late
 
 

@@ -5,6 +5,7 @@ distance  =  max |value - reference| / max |reference|
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -24,7 +25,12 @@ TOLERANCE: Mapping[str, Mapping[torch.dtype, float]] = {
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
-    """Largest difference, relative to the reference's largest magnitude; NaN where one of them holds NaN."""
+    """Largest difference, relative to the reference's largest magnitude; NaN where one of them holds NaN.
+
+    Of whole numbers and bools 0 where they are equal, else infinite.
+    """
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(value, reference) else math.inf
     scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
     return float((value - reference).abs().max() / scale)
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -29,6 +30,7 @@ from runtime.bundle.program import Program
 from runtime.bundle.spec import Glue
 from runtime.calls.dispatch import Dispatch
 from runtime.calls.finite import Again, all_finite
+from runtime.calls.rehearsal import rehearse
 from runtime.calls.rows import Scene
 from runtime.device.policy import why_not
 from runtime.device.runner import DeviceRunner, make_runner, why_not_here
@@ -80,6 +82,7 @@ class Session(GrowingProgram):
         self._no_runner: str | None = None
         self._note: str | None = None
         self._said_changed = False
+        self._looks: dict[tuple[object, ...], bool] = {}  # whether calls look at values, by glue, requests and rows
         self._told: WeakSet[RequestTrace] = WeakSet()  # generations of which it was said that they are not finite
 
     def __call__(self, given: Mapping[str, object], policies: Sequence[Decider]) -> object:
@@ -150,6 +153,8 @@ class Session(GrowingProgram):
             arguments.check_finite(glue, call.tensors)
             finite = True
         try:
+            if reason is not None:
+                self._rehearse(call, len(policies))
             with self.requests.held(self.device) as requests:
                 if reason is None and not requests[0].stays:
                     try:
@@ -171,6 +176,27 @@ class Session(GrowingProgram):
             if explained is None:
                 raise
             raise explained from error
+
+    def _rehearse(self, call: Call, requests: int) -> None:
+        """Have a call that is refused for its arguments in its course be refused now.
+
+        How rows fall to requests is tried once for each number of them, values that a call looks at every time. The
+        model's own Python runs a second time only for several requests.
+        """
+        hosted, rows = call.glue.file is None, arguments.rows(call.glue, call.tensors)
+        form = (call.glue.id, requests, *rows.values())
+        if not self._looks.get(form, True) or (hosted and requests == 1):
+            return
+        if hosted:  # it may write into its arguments
+            call = replace(call, given=arguments.mapped(call.given, lambda _, tensor: tensor.clone()))
+        grow = None if self.tracer is None else partial(self.retrace, call.given)
+        run = partial(self._answered, call)
+        try:
+            self._looks[form] = rehearse(self.blocks, call.glue, call.sighting, requests, grow, run)
+        except Exception as error:
+            told = error if isinstance(error, EditError) else _explained(call, error)
+            if isinstance(told, InputError) and not isinstance(told, ShapeError):  # these may be others with blocks
+                raise
 
     def _named(self, error: Exception) -> EditError | None:
         """`error` of a graph that was read from a bundle, with the file's name; None for any other."""

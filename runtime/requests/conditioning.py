@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Conditioning:
@@ -80,29 +81,42 @@ class Conditioning:
 
 
 class _Remembered:
-    """A tensor as it was when it was given."""
+    """A tensor as it was when it was given. Of a view into more (rows of a batch) its own numbers alone are held.
+
+    Such a view is the very same as long as what it looks into is held by others.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         # An inference tensor does not tell when it is written into: it is copied, and never known as an object.
-        self._tensor = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-        self._version = None if tensor.is_inference() else tensor._version
+        storage, inference = tensor.untyped_storage(), tensor.is_inference()
+        self._copied = inference or storage.nbytes() > tensor.nbytes
+        self._tensor = tensor.detach().clone() if self._copied else tensor.detach()
+        self._version = None if inference else tensor._version
+        self._place = _place(tensor)
+        self._into = StorageWeakRef(storage)
         self.nbytes = tensor.nbytes
 
     def is_object(self, tensor: Tensor) -> bool:
-        own = self._tensor
         return (
             self._version is not None
             and not tensor.is_inference()
-            and tensor.data_ptr() == own.data_ptr()
-            and tensor._version == self._version == own._version
-            and tensor.shape == own.shape
-            and tensor.stride() == own.stride()
-            and tensor.dtype == own.dtype
+            and tensor._version == self._version
+            and self._unwritten
+            and _place(tensor) == self._place
+            and not self._into.expired()
         )
 
     def equals(self, tensor: Tensor) -> bool:
         if self.is_object(tensor):
             return True
         own = self._tensor.to(tensor.device)
-        unwritten = self._version is None or self._tensor._version == self._version
-        return unwritten and tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own)
+        return self._unwritten and tensor.shape == own.shape and tensor.dtype == own.dtype and torch.equal(tensor, own)
+
+    @property
+    def _unwritten(self) -> bool:
+        return self._copied or self._tensor._version == self._version
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where its numbers lie, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
