@@ -200,3 +200,29 @@ def test_alone_and_together_are_the_same_for_a_model_of_frames() -> None:
     twins = CompiledTransformer(program_of_frames(), "torch")
     twins.policy = compiled.policy
     torch.testing.assert_close(job.latents, alone(twins, job).latents)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*has no routers")
+def test_a_model_that_doubles_its_batch_keeps_what_rows_of_a_request_are() -> None:
+    model = Guided().eval()
+    compiled = edit_compile.compile(model, inputs=unprepared.inputs(2), engine="torch")
+    blocks = len(compiled.program.manifest.blocks)
+    compiled.add_tier(
+        "reuse", ScheduledPolicy(np.array([[1.0] * blocks, [REUSE] * blocks, [1.0, 0.0, REUSE][:blocks]]))
+    )
+    compiled.add_tier("full", ScheduledPolicy(np.ones((3, blocks))))
+    calls = {
+        name: [unprepared.inputs(2, seed=seed) | {"t": torch.full((2,), 0.9 - 0.2 * step)} for step in range(3)]
+        for name, seed in (("reuse", 3), ("full", 4))
+    }
+    alone = {}
+    for name, own in calls.items():
+        with compiled.request(f"{name} alone", tier=name):
+            alone[name] = [compiled(**call) for call in own]
+    for step, (one, other) in enumerate(zip(*calls.values(), strict=True)):
+        with compiled.request(list(calls), tier=list(calls)):
+            found = compiled(**{name: torch.cat([one[name], other[name]]) for name in one})
+        for name, part in zip(calls, found.chunk(2), strict=True):
+            torch.testing.assert_close(part, alone[name][step])
+    assert not torch.equal(alone["reuse"][1], model(**calls["reuse"][1]))
