@@ -134,9 +134,6 @@ def _export(compilation: Compilation, settled: Callable[[], Mapping[str, Settled
         graph, report = export_block(group.first, group.states, compilation.discovery.runs, free, known)
     except ExportError as error:
         raise group.refused(str(error)) from error
-    refused = refused_in(graph.module.graph)
-    if refused is not None:
-        raise group.refused(f"{refused}, which no bundle may hold")
     strangers = tuple(site for site in group.blocks[1:] if not _computes(graph, site))
     own = tuple(site for site in group.blocks if not any(site is one for one in strangers))
     made = replace(group, blocks=own, exported=graph)
@@ -164,10 +161,13 @@ def _computes(graph: BlockGraph, site: BlockSite) -> bool:
 
 
 def _make_real(compilation: Compilation, group: Group) -> Changed:
-    """Rewrite complex arithmetic as arithmetic of real pairs."""
+    """Rewrite complex arithmetic as arithmetic of real pairs; what no bundle may hold after that is refused."""
     module, report = complex_to_real(group.graph.module)
     if report.refused:
         raise Refused(*report.refused)
+    refused = refused_in(module.graph)
+    if refused is not None:
+        raise group.refused(f"{refused}, which no bundle may hold")
     return group.with_graph(module), report
 
 

@@ -189,6 +189,56 @@ def test_a_block_whose_graph_would_be_refused_is_left_alone_with_the_reason() ->
     assert "as_strided.default may read memory that is not its input's, which no bundle may hold" in str(found)
 
 
+class Squares(torch.nn.Module):
+    """`inner`, and the squares of what it adds, as complex numbers: exports hold torch's private _conj."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        added = self.inner(x, *rest) - x
+        z = torch.view_as_complex(added.unflatten(-1, (-1, 2)).contiguous())
+        return x + added + torch.view_as_real(z * z.conj()).flatten(-2)
+
+
+@pytest.mark.parametrize("place", ["layers.1", "head"])
+def test_conjugates_are_refused_neither_in_a_block_nor_in_the_glue(place: str, tmp_path: Path) -> None:
+    model, inputs = tiny_plain()
+    if place == "head":
+        model.head = torch.nn.Sequential(Squares(torch.nn.Linear(32, 32)), model.head)
+    else:
+        model.layers[1] = Squares(model.layers[1])
+    full = ScheduledPolicy(np.ones((1, 3)), routed=False)
+    edit_compile.compile(model.eval(), inputs=inputs, engine="torch", policy=full, output=tmp_path / "model.edit")
+    loaded = edit_compile.load(tmp_path / "model.edit", engine="torch")
+    assert len(loaded.program.manifest.blocks) == 3
+    torch.testing.assert_close(loaded(**inputs), model(**inputs), rtol=1e-4, atol=1e-4)
+
+
+class Rotated(torch.nn.Module):
+    """`inner`, turned by a table of complex numbers in double precision, which no file of weights can hold."""
+
+    def __init__(self, inner: torch.nn.Module, channels: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("table", torch.polar(*torch.rand(2, channels // 2, dtype=torch.float64)), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.inner(x)
+        z = torch.view_as_complex(made.double().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(z * self.table).flatten(-2).to(made.dtype)
+
+
+def test_complex_weights_of_the_glue_are_written_in_any_precision(tmp_path: Path) -> None:
+    model, inputs = tiny_plain()
+    model.embed = Rotated(model.embed, 32)
+    full = ScheduledPolicy(np.ones((1, 3)), routed=False)
+    edit_compile.compile(model.eval(), inputs=inputs, engine="torch", policy=full, output=tmp_path / "model.edit")
+    loaded = edit_compile.load(tmp_path / "model.edit", engine="torch")
+    torch.testing.assert_close(loaded(**inputs), model(**inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_memory_that_was_not_written_reads_as_zeros() -> None:
     class Fresh(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

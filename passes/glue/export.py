@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from passes.blocks.complex_to_real import as_real
 from passes.blocks.quiet_export import exported, stopping_quietly, why
 from passes.blocks.reading import Reading
 from passes.graphs.glue_graph import GlueGraph, tensor_arguments
@@ -202,12 +203,25 @@ def _functional(program: torch.export.ExportedProgram, glue: str) -> tuple[fx.Gr
         else:
             held = program.state_dict if target in program.state_dict else program.constants
             weights[target.removeprefix("model.")] = held[target].detach()
+    for node, name in zip(module.graph.find_nodes(op="placeholder"), list(weights), strict=False):
+        if weights[name].is_complex() and weights[name].dtype is not torch.complex64:
+            weights[name] = as_real(weights[name])
+            _take_pairs(module.graph, node)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     return module, weights
+
+
+def _take_pairs(graph: fx.Graph, weight: fx.Node) -> None:
+    """Take a complex weight as pairs of real numbers: of complex dtypes, files of weights hold complex64 alone."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        twin = graph.call_function(torch.ops.aten.view_as_complex.default, (weight,))
+    twin.meta["val"], weight.meta["val"] = weight.meta["val"], torch.view_as_real(weight.meta["val"])
+    weight.replace_all_uses_with(twin, delete_user_cb=lambda user: user is not twin)
 
 
 def _kept_free(module: fx.GraphModule, names: Sequence[str], free: Sequence[dict | None], skip: int) -> dict[str, int]:

@@ -33,7 +33,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 _CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
 """Give nothing, and do nothing but raise."""
 
-_PRIVATE = ("_unsafe_view",)
+_PRIVATE = ("_unsafe_view", "_conj")
 """Of torch's private operators (a leading underscore), those that exports hold beside the core ones."""
 
 _UNSAFE = re.compile(
