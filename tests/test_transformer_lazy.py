@@ -44,7 +44,7 @@ class Tracer:
         (glue,) = self.whole.manifest.glues
         glues = (
             *program.manifest.glues,
-            replace(glue, id=f"{len(self.calls)}", constants={"scale": given.get("scale")}),
+            replace(glue, id=f"{len(self.calls)}", constants={"scale": given["scale"]} if "scale" in given else {}),
         )
         return with_glues(self.whole, *glues)
 
