@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.readme import (
+    EXAMPLE,
     NO_GPU,
     NOT_MEASURED,
     PAGES,
@@ -17,6 +19,7 @@ from benchmarks.readme import (
     with_figures,
     written,
 )
+from examples.fashion_mnist.model import WEIGHTS
 
 BEGIN, END = marks("figures")
 SPREAD = {"median": 2.0, "low": 1.9, "high": 2.1, "count": 5}
@@ -75,3 +78,20 @@ def test_a_gpu_has_a_table_only_where_one_has_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES)
 def test_the_readme_is_what_the_results_say(path: Path) -> None:
     assert written(path, RESULTS) == path.read_text()
+
+
+def test_the_examples_tables_of_quality_and_decisions_say_what_was_measured() -> None:
+    text, measured = EXAMPLE.read_text(), json.loads((WEIGHTS / "quality.json").read_text())
+    rows = re.findall(r"^\| (elastic), distilled \| (\d+) \| .*? \| (.*?)% \| (.*?) \|$", text, re.MULTILINE)
+    rows += re.findall(r"^\| (dense) \| (\d+) \| .*? \| (.*?)% \| (.*?) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for name, steps, accuracy, distance in rows:
+        own = measured[f"{name}, {steps} steps"]
+        assert (accuracy, distance) == (f"{own['accuracy']:.1%}"[:-1], f"{own['distance']:.1f}")
+    (real,) = re.findall(r"^\| real training images \|.* (\S+) \|$", text, re.MULTILINE)
+    assert real == f"{measured['real_images']['distance']:.1f}"
+    decisions = re.findall(r"^\| (?:double|single) \d \| (.*) \|$", text, re.MULTILINE)
+    names = ("gate_rate", "mean_width", "deviation_over_steps", "deviation_over_rows")
+    for told, block in zip(decisions, measured["elastic, 7 steps"]["decisions"]["blocks"], strict=True):
+        values = [f"{block[name]:.2f}" for name in names]
+        assert told.split(" | ") == [values[0], values[1] if block["mean_width"] else "-", *values[2:]]
