@@ -74,15 +74,17 @@ def stop(shared: str, host: str, port: int, replicas: int, patience: float = 120
     while time.monotonic() < until:
         if not jobs_under_way(shared):
             # answered through Ray's proxy after the last images, and after a job that was being taken has been counted
-            _ask_health(host, port, LAST * replicas)
+            _ask_health(host, port, LAST * replicas, until)
             if not jobs_under_way(shared):
                 break
         time.sleep(0.1)
     ray.shutdown()
 
 
-def _ask_health(host: str, port: int, times: int) -> None:
+def _ask_health(host: str, port: int, times: int, until: float) -> None:
     for _ in range(times):
+        if time.monotonic() > until:
+            return
         with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
             connection.request("GET", "/health")
             connection.getresponse().read()
