@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,6 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from edit_compile.files import save_tensors_atomically
 from runtime.bundle.folder import separate
@@ -86,15 +85,23 @@ def load_inputs(path: Path) -> dict[str, Any]:
 def save_inputs(inputs: Mapping[str, Any], path: Path) -> None:
     """Write keyword arguments as one safetensors file: tensors as such, everything else as JSON in its metadata.
 
-    A dict or list that holds tensors is written leaf by leaf, under dotted names.
+    What holds tensors or tuples, which JSON lacks, is written leaf by leaf, under dotted names.
     """
     leaves: dict[str, Any] = {}
     for name, value in inputs.items():
-        nested = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        nested = any(isinstance(part, Tensor | tuple) for part in _parts(value))
         leaves |= {name: value} if not nested else {k: v for part in flatten({name: value}) for k, v in part.items()}
     tensors = separate({name: value for name, value in leaves.items() if isinstance(value, Tensor)})
     constants = {name: json.dumps(value) for name, value in leaves.items() if not isinstance(value, Tensor)}
     save_tensors_atomically(path, tensors, constants)
+
+
+def _parts(value: object) -> Iterator[object]:
+    """`value` and all that it holds."""
+    yield value
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for each in held:
+        yield from _parts(each)
 
 
 def parse_overrides(kind: type[T], overrides: Sequence[str], **given: Any) -> T:

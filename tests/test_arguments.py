@@ -60,7 +60,14 @@ def test_eleven_entries_keep_their_order() -> None:
 
 
 def test_nested_inputs_go_through_a_file(tmp_path: Path) -> None:
-    given = {**NESTED, "shapes": [[1, 2]]}
+    given = {
+        **NESTED,
+        "shapes": [[1, 2]],
+        "sizes": [(1, 16, 16), ()],
+        "none": None,
+        "empty": [{}, []],
+        "pair": (1, None),
+    }
     save_inputs(given, tmp_path / "inputs.safetensors")
     read = load_inputs(tmp_path / "inputs.safetensors")
     assert _same({name: read[name] for name in given}, given)
@@ -68,6 +75,6 @@ def test_nested_inputs_go_through_a_file(tmp_path: Path) -> None:
 
 def _same(one: Any, other: Any) -> bool:
     return pytree.tree_structure(one) == pytree.tree_structure(other) and all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        a is b is None or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
         for a, b in zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
     )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -291,3 +291,42 @@ def test_recordings_hold_values_of_enumerations_and_numpy() -> None:
 def test_recordings_refuse_what_they_could_not_give_back(value: object) -> None:
     with pytest.raises(InputError, match=r"argument 'value' is a .*: a recording holds plain data"):
         flat_arguments({"value": value})
+
+
+class Pair(NamedTuple):
+    one: float
+    two: float
+
+
+class Items(list[float]):
+    pass
+
+
+class Looking(Net):
+    """Looks at a number, so that its own Python runs around its blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, pair: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t) * pair[1] * (2 if float(x.sum()) > 1e6 else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", [Pair(2.0, 3.0), Items([2.0, 3.0])])
+def test_requests_share_a_call_that_is_given_a_named_tuple_or_a_list_of_a_class(pair: Any) -> None:
+    model = Looking().eval()
+    compiled = edit_compile.compile(model, inputs=inputs() | {"pair": pair}, engine="torch")
+    assert compiled.program.manifest.glues[0].file is None
+    with compiled.request(["a", "b"]):
+        close(compiled(**inputs(), pair=pair), model(**inputs(), pair=pair))
+
+
+@torch.no_grad()
+def test_a_list_of_a_class_is_the_form_of_a_list_as_it_is_recorded(tmp_path: Path) -> None:
+    model = Telling(lambda value: 2.0 if isinstance(value, list) else 3.0).eval()
+    with edit_compile.record(model, tmp_path / "calls") as recorder, recorder.generation():
+        model(**inputs(), value=Items([1.0, 2.0]))
+    calls = edit_compile.Recording(tmp_path / "calls")
+    edit_compile.compile(model, inputs=calls, engine="torch", output=tmp_path / "x")
+    loaded = edit_compile.load(tmp_path / "x", engine="torch")
+    close(loaded(**inputs(), value=Items([1.0, 2.0])), model(**inputs(), value=Items([1.0, 2.0])))
+    with pytest.raises(ShapeError, match="compiled with a list, called with a tuple"):
+        loaded(**inputs(), value=(1.0, 2.0))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from edit_compile import ReusePolicy, RoutingPolicy, ScheduledPolicy, load
+from edit_compile import BranchedPolicy, ReusePolicy, RoutingPolicy, ScheduledPolicy, load
 from edit_compile.bundles.tier_table import tier_table
 from edit_compile.loading import UserError
 from edit_compile.measuring import plot as plotting
@@ -105,6 +105,20 @@ def test_verify_runs_the_tiers_beside_the_model(tmp_path: Path) -> None:
     assert "FAILED" in line
 
 
+def test_verify_runs_each_branch_of_a_tier_that_decides_by_branch(tmp_path: Path) -> None:
+    model = CompiledTransformer(programs.make(KINDS, routers=False), "torch")
+    odd = ScheduledPolicy([[1.0] * 3, [REUSE] * 3], routed=False)
+    model.add_tier("by branch", BranchedPolicy({"cond": odd}, ScheduledPolicy([[1.0] * 3] * 3, routed=False)))
+    model.save(tmp_path / "model.edit")
+    (tmp_path / "dense.py").write_text(DENSE)
+    arguments = ["verify", tmp_path / "model.edit", "--engine", "torch", "--model"]
+    text = run(*arguments, f"{tmp_path / 'dense.py'}:Dense").replace("\n", " ")
+    assert "by branch in branch cond, its 1 full of 2 steps" in text
+    assert "by branch in branch others, its 3 full of 3 steps" in text
+    failed = run(*arguments, f"{tmp_path / 'dense.py'}:other", code=1)
+    assert failed.count("FAILED") >= 2 and all("FAILED" in line for line in failed.splitlines() if "in branch" in line)
+
+
 def test_plot_draws_what_a_tier_decides(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(plotting, "router_heat_map", lambda record: drawn.append(record) or latency_bars({}))
@@ -113,6 +127,21 @@ def test_plot_draws_what_a_tier_decides(bundle: Path, tmp_path: Path, monkeypatc
     assert "there are 'routed', 'planned'" in run("plot", bundle, "--engine", "torch", "--tier", "draft", code=2)
     (tmp_path / "trace.json").write_text("[]")
     assert "--tier is for bundles" in run("plot", tmp_path / "trace.json", "--tier", "quarter", code=2)
+
+
+def test_a_tier_that_decides_by_branch_decides_as_in_its_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CompiledTransformer(programs.make(KINDS), "torch")
+    model.add_tier("by branch", BranchedPolicy({"cond": TIERS["planned"]}, RoutingPolicy()))
+    model.save(tmp_path / "model.edit")
+    (tmp_path / "dense.py").write_text(DENSE)
+    drawn = []
+    monkeypatch.setattr(plotting, "router_heat_map", lambda record: drawn.append(record) or latency_bars({}))
+    given = ["--engine", "torch", "--steps", 2, "--tier", "by branch"]
+    said = run("plot", tmp_path / "model.edit", *given, "--output", tmp_path / "a.png")
+    assert drawn[0].grid()["width"][0, :, 0].tolist() == [0.25, 1.0, 0.0]
+    dense = ["--model", f"{tmp_path / 'dense.py'}:Dense", "--repeats", 1]
+    for text in (said, run("bench", tmp_path / "model.edit", *given, *dense)):
+        assert "all calls are taken for those of its first, 'cond'" in " ".join(text.split())
 
 
 def test_a_table_that_is_not_for_a_terminal_is_not_cut(bundle: Path) -> None:

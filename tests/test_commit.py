@@ -14,7 +14,7 @@ from edit_compile.measuring.machine import commit
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of code, a text and results, from which `machine` seems to be run."""
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "edit_compile" / "measuring" / "machine.py"))
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "results").mkdir()
     for name in ("code.py", "notes.md", "results/one.json"):

@@ -169,6 +169,26 @@ def test_there_has_to_be_a_generation() -> None:
         edit_compile.freeze(model())
 
 
+def test_what_was_extrapolated_is_not_taken_for_reused() -> None:
+    compiled = model()
+    compiled.policy = ReusePolicy(2, order=1)
+    generation(compiled, 0, steps=6)
+    with pytest.raises(PolicyError, match="residuals were extrapolated"):
+        edit_compile.freeze(compiled)
+    compiled.policy = ReusePolicy(2)
+    dense = generation(compiled, 1, steps=6)
+    frozen = edit_compile.freeze(compiled, last=1)
+    compiled.policy = frozen.policy
+    for mine, theirs in zip(generation(compiled, 1, steps=6), dense, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("last", [0, -1, 1.5])
+def test_the_last_none_are_no_generations(routed: CompiledTransformer, last: Any) -> None:
+    with pytest.raises(PolicyError, match="last is a whole number of at least 1"):
+        edit_compile.freeze(routed, last=last)
+
+
 INSIDE: list[tuple[Callable[[BranchedPolicy], object], str]] = [
     (lambda own: BranchedPolicy({"cond": own}, ROUTED), "branched itself"),
     (lambda own: BranchedPolicy({}, own), "branched itself"),
@@ -181,6 +201,11 @@ INSIDE: list[tuple[Callable[[BranchedPolicy], object], str]] = [
 def test_a_policy_by_branch_is_the_outermost(put: Callable[[BranchedPolicy], object], told: str) -> None:
     with pytest.raises(PolicyError, match=told):
         put(BranchedPolicy({"cond": ROUTED}, ROUTED))
+
+
+def test_a_branch_is_named_by_a_text() -> None:
+    with pytest.raises(PolicyError, match="branches: 0 is no branch's name"):
+        BranchedPolicy({0: ROUTED}, ROUTED)  # type: ignore[dict-item]
 
 
 def test_a_schedule_of_other_blocks_is_refused_in_a_branch_too() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runtime.bundle import archive as pt2
 from runtime.bundle.program import Program
 from runtime.bundle.spec import GlueInput
 from runtime.face.transformer import CompiledTransformer
+from runtime.requests.conditioning import Conditioning
 from runtime.routing.policy import REUSE
 from runtime.routing.reuse import ReusePolicy
 from runtime.routing.schedule import ScheduledPolicy
@@ -226,3 +227,11 @@ def test_a_model_that_doubles_its_batch_keeps_what_rows_of_a_request_are() -> No
         for name, part in zip(calls, found.chunk(2), strict=True):
             torch.testing.assert_close(part, alone[name][step])
     assert not torch.equal(alone["reuse"][1], model(**calls["reuse"][1]))
+
+
+@pytest.mark.parametrize("read", [Tensor.conj, lambda tensor: tensor.conj().imag], ids=["conjugate", "negative"])
+def test_what_lies_in_one_place_and_is_read_otherwise_is_another(read: Callable[[Tensor], Tensor]) -> None:
+    tensor = torch.full((2, 3), 1 + 1j)
+    known = Conditioning({"c": tensor.imag if read is not Tensor.conj else tensor})
+    assert known.same_objects({"c": tensor.imag if read is not Tensor.conj else tensor})
+    assert not known.same_values({"c": read(tensor)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def reuses(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> ReusePolicy:
 
 plain = routing | schedules()
 policies = plain | reuses(st.none() | plain) | reuses(reuses(plain).filter(lambda one: one.watches is None))
-policies |= st.builds(BranchedPolicy, st.dictionaries(st.text(), policies, max_size=3), policies)
+shown_names = st.text().filter(str.isprintable)
+policies |= st.builds(BranchedPolicy, st.dictionaries(shown_names, policies, max_size=3), policies)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -85,6 +87,37 @@ def test_what_a_terminal_would_obey_is_no_name() -> None:
         model().add_tier("fast\x1b[2J", RoutingPolicy())
     with pytest.raises(edit_compile.EditError, match="machine is a text that can be shown"):
         model().add_tier("fast", RoutingPolicy(), machine="a\rb")
+
+
+@pytest.mark.parametrize("depth", [17, 600, 5000])
+def test_policies_that_lie_too_deep_in_each_other_are_refused_when_loaded(tmp_path: Path, depth: int) -> None:
+    model = CompiledTransformer(programs.make(("double",) * BLOCKS), "torch")
+    model.add_tier("deep", ReusePolicy(1, otherwise=RoutingPolicy()))
+    model.save(tmp_path / "x.edit")
+    text = (tmp_path / "x.edit" / "manifest.json").read_text()
+    manifest = json.loads(text)
+    inner = json.dumps(manifest["tiers"]["deep"]["policy"]["otherwise"])
+    manifest["tiers"]["deep"]["policy"]["otherwise"] = "here"
+    outer = json.dumps(manifest["tiers"]["deep"]["policy"])
+    begin, end = outer.split('"here"')
+    whole = json.dumps(manifest).replace('"here"', begin * depth + inner + end * depth)
+    forged.put_file(tmp_path / "x.edit", "manifest.json", whole.encode())
+    with pytest.raises(BundleError, match=r"more than 16 deep|recursion"):
+        edit_compile.load(tmp_path / "x.edit", engine="torch")
+
+
+def test_a_branch_that_a_terminal_would_obey_is_refused_when_loaded(tmp_path: Path) -> None:
+    model = CompiledTransformer(programs.make(("double",) * BLOCKS), "torch")
+    model.add_tier("branched", BranchedPolicy({"cond": RoutingPolicy()}, RoutingPolicy()))
+    model.save(tmp_path / "x.edit")
+
+    def obeyed(manifest: Any) -> None:
+        branches = manifest["tiers"]["branched"]["policy"]["branches"]
+        branches["\x1b[2J"] = branches.pop("cond")
+
+    forged.put_manifest(tmp_path / "x.edit", obeyed)
+    with pytest.raises(BundleError, match=r"tier .branched.: branches: .*no branch.s name"):
+        edit_compile.load(tmp_path / "x.edit", engine="torch")
 
 
 def test_schedules_that_differ_are_not_equal() -> None:

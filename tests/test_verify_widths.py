@@ -75,6 +75,8 @@ def test_nan_fails() -> None:
 def test_blocks_are_skipped_when_their_inputs_are_taken() -> None:
     seen = guard_inputs(programs.make(), programs.inputs(), torch.device("cpu"))
     assert set(seen) == {0, 1, 2}
+    given = programs.inputs() | {"guidance": None}  # as pipelines give what they have not
+    assert guard_inputs(programs.make(), given, torch.device("cpu")).keys() == seen.keys()
     assert torch.equal(seen[0][1][0], seen[2][1][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 from edit_compile.bundles.verify import random_inputs
 from edit_compile.elastic.transformer import ElasticTransformer
 from edit_compile.loading import UserError, load_inputs, load_model, parse_dtype, parse_numbers
+from runtime.routing.branched import BranchedPolicy
 from runtime.routing.schedule import ScheduledPolicy
 
 
@@ -41,3 +43,11 @@ def apply_schedule(compiled: Any, budget: str | None, steps: int) -> None:
         raise UserError(f"--schedule takes two shares, gate and width, not {budget!r}") from None
     manifest = compiled.program.manifest
     compiled.policy = ScheduledPolicy.at_budget(steps, len(manifest.blocks), gate, width, widths=manifest.widths)
+
+
+def decide_in_one_branch(compiled: Any, say: Callable[[str], object]) -> None:
+    """Have a tier that decides by branch of guidance do so as in its first branch, and `say` it: commands name none."""
+    policy = compiled.policy
+    if isinstance(policy, BranchedPolicy) and policy.branches:
+        name, compiled.policy = next(iter(policy.branches.items()))
+        say(f"the tier decides by branch of guidance: all calls are taken for those of its first, {name!r}")

@@ -67,7 +67,9 @@ def guard_inputs(
     program: Program, inputs: Mapping[str, Any], device: torch.device
 ) -> dict[int, tuple[Form, list[Tensor]]]:
     """The form and inputs that each guard calls its block with, when the glue runs on `inputs` and all are skipped."""
-    tensors, constants = arguments.flatten(inputs)
+    manifest = program.manifest
+    told = arguments.without_silent(inputs, manifest.arguments, manifest.telling_none)
+    tensors, constants = arguments.flatten(told)
     glue = arguments.find_glue(program.manifest.glues, tensors, constants)
     if glue is None:
         raise arguments.explain(program.manifest.glues, tensors, constants)

@@ -149,7 +149,7 @@ def bench(
     picture: Annotated[Path | None, typer.Option("--plot", help="write latency bars to this image")] = None,
 ) -> None:
     """Time a bundle against its model, interleaved."""
-    from edit_compile.bundles.beside_bundle import apply_schedule, dense, model_like
+    from edit_compile.bundles.beside_bundle import apply_schedule, decide_in_one_branch, dense, model_like
     from edit_compile.command_inputs import steps_of
     from edit_compile.loading import UserError
     from edit_compile.measuring.benchmarking import benchmark
@@ -158,6 +158,7 @@ def bench(
     if schedule is not None and tier is not None:
         raise UserError("--schedule and --tier both say what decides: give one of them")
     compiled = load(bundle, engine=engine, dispatch=dispatch, tier=tier)
+    decide_in_one_branch(compiled, errors.print)
     given = steps_of(compiled, inputs, calls, steps, errors)
     apply_schedule(compiled, schedule, len(given))
     found = benchmark(dense(model_like(compiled, model)), compiled, given, repeats=repeats)
@@ -180,6 +181,7 @@ def plot(
     tier: Tier = None,
 ) -> None:
     """Draw what the routers, or a tier, decided, over blocks and steps."""
+    from edit_compile.bundles.beside_bundle import decide_in_one_branch
     from edit_compile.bundles.verify import trace_of
     from edit_compile.command_inputs import steps_of
     from edit_compile.loading import UserError
@@ -188,6 +190,7 @@ def plot(
 
     if source.is_dir():
         compiled = load(source, engine=engine, tier=tier)
+        decide_in_one_branch(compiled, errors.print)
         record = trace_of(compiled, steps_of(compiled, inputs, calls, steps, errors))
     elif tier is not None:
         raise UserError(f"--tier is for bundles: {source} is a trace, in which all is decided")

@@ -45,18 +45,27 @@ class Frozen:
 def freeze(compiled: CompiledTransformer, last: int | None = None) -> Frozen:
     """The most frequent decisions of the generations that `compiled` has made, the `last` ones or all of its trace.
 
-    Make some tens of images of different prompts first, as they will be made later; `compiled` stays as it is:
+    Make images of different prompts first, as they will be made later, as many as a trace keeps: the last 16 requests.
+    `compiled` stays as it is:
 
         frozen = edit_compile.freeze(compiled)
         compiled.add_tier("frozen", frozen.policy, steps=frozen.steps)
 
     Warns where less than 95% of a branch's decisions are the schedule's: then compare images before it is used. Raises
-    PolicyError where there are no generations, or they have different numbers of steps.
+    PolicyError where there are no generations, they have different numbers of steps, or residuals were extrapolated,
+    and for a `last` that is no whole number above 0.
     """
+    if last is not None and (not isinstance(last, int) or last < 1):
+        raise PolicyError(f"last is a whole number of at least 1, or None for all generations, not {last!r}")
     traces = [one for one in compiled.trace if len(one)]
     traces = traces if last is None else traces[-last:]
     if not traces:
         raise PolicyError("compiled.trace holds no generation: make some images with its routers, then freeze")
+    if any(one.extrapolated for one in traces):
+        raise PolicyError(
+            "residuals were extrapolated in these generations (order=1), which a trace does not tell from reused ones: "
+            "keep that policy as a tier, or freeze generations that routers decided"
+        )
     steps = {1 + int(one.arrays()["step"].max()) for one in traces}
     if len(steps) > 1:
         raise PolicyError(

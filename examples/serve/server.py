@@ -28,7 +28,7 @@ from examples.serve.replica import Replica
 
 APP = "edit_compile"
 LAST = 8
-"""Times that the server is asked for its health before it ends: each comes to some replica."""
+"""Times for each replica that the server is asked for its health before it ends: each comes to some replica."""
 
 
 def start(
@@ -64,8 +64,8 @@ def start(
     serve.run(deployed.bind(*given), name=APP)
 
 
-def stop(shared: str, host: str, port: int, patience: float = 120.0) -> None:
-    """Wait for the jobs there are, `patience` seconds, and end everything; `Ending` has the replicas take no more.
+def stop(shared: str, host: str, port: int, replicas: int, patience: float = 120.0) -> None:
+    """Wait for the jobs there are, `patience` seconds, and end everything; `Ending` has the `replicas` take no more.
 
     Jobs are counted in the folder `shared`. Replicas answer 503 until all processes end together: Ray's own way to end
     an application has its proxy answer 404 to what comes meanwhile.
@@ -74,15 +74,17 @@ def stop(shared: str, host: str, port: int, patience: float = 120.0) -> None:
     while time.monotonic() < until:
         if not jobs_under_way(shared):
             # answered through Ray's proxy after the last images, and after a job that was being taken has been counted
-            _ask_health(host, port)
+            _ask_health(host, port, LAST * replicas, until)
             if not jobs_under_way(shared):
                 break
         time.sleep(0.1)
     ray.shutdown()
 
 
-def _ask_health(host: str, port: int) -> None:
-    for _ in range(LAST):
+def _ask_health(host: str, port: int, times: int, until: float) -> None:
+    for _ in range(times):
+        if time.monotonic() > until:
+            return
         with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=10)) as connection:
             connection.request("GET", "/health")
             connection.getresponse().read()
@@ -123,7 +125,7 @@ def main() -> None:
         ended.wait()
         sys.stdout.write("finishing what there is\n")
         sys.stdout.flush()
-        stop(shared, host, port)
+        stop(shared, host, port, given["replicas"])
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def _flatten(name: str, value: object, tensors: dict[str, Tensor], constants: di
     elif value is None or (plain := as_plain(value)) is not None:
         constants[name] = None if value is None else plain
     elif isinstance(value, (list, tuple, Mapping)):
-        constants[name] = "<dict>" if isinstance(value, Mapping) else f"<{'list' if type(value) is list else 'tuple'}>"
+        kind = "dict" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
+        constants[name] = f"<{kind}>"
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _flatten(f"{name}.{key}", item, tensors, constants)
     else:
@@ -144,7 +145,8 @@ def _mapped(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> A
     if isinstance(value, Mapping):
         return {key: _mapped(f"{name}.{key}", item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(f"{name}.{key}", item, change) for key, item in enumerate(value))
+        items = [_mapped(f"{name}.{key}", item, change) for key, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # of a named tuple: one by one
     return value
 
 

@@ -118,5 +118,5 @@ class _Remembered:
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """Where its numbers lie, and how."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    """Where its numbers lie, and how they are read: a complex tensor and its conjugate are in one place."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()

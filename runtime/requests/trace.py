@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle.spec import Cost, Plan
-from runtime.routing.policy import SKIP
+from runtime.routing.policy import EXTRAPOLATE, SKIP
 
 SKIPPED, REUSED, COMPUTED = 0, 1, 2
 """Values of `done`: what was done with a row of a block."""
@@ -27,12 +27,14 @@ class RequestTrace:
     """The decisions of one request, in the order taken.
 
     One entry per (cache context, step, block, row): `p` is the router's gate, `width` the MLP
-    width computed at (0 where nothing was computed), `done` one of SKIPPED, REUSED, COMPUTED.
+    width computed at (0 where nothing was computed), `done` one of SKIPPED, REUSED, COMPUTED. `extrapolated`: whether
+    some of what was reused was moved on by the timestep, which `done` does not tell.
     """
 
     def __init__(self, request: str) -> None:
         self.request = request
         self.contexts: list[str] = []
+        self.extrapolated = False
         self._columns: dict[str, array[Any]] = {name: array(kind) for name, kind in _COLUMNS.items()}
 
     def __len__(self) -> int:
@@ -48,6 +50,7 @@ class RequestTrace:
         """Append one guard's decisions, a row each."""
         columns = self._columns
         rows = len(decisions)
+        self.extrapolated |= EXTRAPOLATE in decisions
         columns["context"].extend((context,) * rows)
         columns["step"].extend((step,) * rows)
         columns["block"].extend((block,) * rows)

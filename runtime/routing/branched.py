@@ -18,7 +18,7 @@ class BranchedPolicy:
             ... in the order of calls where there is none.
         otherwise: the policy of all others.
 
-    Raises PolicyError where one of them is branched itself.
+    Raises PolicyError where one of them is branched itself, and for a branch whose name is no text that can be shown.
     """
 
     branches: Mapping[str, Decider]
@@ -27,6 +27,10 @@ class BranchedPolicy:
     def __post_init__(self) -> None:
         if any(isinstance(policy, BranchedPolicy) for policy in (*self.branches.values(), self.otherwise)):
             raise PolicyError("a branch's policy is branched itself: give one that decides for the branch")
+        if others := [name for name in self.branches if not (isinstance(name, str) and name.isprintable())]:
+            raise PolicyError(
+                f"branches: {others[0]!r} is no branch's name: a text that can be shown, as 'cond' or 'branch 0'"
+            )
 
     def of(self, branch: str) -> Decider:
         """The policy of the branch called `branch`."""

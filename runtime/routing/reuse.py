@@ -10,6 +10,9 @@ from runtime.base.errors import PolicyError
 from runtime.routing.branched import BranchedPolicy
 from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP, Decider, Watched, check_counts
 
+DEEPEST = 16
+"""Policies of reuse in each other at most: Python's calls go no deeper than some hundreds."""
+
 
 @dataclass(frozen=True)
 class ReusePolicy:
@@ -25,7 +28,8 @@ class ReusePolicy:
     What is not reused is decided by `otherwise`: skipped, computed at a width, or reused by its own reasons, then of
     the higher order of both. Without it all is computed at full width, and no routers run.
 
-    Raises PolicyError for a negative number, an order that is neither 0 nor 1, or something unknown to watch.
+    Raises PolicyError for a negative number, an order that is neither 0 nor 1, something unknown to watch, or more than
+    16 policies in each other.
     """
 
     max_reuse: int
@@ -49,6 +53,10 @@ class ReusePolicy:
             raise PolicyError("otherwise is a BranchedPolicy: put that around policies of reuse, one for each branch")
         if self.otherwise is not None and self.otherwise.watches is not None:
             raise PolicyError("otherwise watches something, too: one policy of the two may")
+        depth = 1 + getattr(self.otherwise, "_depth", 0)
+        if depth > DEEPEST:
+            raise PolicyError(f"otherwise: policies of reuse lie in each other more than {DEEPEST} deep")
+        object.__setattr__(self, "_depth", depth)
 
     @property
     def keeps(self) -> int:
