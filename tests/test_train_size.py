@@ -196,7 +196,7 @@ def test_routers_keep_a_dtype_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_the_documentation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, after, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    task, after, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
     (tmp_path / "task.py").write_text(task)
     monkeypatch.chdir(tmp_path)
     settings = ["steps=2", "batch_size=1", "precision=bfloat16", "cpu=true"]
