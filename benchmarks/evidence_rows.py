@@ -90,4 +90,5 @@ def in_short(other: Row | None) -> str:
     """Another's nearness, who it is, and its times faster."""
     if other is None:
         return "none"
-    return f"{other['decibels']:.1f} dB of {other['who']}, {other['settings']} ({times(other)})"
+    near = f"{other['decibels']:.1f} dB, distance {other['distance']:.1f}"
+    return f"{near} of {other['who']}, {other['settings']} ({times(other)})"

@@ -111,13 +111,16 @@ def _distilled(rivals: Row, one: Row) -> tuple[str, str, str]:
     steps = [other for other in rivals["results"] if plain(other)]
     nearest = min(steps, key=lambda other: abs(other["flops_share"] - one["flops_share"]))
     fast = min((other for other in steps if as_fast(other, one)), key=lambda other: other["distance"])
-    gain = "ahead, too" if one["distance"] < fast["distance"] else "**no gain**"
+    gain = "ahead of them, too" if one["distance"] < fast["distance"] else "**no gain**"
+    cached = min((o for o in rivals["results"] if caches(o) and as_fast(o, one)), key=lambda o: o["distance"])
+    verdict = "behind" if one["distance"] < cached["distance"] else "**nearer to real images, untrained**"
     return (
         f"**{one['flops_share']:.0%} of the FLOPs at distance {one['distance']:.1f}** ({one['decibels']:.1f} dB), "
         f"{times(one)} times faster: `distil`",
         f"the same, {one['settings']}; trained on recorded generations alone",
         f"{nearest['settings']} of {nearest['flops_share']:.0%}: distance {nearest['distance']:.1f}. "
-        f"By the clock {gain}: distance {fast['distance']:.1f} of {fast['who']}, {fast['settings']} ({times(fast)})",
+        f"By the clock {gain}: distance {fast['distance']:.1f} of {fast['who']}, {fast['settings']} ({times(fast)}). "
+        f"As fast, {verdict}: {in_short(cached)}",
     )
 
 

@@ -27,8 +27,10 @@ CONTEXTS = ("cond", "uncond")
 STEPS, ROWS = 4, 3
 ROUTED = RoutingPolicy(0.35, 0.3, 2)
 TABLES = {
-    "cond": ScheduledPolicy([[1.0, 0.5, SKIP], [REUSE, SKIP, 1.0], [0.25, REUSE, REUSE], [1.0] * 3], routed=False),
-    "uncond": ScheduledPolicy([[SKIP, 1.0, 0.75], [0.5, REUSE, SKIP], [SKIP] * 3, [SKIP, REUSE, 0.5]], routed=False),
+    "cond": ScheduledPolicy([[1.0, 0.5, SKIP], [REUSE, SKIP, 1.0], [0.25, REUSE, REUSE], [1.0] * 3], False, "compute"),
+    "uncond": ScheduledPolicy(
+        [[SKIP, 1.0, 0.75], [0.5, REUSE, SKIP], [SKIP] * 3, [SKIP, REUSE, 0.5]], False, "compute"
+    ),
 }
 BY_BRANCH = BranchedPolicy(TABLES, ROUTED)
 

@@ -107,3 +107,18 @@ def test_the_command_ends_with_1_where_a_width_differs(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["verify", str(path), "--tolerance", "1e-4"])
         assert result.exit_code == code, result.output
         assert said in result.output
+
+
+@pytest.mark.parametrize(("dtype", "engine"), [(torch.float32, "onnxruntime"), (torch.bfloat16, "inductor")])
+def test_the_command_takes_an_engine_that_runs_the_bundles_precision(
+    dtype: torch.dtype, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = programs.make(("single",))
+    told = str(dtype).removeprefix("torch.")
+    CompiledTransformer(replace(program, manifest=replace(program.manifest, dtype=told)), "torch").save(tmp_path / "x")
+    taken = []
+    monkeypatch.setattr(
+        "edit_compile.bundles.verify_widths.verify_widths", lambda one, *_: taken.append(one.engine) or []
+    )
+    CliRunner().invoke(app, ["verify", str(tmp_path / "x")])
+    assert taken == [engine]

@@ -59,7 +59,8 @@ def _schedule(policy: ScheduledPolicy) -> str:
     told = f"schedule of {_steps(len(table))}: {computed:.0%} computed"
     if computed:
         told += f" at mean width {table[table > SKIP].mean():.2g}"
-    return f"{told}, {reused:.0%} reused, {1 - computed - reused:.0%} skipped; {beyond} steps beyond"
+    skipped = float((table == SKIP).mean())
+    return f"{told}, {reused:.0%} reused, {skipped:.0%} skipped; {beyond} steps beyond"
 
 
 def _reuse(policy: ReusePolicy) -> str:

@@ -31,6 +31,11 @@ from runtime.face.transformer import CompiledTransformer
 REFERENCE = "torch"
 
 
+def engine_beside_torch(dtype: torch.dtype) -> str:
+    """An engine of a CPU for a bundle of `dtype`: the fastest may be torch, which the others are compared with."""
+    return "inductor" if dtype == torch.bfloat16 else "onnxruntime"
+
+
 @torch.no_grad()
 def verify_widths(compiled: CompiledTransformer, inputs: Mapping[str, Any], tolerance: float = 1e-3) -> Iterator[Check]:
     """One check per plan and width, or per block and width where weights are packed; made as they are asked for.

@@ -110,13 +110,13 @@ def verify(
     from edit_compile.bundles.verify import numbered, table_of
     from edit_compile.bundles.verify import verify as run
     from edit_compile.bundles.verify_tiers import verify_tiers
-    from edit_compile.bundles.verify_widths import verify_widths
+    from edit_compile.bundles.verify_widths import engine_beside_torch, verify_widths
     from edit_compile.command_inputs import forms_of
     from passes.graphs.numbers import TOLERANCE
     from runtime.face.load import built_engine, load
 
     if model is None and engine is None:
-        engine = built_engine(bundle) or "onnxruntime"  # the fastest may be torch, which the others are compared with
+        engine = built_engine(bundle) or engine_beside_torch(load(bundle, engine="torch").dtype)
     compiled = load(bundle, engine=engine)
     given = forms_of(compiled, inputs, calls, errors)
     allowed = TOLERANCE["engine"].get(compiled.dtype, 1e-3) if tolerance is None else tolerance

@@ -84,9 +84,9 @@ class Comparison:
         table.add_column("median", justify="right")
         table.add_column("middle half", justify="right")
         for name, spread, unit in (
-            ("eager", self.eager_ms, "ms per step"),
-            ("compiled", self.compiled_ms, "ms per step"),
-            ("ratio", self.ratio, "times faster"),
+            ("eager", self.eager_ms, "ms of a step"),
+            ("compiled", self.compiled_ms, "ms of a step, which may be one that reuses"),
+            ("ratio", self.ratio, "times faster, whole requests"),
         ):
             table.add_row(f"{name} ({unit})", f"{spread.median:.4g}", f"{spread.low:.4g} to {spread.high:.4g}")
         table.add_row("what the FLOPs left allow", f"{self.flop_limit:.4g}", f"{self.efficiency:.0%} of it reached")

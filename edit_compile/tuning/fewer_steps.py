@@ -14,7 +14,9 @@ class FewerSteps:
     """A compiled transformer of which only some steps of a generation are called; in others it gives what it gave.
 
     For samplers that go straight along what the model gives (Euler steps of a flow) that is the sampler with fewer,
-    longer steps; for others it is near it.
+    longer steps, which begin where recorded ones did: just that of `count` steps where `count` divides their number;
+    elsewhere some of its steps are longer than others, where a sampler of its own would make them equally long. For
+    other samplers it is near it.
     """
 
     def __init__(self, compiled: CompiledTransformer, stages: tuple[Stage, ...], count: int) -> None:

@@ -79,7 +79,7 @@ def freeze(compiled: CompiledTransformer, last: int | None = None) -> Frozen:
         decisions = np.concatenate([_decisions(one, name, (count, len(manifest.blocks))) for one in seen], 2)
         if not np.isnan(decisions).all():
             table, agreement[name] = _most_frequent(decisions)
-            branches[name] = ScheduledPolicy(_of_widths(table, manifest.widths), routed=False)
+            branches[name] = ScheduledPolicy(_of_widths(table, manifest.widths), routed=False, beyond="compute")
     if min(agreement.values()) < AGREE:
         told = ", ".join(f"{name} {share:.0%}" for name, share in agreement.items())
         warnings.warn(
