@@ -15,7 +15,6 @@ from runtime.face.arguments import exactly
 _MODULE = frozenset(vars(nn.Module()))
 _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_NONE = ((),)
 _ABSENT = object()
 OURS = "edit_compile"
 
@@ -91,7 +90,7 @@ class _Hooks:
         return next((name for name, were, now in all_three if were != now), "")
 
     def is_as_it_was(self) -> bool:
-        return self._were == (self._now() if any(self._held) else _NONE * len(self._held))
+        return self._were == self._now() if any(self._held) else not any(self._were)
 
     def _now(self) -> tuple[tuple[object, ...], ...]:
         return tuple(tuple(filter(_foreign, held.values())) for held in self._held)

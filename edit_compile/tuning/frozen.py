@@ -78,7 +78,7 @@ def freeze(compiled: CompiledTransformer, last: int | None = None) -> Frozen:
         seen = [one for one in traces if name in one.contexts]
         decisions = np.concatenate([_decisions(one, name, (count, len(manifest.blocks))) for one in seen], 2)
         if not np.isnan(decisions).all():
-            table, agreement[name] = _most_frequent(decisions)
+            table, agreement[name] = most_frequent(decisions)
             branches[name] = ScheduledPolicy(_of_widths(table, manifest.widths), routed=False, beyond="compute")
     if min(agreement.values()) < AGREE:
         told = ", ".join(f"{name} {share:.0%}" for name, share in agreement.items())
@@ -101,7 +101,7 @@ def _decisions(trace: RequestTrace, branch: str, shape: tuple[int, int]) -> np.n
     return whole
 
 
-def _most_frequent(decisions: np.ndarray) -> tuple[np.ndarray, float]:
+def most_frequent(decisions: np.ndarray) -> tuple[np.ndarray, float]:
     """(steps, blocks) of decisions (steps, blocks, rows), and the share of those that are it.
 
     Full width where a block was never called.

@@ -24,6 +24,7 @@ from torch import Tensor
 import edit_compile
 from edit_compile.files import save_tensors_atomically, write_file_atomically
 from edit_compile.measuring.machine import commit, describe_machine, summary
+from edit_compile.tuning.frozen import most_frequent
 from examples.fashion_mnist.contestant import Contestant
 from examples.fashion_mnist.data import CLASSES
 from examples.fashion_mnist.finals import Final
@@ -99,13 +100,6 @@ class Rows:
         return {name: np.concatenate([one[name] for one in everyone], 2) for name in BRANCHES}
 
 
-def most_frequent(decisions: np.ndarray) -> np.ndarray:
-    """(steps, blocks) of decisions (steps, blocks, rows)."""
-    kinds = np.unique(decisions)
-    counts = np.stack([(decisions == kind).sum(2) for kind in kinds])
-    return kinds[counts.argmax(0)]
-
-
 def scheduled(table: np.ndarray) -> edit_compile.ScheduledPolicy:
     """Without routers: a schedule needs none."""
     return edit_compile.ScheduledPolicy(table, routed=False)
@@ -115,9 +109,9 @@ def static_rows(rows: Rows, policy: Decider) -> Iterator[tuple[str, Policies]]:
     """The router's decisions for each image, and schedules of as much compute."""
     yield "adaptive", lambda seed: dict.fromkeys(BRANCHES, policy)
     found, other = rows.calibrated(policy), rows.adaptive()
-    by_branch = {name: scheduled(most_frequent(one)) for name, one in found.items()}
+    by_branch = {name: scheduled(most_frequent(one)[0]) for name, one in found.items()}
     yield "static by branch", lambda seed: by_branch
-    both = scheduled(most_frequent(np.concatenate([found[name] for name in BRANCHES], 2)))
+    both = scheduled(most_frequent(np.concatenate([found[name] for name in BRANCHES], 2))[0])
     yield "static", lambda seed: dict.fromkeys(BRANCHES, both)
     # the next image's, of another class: exactly as much compute, spent without looking
     yield "another image's", lambda seed: {name: scheduled(np.roll(one, 1, 2)) for name, one in other[seed].items()}

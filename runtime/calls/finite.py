@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +19,9 @@ from runtime.base.guard import answering
 from runtime.bundle.spec import Glue
 from runtime.calls.bound import BoundBlocks
 from runtime.calls.dispatch import Dispatch
-from runtime.calls.rows import Scene
-from runtime.requests.request import Branch
+from runtime.calls.rows import Scene, nobodys
 from runtime.requests.sighting import Sighting
-from runtime.requests.trace import RequestTrace
 from runtime.routing.policy import EXTRAPOLATE, REUSE, SKIP
-from runtime.routing.schedule import ScheduledPolicy
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -81,9 +77,8 @@ class Again:
 
     def _full_width(self) -> tuple[str, Sequence[Tensor]]:
         """The same, and the outputs."""
-        full = ScheduledPolicy(np.ones((1, len(self.blocks))), routed=False)
-        apart = Scene(Branch("", 0, self.seen, {}), 0, RequestTrace(""), (0.0,), full)
-        watched = _Watched(Dispatch(self.blocks, [apart], self.timestep, self.glue), self.blocks)
+        full = nobodys(self.seen, len(self.blocks), 1.0)
+        watched = _Watched(Dispatch(self.blocks, [full], self.timestep, self.glue), self.blocks)
         outputs = self._outputs(watched)
         if watched.told:
             return f"{watched.told}, as the model itself: look at its weights, the inputs, and the precision", outputs

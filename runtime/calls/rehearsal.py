@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from runtime.base.guard import answering, refuse_unless
 from runtime.bundle.spec import Glue
 from runtime.calls.bound import BoundBlocks
 from runtime.calls.dispatch import Dispatch
-from runtime.calls.rows import Scene
-from runtime.requests.request import Branch
+from runtime.calls.rows import nobodys
 from runtime.requests.sighting import Sighting
-from runtime.requests.trace import RequestTrace
 from runtime.routing.policy import SKIP
-from runtime.routing.schedule import ScheduledPolicy
 
 
 def rehearse(
@@ -37,8 +33,6 @@ def rehearse(
         looked.append(told)
         refuse_unless(right, told)
 
-    skips = ScheduledPolicy(np.full((1, len(blocks)), SKIP), routed=False)
-    nobody = Scene(Branch("", 0, seen, {}), 0, RequestTrace(""), (0.0,), skips)
-    with answering(Dispatch(blocks, [nobody] * requests, seen.timestep, glue, grow), check):
+    with answering(Dispatch(blocks, [nobodys(seen, len(blocks), SKIP)] * requests, seen.timestep, glue, grow), check):
         run()
     return bool(looked)

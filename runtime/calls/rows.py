@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from runtime.base.errors import PolicyError
@@ -13,8 +14,10 @@ from runtime.calls.bound import BoundBlock
 from runtime.requests.bank import Residuals
 from runtime.requests.change import Watch
 from runtime.requests.request import Branch
+from runtime.requests.sighting import Sighting
 from runtime.requests.trace import RequestTrace
 from runtime.routing.policy import EMPTY, EXTRAPOLATE, SKIP, Decider, residuals_kept
+from runtime.routing.schedule import ScheduledPolicy
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Scene:
     trace: RequestTrace
     times: tuple[float, ...]
     policy: Decider
+
+
+def nobodys(seen: Sighting, blocks: int, decision: float) -> Scene:
+    """The scene of a call that is no request's: all `blocks` are decided alike, nothing is kept of it."""
+    policy = ScheduledPolicy(np.full((1, blocks), decision), routed=False)
+    return Scene(Branch("", 0, seen, {}), 0, RequestTrace(""), (0.0,), policy)
 
 
 class Rows:

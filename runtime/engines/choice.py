@@ -2,7 +2,7 @@
 
 One block is timed of each kind on which most of the work lies, at the middle width, for as many rows as the program was
 compiled with, on noise: at a budget most blocks run near it, and what fusing gains shows there more than at full width;
-for several rows other engines may be the fastest than for one. What was measured is kept for this
+for several rows another engine may be the fastest than for one. What was measured is kept for this
 machine and these versions (in the user's cache folder; EDIT_COMPILE_CACHE names another), so that only the first load
 takes the seconds; what a busy machine says is not kept. EDIT_COMPILE_ENGINE names an engine instead.
 """

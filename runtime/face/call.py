@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -22,18 +23,22 @@ class Call:
     tensors: Mapping[str, Tensor]
     sighting: Sighting
 
+    @cached_property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of the batch in each input that carries it."""
+        return arguments.rows(self.glue, self.tensors)
+
     def parts(self, requests: int) -> list[Sighting]:
         """What each of `requests` sees, which have equally many rows; InputError where they cannot."""
         if requests == 1:
             return [self.sighting]
         dims = {given.name: given.shape.index(None) for given in self.glue.inputs if None in given.shape}
         latent = self.glue.latents[0][0] if self.glue.latents else None
-        counts = arguments.rows(self.glue, self.tensors)
         latents = self.sighting.latents
         if latents is None or latent not in dims:
             raise InputError("this call has no latents with rows that requests could share: call each request alone")
         rows = len(latents)
-        for name, count in counts.items():
+        for name, count in self.rows.items():
             if count != rows or count % requests:
                 raise InputError(f"{name} holds {count} rows, which {requests} requests cannot share equally")
         fixed = {name: t for name, t in self.sighting.conditioning.items() if name not in dims and t.ndim}

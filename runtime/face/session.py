@@ -183,8 +183,7 @@ class Session(GrowingProgram):
         How rows fall to requests is tried once for each number of them, values that a call looks at every time. The
         model's own Python runs a second time only for several requests.
         """
-        hosted, rows = call.glue.file is None, arguments.rows(call.glue, call.tensors)
-        form = (call.glue.id, requests, *rows.values())
+        hosted, form = call.glue.file is None, (call.glue.id, requests, *call.rows.values())
         if not self._looks.get(form, True) or (hosted and requests == 1):
             return
         if hosted:  # it may write into its arguments
@@ -338,9 +337,8 @@ def _explained(call: Call, error: Exception) -> EditError | None:
     """What a user can make of `error`; None where that says it itself."""
     if not isinstance(error, (ValueError, IndexError, RuntimeError)):
         return None
-    rows = arguments.rows(call.glue, call.tensors)
-    if len(set(rows.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+    if len(set(call.rows.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in call.rows.items())
         return InputError(f"the inputs hold different numbers of rows ({told}): {error}")
     if call.glue.sized_by:
         names = ", ".join(call.glue.sized_by)

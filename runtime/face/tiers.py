@@ -143,7 +143,7 @@ def _check(policy: object, blocks: int) -> None:
     if isinstance(policy, ReusePolicy) and policy.otherwise is not None:
         _check(policy.otherwise, blocks)
     if isinstance(policy, BranchedPolicy):
-        for own in (*policy.branches.values(), policy.otherwise):
+        for own in policy.policies:
             _check(own, blocks)
     if isinstance(policy, ScheduledPolicy) and blocks and policy.table.shape[1] != blocks:
         raise PolicyError(f"the schedule is for {policy.table.shape[1]} blocks, the model has {blocks}")

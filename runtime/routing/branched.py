@@ -25,12 +25,17 @@ class BranchedPolicy:
     otherwise: Decider
 
     def __post_init__(self) -> None:
-        if any(isinstance(policy, BranchedPolicy) for policy in (*self.branches.values(), self.otherwise)):
+        if any(isinstance(policy, BranchedPolicy) for policy in self.policies):
             raise PolicyError("a branch's policy is branched itself: give one that decides for the branch")
         if others := [name for name in self.branches if not (isinstance(name, str) and name.isprintable())]:
             raise PolicyError(
                 f"branches: {others[0]!r} is no branch's name: a text that can be shown, as 'cond' or 'branch 0'"
             )
+
+    @property
+    def policies(self) -> tuple[Decider, ...]:
+        """Those of all branches."""
+        return (*self.branches.values(), self.otherwise)
 
     def of(self, branch: str) -> Decider:
         """The policy of the branch called `branch`."""
@@ -39,7 +44,7 @@ class BranchedPolicy:
     @property
     def keeps(self) -> int:
         """As many residuals as a branch needs at most."""
-        return max(policy.keeps for policy in (*self.branches.values(), self.otherwise))
+        return max(policy.keeps for policy in self.policies)
 
     @property
     def watches(self) -> None:
@@ -48,7 +53,7 @@ class BranchedPolicy:
     @property
     def routed(self) -> bool:
         """Whether the routers are run in some branch."""
-        return any(policy.routed for policy in (*self.branches.values(), self.otherwise))
+        return any(policy.routed for policy in self.policies)
 
     def decide(self, step: int, block: int, gate: Sequence[float], *_: Sequence[float]) -> list[float]:
         """PolicyError: only `of` a branch can it be told."""

@@ -53,10 +53,11 @@ class ReusePolicy:
             raise PolicyError("otherwise is a BranchedPolicy: put that around policies of reuse, one for each branch")
         if self.otherwise is not None and self.otherwise.watches is not None:
             raise PolicyError("otherwise watches something, too: one policy of the two may")
-        depth = 1 + getattr(self.otherwise, "_depth", 0)
+        depth, inner = 1, self.otherwise
+        while isinstance(inner, ReusePolicy):
+            depth, inner = depth + 1, inner.otherwise
         if depth > DEEPEST:
             raise PolicyError(f"otherwise: policies of reuse lie in each other more than {DEEPEST} deep")
-        object.__setattr__(self, "_depth", depth)
 
     @property
     def keeps(self) -> int:
